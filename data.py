@@ -1,0 +1,606 @@
+"""CIFAR-100 as two tensors, and augmentation of whole batches on the device they are on.
+
+Nothing here runs worker processes while training: images are decoded once (into a cache), kept as uint8, and a batch
+is an index into them, cropped, flipped, cut out and normalised in one go. CIFAR-100 comes from class folders, from
+the official archive, or from its unpacked folder; README.md says where to put which.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import http.client
+import io
+import os
+import pickle
+import shutil
+import socket
+import sys
+import tarfile
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.datasets.utils import calculate_md5, download_url
+from tqdm import tqdm
+
+# The official archive. md5 sums of the archive and of the three files in it that are read.
+CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+CIFAR100_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
+CIFAR100_FILES = {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+                  "meta": "7973b15100ade9c7d40fb424638fde48"}
+CIFAR100_ARCHIVE = "cifar-100-python.tar.gz"
+CIFAR100_UNPACKED = "cifar-100-python"
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff")
+MIN_IMAGE_SIZE = 16     # pixels
+CACHE_VERSION = 1       # raise it when decoding changes: caches of an older version are made again
+CHUNK = 512             # images decoded by one call of a worker
+SOCKET_TIMEOUT = 30.0   # seconds without an answer until a server counts as dead
+LEFTOVER_AGE = 3600.0   # seconds until a temporary file counts as left over by a run that was killed
+
+
+class DataError(Exception):
+    """One line for people: what is wrong, which file or folder, what to do next."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """A data set in memory. Channels are last, so that a batch permuted to (N, 3, H, W) is in channels_last format."""
+    images: torch.Tensor                # (N, H, W, 3) uint8
+    labels: torch.Tensor                # (N,) int64
+    class_names: tuple[str, ...]
+    source: str                         # for people: where the images came from
+    boxes: torch.Tensor | None = None   # (N, 4) float32, x0 y0 x1 y1 in pixels, where the deciding object is known
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.images.shape[1], self.images.shape[2]
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        return self._with(lambda tensor: tensor.to(device))
+
+    def subset(self, indices) -> ImageSet:
+        """The images of `indices` (a sequence or an int64 tensor), in that order; classes stay as they are."""
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        return self._with(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+
+    def _with(self, change) -> ImageSet:
+        boxes = None if self.boxes is None else change(self.boxes)
+        return replace(self, images=change(self.images), labels=change(self.labels), boxes=boxes)
+
+
+# ---------------------------------------------------------------------------------------------- CIFAR-100: where from
+
+def cifar100_present(data_dir: str | os.PathLike) -> bool:
+    """Whether load_cifar100 would find something without the network. Looks at names only, so it is cheap."""
+    root = Path(data_dir).expanduser()
+    return ((root / "cifar100").is_dir() or (root / CIFAR100_ARCHIVE).is_file()
+            or all((root / CIFAR100_UNPACKED / name).is_file() for name in CIFAR100_FILES))
+
+
+def load_cifar100(data_dir: str | os.PathLike, *, image_size: int | None = None, num_workers: int = 0,
+                  download: bool = True, progress: bool = True) -> tuple[ImageSet, ImageSet]:
+    """CIFAR-100 (train, test) from the first of these that is there: class folders
+    `<data_dir>/cifar100/{train,test}/<class>/*` (any number of classes), the unpacked official folder, the official
+    archive, the official server (only with `download`).
+
+    image_size: side in pixels to resize to; None keeps the images as they are, which must then be of one size.
+    num_workers: processes that decode class folders; 0 decodes in this process.
+    Raises DataError for whatever a person can mend.
+    """
+    root = Path(data_dir).expanduser()
+    if image_size is not None and image_size < MIN_IMAGE_SIZE:
+        raise DataError(f"--image-size {image_size} is too small: at least {MIN_IMAGE_SIZE} pixels are needed")
+    if (root / "cifar100").is_dir():
+        return _load_class_folders(root / "cifar100", root / ".cache", image_size, num_workers, progress)
+    unpacked, archive = root / CIFAR100_UNPACKED, root / CIFAR100_ARCHIVE
+    if not unpacked.is_dir() and not archive.is_file():
+        _check_data_dir(root, download)
+        _download_cifar100(root, progress)
+    files = _read_unpacked(unpacked) if unpacked.is_dir() else _read_archive(archive)
+    source = f"official CIFAR-100 files in {unpacked if unpacked.is_dir() else archive}"
+    class_names = tuple(pickle.loads(files["meta"], encoding="latin1")["fine_label_names"])
+    return (_official_set(files["train"], class_names, image_size, source),
+            _official_set(files["test"], class_names, image_size, source))
+
+
+def _by_hand(root: Path) -> str:
+    return (f"Fetch {CIFAR100_URL} (md5 {CIFAR100_MD5}) yourself and put it at {root / CIFAR100_ARCHIVE}, or put class"
+            f" folders at {root / 'cifar100'}/{{train,test}}/<class>/, or use --sample for the built-in sample")
+
+
+def _check_data_dir(root: Path, download: bool) -> None:
+    """Refuse what looks like a mistyped --data-dir rather than download into it."""
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        raise DataError(f"{root} holds train/ and test/ itself: they belong in a folder named cifar100, and --data-dir"
+                        f" is the folder that holds cifar100")
+    if root.exists() and not root.is_dir():
+        raise DataError(f"--data-dir {root} is a file, not a folder. Give the folder that holds cifar100/")
+    if not root.is_dir() and not (download and root.absolute().parent.is_dir()):
+        raise DataError(f"data folder {root} does not exist. Check --data-dir. {_by_hand(root)}")
+    if not download:
+        raise DataError(f"no CIFAR-100 in {root}. {_by_hand(root)}")
+
+
+def _download_cifar100(root: Path, progress: bool) -> None:
+    """Fetch the archive into `root`. It gets its name there only when it is whole: a broken download leaves nothing."""
+    folder = None
+    quiet = contextlib.nullcontext() if _shows_progress(progress) else contextlib.redirect_stderr(io.StringIO())
+    timeout = socket.getdefaulttimeout()
+    try:
+        root.mkdir(exist_ok=True)
+        _remove_leftovers(root, ".download-*")
+        folder = Path(tempfile.mkdtemp(prefix=".download-", dir=root))
+        print(f"downloading {CIFAR100_URL} (161 MiB) to {root}", flush=True)
+        socket.setdefaulttimeout(SOCKET_TIMEOUT)    # torchvision sets none: a silent server would hold us for ever
+        with quiet:
+            download_url(CIFAR100_URL, str(folder), CIFAR100_ARCHIVE, CIFAR100_MD5)
+        os.replace(folder / CIFAR100_ARCHIVE, root / CIFAR100_ARCHIVE)
+    except (OSError, http.client.HTTPException, RuntimeError, ValueError) as error:
+        partial = folder / CIFAR100_ARCHIVE if folder else None
+        if isinstance(error, RuntimeError) and partial and partial.is_file():   # torchvision's word for a wrong md5
+            error = (f"{partial.stat().st_size:,} bytes came, with md5 {calculate_md5(partial)}: half a download, or"
+                     f" another file")
+        raise DataError(f"could not download CIFAR-100 to {root} ({_one_line(error)}); nothing was kept. Try again, or:"
+                        f" {_by_hand(root)}") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_archive(path: Path) -> dict[str, bytes]:
+    """The three pickles of the official archive, by name. They are read in memory: nothing is unpacked to disk, so
+    nothing can be left half-unpacked, and no member's path matters."""
+    if calculate_md5(path) != CIFAR100_MD5:
+        raise DataError(f"{path} is damaged or half a download ({path.stat().st_size:,} bytes, its md5 is not"
+                        f" {CIFAR100_MD5}). Delete it and start again, or fetch it from {CIFAR100_URL}")
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            return {name: archive.extractfile(f"{CIFAR100_UNPACKED}/{name}").read() for name in CIFAR100_FILES}
+    except (OSError, EOFError, tarfile.TarError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read ({_one_line(error)}). Delete it and start again") from None
+
+
+def _read_unpacked(folder: Path) -> dict[str, bytes]:
+    """The three pickles of the unpacked archive. The md5 sums come first: unpickling an unknown file runs its code."""
+    files = {}
+    for name, md5 in CIFAR100_FILES.items():
+        try:
+            files[name] = (folder / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"{folder / name} cannot be read ({_one_line(error)}). Delete {folder} and start again, to"
+                            f" use {CIFAR100_ARCHIVE} or download it") from None
+        if hashlib.md5(files[name], usedforsecurity=False).hexdigest() != md5:
+            raise DataError(f"{folder / name} is damaged (its md5 is not {md5}). Delete {folder} and start again, to"
+                            f" use {CIFAR100_ARCHIVE} or download it")
+    return files
+
+
+def _official_set(pickled: bytes, class_names: tuple[str, ...], image_size: int | None, source: str) -> ImageSet:
+    entry = pickle.loads(pickled, encoding="latin1")
+    images = np.ascontiguousarray(entry["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    if image_size not in (None, 32):
+        images = np.stack([_resized(Image.fromarray(image), image_size) for image in images])
+    return ImageSet(torch.from_numpy(images), torch.tensor(entry["fine_labels"]), class_names, source)
+
+
+# ---------------------------------------------------------------------------------------------- class folders, cache
+
+def _load_class_folders(folder: Path, cache_dir: Path, image_size: int | None, num_workers: int,
+                        progress: bool) -> tuple[ImageSet, ImageSet]:
+    listings = {split: _list_classes(folder / split) for split in ("train", "test")}
+    train_names, test_names = (tuple(listings[split]) for split in ("train", "test"))
+    if train_names != test_names:
+        raise DataError(f"the classes of {folder / 'train'} and {folder / 'test'} differ: only in train"
+                        f" {_some(train_names, test_names)}, only in test {_some(test_names, train_names)}. Give both the"
+                        f" same class folders")
+    source = f"CIFAR-100 class folders in {folder}"
+    size, sets = (image_size, image_size) if image_size else None, []
+    for split, classes in listings.items():
+        paths = [path for files in classes.values() for path in files]
+        images = _decoded(paths, cache_dir, f"cifar100-{split}", folder, size, image_size is not None, num_workers,
+                          progress)
+        size = size or images.shape[1:3]    # the test images must be of the train images' size
+        labels = torch.repeat_interleave(torch.tensor([len(files) for files in classes.values()]))
+        sets.append(ImageSet(images, labels, train_names, source))
+    return sets[0], sets[1]
+
+
+def _list_classes(folder: Path) -> dict[str, list[Path]]:
+    """Class name -> its image files, both sorted. Hidden names and files that are no images are passed over."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is missing: class folders are expected at {folder.parent}/{{train,test}}/<class>/")
+    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    if not names:
+        raise DataError(f"{folder} holds no class folders. Put one folder of images for each class into it")
+    classes = {}
+    for name in names:
+        files = sorted(e.name for e in os.scandir(folder / name)
+                       if e.name.lower().endswith(IMAGE_ENDINGS) and not e.name.startswith("."))
+        if not files:
+            raise DataError(f"class folder {folder / name} holds no images ({' '.join(IMAGE_ENDINGS)}). Put images into"
+                            f" it, or remove it from both train and test")
+        classes[name] = [folder / name / file for file in files]
+    return classes
+
+
+def _some(names: tuple[str, ...], others: tuple[str, ...]) -> str:
+    only = [name for name in names if name not in others]
+    return "none" if not only else ", ".join(only[:3]) + (f" and {len(only) - 3} more" if len(only) > 3 else "")
+
+
+def _decoded(paths: list[Path], cache_dir: Path, name: str, root: Path, size: tuple[int, int] | None, resize: bool,
+             num_workers: int, progress: bool) -> torch.Tensor:
+    """The images of `paths` as one (N, H, W, 3) uint8 tensor, from the cache when it was made from the same files."""
+    stem = f"{name}-{size[0]}px-" if resize else f"{name}-"
+    key = _cache_key(paths, root, size if resize else None)
+    cache = cache_dir / f"{stem}{key}.pt"
+    images = _read_cache(cache, key, len(paths))
+    if images is None:
+        size = size or _size_of(paths[0])
+        images = torch.from_numpy(decode_images(paths, size, resize, num_workers, progress, name))
+        _write_cache(cache, stem, key, images)
+    elif size and tuple(images.shape[1:3]) != size:
+        _open_rgb(paths[0], size, False)    # raises, naming the file and both sizes
+    return images
+
+
+def _cache_key(paths: list[Path], root: Path, size: tuple[int, int] | None) -> str:
+    """What the cache was made from: format, size, and every file's name, length in bytes and time of change."""
+    digest = hashlib.sha256(f"{CACHE_VERSION} {size}".encode())
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({_one_line(error)}). Replace or remove it") from None
+        line = f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+        digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()[:20]
+
+
+def _read_cache(path: Path, key: str, count: int) -> torch.Tensor | None:
+    """The cached images, or None when there are none that can be believed."""
+    if not path.is_file():
+        return None
+    try:
+        cached = torch.load(path, map_location="cpu", weights_only=True)
+        images = cached["images"]
+        if cached["key"] == key and images.dtype == torch.uint8 and images.ndim == 4 and len(images) == count:
+            return images
+        reason = "not what its name says"
+    except Exception as error:      # a damaged file raises nearly anything
+        reason = _one_line(error)
+    print(f"cache {path} is damaged ({reason[:80]}): decoding the images again", flush=True)
+    return None
+
+
+def _write_cache(path: Path, stem: str, key: str, images: torch.Tensor) -> None:
+    """Write under a temporary name, flush to disk, rename; then remove what it replaces. Without a place to write,
+    go on without a cache."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        _remove_leftovers(path.parent, ".*.pt.*.tmp")
+        with open(temporary, "wb") as file:
+            torch.save({"key": key, "images": images}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        for old in path.parent.glob(f"{stem}{'[0-9a-f]' * len(key)}.pt"):
+            if old != path:
+                old.unlink()
+    except (OSError, RuntimeError) as error:    # torch.save makes a RuntimeError of a full disk
+        _say_once(f"no cache in {path.parent} ({_one_line(error)[:100]}): images are decoded anew at every start")
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove our temporary files and folders that nobody has written to for an hour."""
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - max(p.stat().st_mtime for p in (path, *path.glob("*"))) > LEFTOVER_AGE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------- decoding
+
+def decode_images(paths: list[Path], size: tuple[int, int], resize: bool, num_workers: int = 0, progress: bool = True,
+                  title: str = "images") -> np.ndarray:
+    """(N, H, W, 3) uint8 of `paths`; `size` is (H, W): resized to it, or (resize=False) an error where one differs.
+
+    A chunk whose worker raises or dies is decoded again in this process, so that the error a person sees is the real
+    one, with the file's name.
+    """
+    images = np.empty((len(paths), *size, 3), np.uint8)
+    chunks = [paths[start:start + CHUNK] for start in range(0, len(paths), CHUNK)]
+    workers = min(num_workers, len(chunks))
+    # spawn, because forking a process that runs torch's threads can hang the child
+    pool = _attempt(lambda: ProcessPoolExecutor(workers, get_context("spawn"))) if workers > 0 else None
+    bar = tqdm(total=len(paths), desc=f"decoding {title}", unit="img", leave=False,
+               disable=not _shows_progress(progress))
+    try:
+        tasks = [_attempt(lambda: pool.submit(_decode_chunk, chunk, size, resize)) if pool else None for chunk in chunks]
+        done = 0
+        for i, chunk in enumerate(chunks):
+            decoded = _attempt(tasks[i].result) if tasks[i] else None
+            images[done:done + len(chunk)] = _decode_chunk(chunk, size, resize) if decoded is None else decoded
+            tasks[i] = None     # lets go of its pixels
+            done += len(chunk)
+            bar.update(len(chunk))
+    finally:
+        bar.close()
+        if pool:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return images
+
+
+def _attempt(call):
+    """call(), or None when it fails: an image's error, no memory, a worker that died (BrokenProcessPool)."""
+    try:
+        return call()
+    except Exception as error:
+        if not isinstance(error, DataError):
+            _say_once(f"a decoding worker failed ({_one_line(error)[:100]}): going on in the main process")
+        return None
+
+
+def _decode_chunk(paths: list[Path], size: tuple[int, int], resize: bool) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return np.stack([_open_rgb(path, size, resize) for path in paths])
+
+
+def _open_rgb(path: Path, size: tuple[int, int], resize: bool) -> np.ndarray:
+    """One image as (H, W, 3) uint8. DataError when it cannot be read or, without `resize`, is not of `size`."""
+    with _opened(path) as image:
+        if image.mode[0] in "IF":   # 16 or 32 bits a pixel: PIL would clip them to white
+            raise ValueError(f"pixels of type {image.mode}, more than 8 bits a channel")
+        if not resize and (image.height, image.width) != size:
+            raise DataError(f"{path} is {image.width}x{image.height} pixels, the images before it are"
+                            f" {size[1]}x{size[0]}. Give --image-size to resize them all")
+        if "transparency" in image.info:    # a palette's transparent colours; PIL warns without this step
+            image = image.convert("RGBA")
+        image = image.convert("RGB")
+        return _resized(image, size[0]) if resize else np.asarray(image)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image, with every error of reading it turned into a DataError that names the file."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:      # PIL raises OSError, SyntaxError, ValueError, struct.error and more for bad files
+        raise DataError(f"{path} cannot be read as an image ({_one_line(error)}). Replace or remove it") from None
+
+
+def _resized(image: Image.Image, size: int) -> np.ndarray:
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))    # PIL's bilinear antialiases
+
+
+def _size_of(path: Path) -> tuple[int, int]:
+    with _opened(path) as image:
+        if min(image.size) < MIN_IMAGE_SIZE:
+            raise DataError(f"{path} is only {image.width}x{image.height} pixels. Give --image-size, at least"
+                            f" {MIN_IMAGE_SIZE}")
+        return image.height, image.width
+
+
+def _one_line(error: object) -> str:
+    """An error's text in one line, without the memory address that PIL puts into it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "not an image" if "cannot identify image file" in text else text
+
+
+def _shows_progress(progress: bool) -> bool:
+    return progress and sys.stderr is not None and sys.stderr.isatty()
+
+
+@functools.lru_cache(maxsize=None)
+def _say_once(message: str) -> None:
+    print(message, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------- sets of images
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on `parts` (integers and strings) alone, the same in every process and machine."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def split_validation(train: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """(train, validation): `fraction` of each class, drawn by `seed`; a class keeps at least one training image."""
+    if not 0 < fraction < 1:
+        raise DataError(f"--val-fraction {fraction} is not between 0 and 1")
+    generator = torch.Generator().manual_seed(stable_seed("validation", seed))
+    labels, chosen = train.labels.cpu(), torch.zeros(len(train), dtype=torch.bool)
+    for label in range(len(train.class_names)):
+        members = (labels == label).nonzero().flatten()
+        count = min(int(len(members) * fraction + 0.5), len(members) - 1)
+        if count > 0:
+            chosen[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    if not chosen.any():
+        raise DataError(f"--val-fraction {fraction} takes no image of any class of {train.source}. Give a larger one")
+    return train.subset((~chosen).nonzero().flatten()), train.subset(chosen.nonzero().flatten())
+
+
+def channel_statistics(train: ImageSet) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """(mean, std) of each channel over all pixels, in [0, 1] units; counted in integers, so exact on any device."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in range(3):
+        counts = torch.bincount(train.images[..., channel].flatten(), minlength=256).cpu().double()
+        mean.append((counts @ levels / counts.sum()).item())
+        variance = counts @ (levels - mean[-1]) ** 2 / counts.sum()
+        std.append(max(variance.item() ** 0.5, 1 / 255))    # a constant channel must not divide by 0
+    return tuple(mean), tuple(std)
+
+
+def place_on(image_set: ImageSet, device: torch.device | str) -> ImageSet:
+    """The set on `device`; for a GPU of whose free memory it would take over a tenth, in page-locked host memory."""
+    device = torch.device(device)
+    if device.type != "cuda" or image_set.images.nbytes * 10 <= torch.cuda.mem_get_info(device)[0]:
+        return image_set.to(device)
+    try:
+        return replace(image_set, images=image_set.images.pin_memory(), labels=image_set.labels.pin_memory())
+    except RuntimeError:    # the system allows no more page-locked memory: ordinary memory is slower, not wrong
+        return image_set
+
+
+# ------------------------------------------------------------------------------------------------------ augmentation
+
+class Draw(NamedTuple):
+    """What one batch's augmentation is made of, a value for each image; each tensor is (N,)."""
+    top: torch.Tensor       # int64, first row of the crop in the padded image, 0 to 2 pad
+    left: torch.Tensor      # int64, first column of it
+    flip: torch.Tensor      # bool
+    cut_y: torch.Tensor     # int64, centre of the cutout square in the crop, in pixels
+    cut_x: torch.Tensor
+
+
+class Augmentation:
+    """Random crop of the reflect-padded image, horizontal flip, cutout and normalisation of a whole batch, each image
+    with values of its own, on the device it is on, without waiting for that device.
+
+    mean, std: of each channel, in [0, 1] units. pad: pixels. cutout: side of the square in pixels, 0 for none; it is
+    clipped at the border and filled with 0, the mean. image_size: of the output, if not the input's.
+    """
+
+    def __init__(self, *, mean, std, pad: int = 4, flip: bool = True, cutout: int = 0,
+                 image_size: int | tuple[int, int] | None = None):
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.pad, self.flip, self.cutout, self.image_size = pad, flip, cutout, image_size
+
+    def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Draw:
+        """Everything is drawn, used or not, so that crops stay the same when the cutout is switched off."""
+        def integers(end: int) -> torch.Tensor:
+            return torch.randint(end, (count,), generator=generator, device=generator.device)
+        return Draw(integers(2 * self.pad + 1), integers(2 * self.pad + 1), integers(2).bool(),
+                    integers(height), integers(width))
+
+    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in channels_last memory. `generator` is on the images' device."""
+        draw = self.draw(*images.shape[:3], generator)
+        if self.pad:
+            images = _crop(images, draw.top, draw.left, self.pad)
+        if self.flip:
+            images = _flip(images, draw.flip)
+        batch = normalise(images, self.mean, self.std)
+        if self.cutout:
+            _cut_out(batch, draw.cut_y, draw.cut_x, self.cutout)
+        return _resize(batch, self.image_size)
+
+
+def _crop(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, pad: int) -> torch.Tensor:
+    """Crops of the images' own size out of their reflect-padded copies. A crop is rows of 3W bytes that lie in one
+    piece in an image whose columns are padded, so all of them are one gather; rows are padded by their numbers."""
+    n, h, w, _ = images.shape
+    if pad >= min(h, w):
+        raise ValueError(f"a reflect padding of {pad} px needs images larger than that, not {w}x{h}")
+    before = [images[:, :, i:i + 1] for i in range(pad, 0, -1)]
+    after = [images[:, :, i:i + 1] for i in range(w - 2, w - 2 - pad, -1)]
+    padded, wide = torch.cat([*before, images, *after], 2), w + 2 * pad
+    rows = (top[:, None] - pad + torch.arange(h, device=images.device)).abs()
+    rows = (h - 1) - ((h - 1) - rows).abs() + h * torch.arange(n, device=images.device)[:, None]
+    windows = padded.as_strided((n * h * wide - w + 1, 3 * w), (3, 1))     # every run of w pixels, overlapping
+    return windows.index_select(0, (rows * wide + left[:, None]).flatten()).view(n, h, w, 3)
+
+
+def _flip(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """Mirror the images whose `flip` is true. Choosing from both is faster than torch.where on bytes."""
+    both = torch.stack([images, images.flip(2)], 1).flatten(0, 1)
+    return both.index_select(0, 2 * torch.arange(len(images), device=images.device) + flip)
+
+
+def _cut_out(batch: torch.Tensor, cut_y: torch.Tensor, cut_x: torch.Tensor, side: int) -> None:
+    """Fill a square of each image with 0, in place. What lies outside is moved onto the border, which is in the square
+    then: the number of pixels written stays fixed, so nobody waits for a count."""
+    n, _, h, w = batch.shape
+    offsets = torch.arange(side, device=batch.device) - side // 2
+    rows = (cut_y[:, None] + offsets).clamp(0, h - 1) + h * torch.arange(n, device=batch.device)[:, None]
+    columns = (cut_x[:, None] + offsets).clamp(0, w - 1)
+    pixels = batch.permute(0, 2, 3, 1).view(n * h * w, 3)
+    pixels.index_fill_(0, (rows[:, :, None] * w + columns[:, None, :]).flatten(), 0.0)
+
+
+def normalise(images: torch.Tensor, mean, std, size: int | tuple[int, int] | None = None) -> torch.Tensor:
+    """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in channels_last memory: (x / 255 - mean) / std, then resized to
+    `size` (a side or (height, width) in pixels) if given. The transform of evaluation."""
+    n, h, w, _ = images.shape
+
+    def row(values) -> torch.Tensor:    # (3W,): whole rows are multiplied, as a last dimension of 3 is slow
+        return torch.stack([torch.full((w,), value, device=images.device) for value in values], 1).flatten()
+    batch = images.reshape(n * h, w * 3).float()
+    torch.addcmul(row([-m / s for m, s in zip(mean, std)]), batch, row([1 / (255 * s) for s in std]), out=batch)
+    return _resize(batch.view(n, h, w, 3).permute(0, 3, 1, 2), size)
+
+
+def _resize(batch: torch.Tensor, size: int | tuple[int, int] | None) -> torch.Tensor:
+    size = (size, size) if isinstance(size, int) else size
+    if size is None or tuple(size) == tuple(batch.shape[2:]):
+        return batch
+    batch = F.interpolate(batch, tuple(size), mode="bilinear", antialias=True)
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+class TrainBatches:
+    """The training set of one run, as shuffled and augmented batches on `device`.
+
+    The order of an epoch depends on (seed, epoch) alone and a step's augmentation on (seed, epoch, step) alone, so a
+    run that goes on in mid-epoch sees what it would have seen. torch's global random state is neither read nor moved.
+    """
+
+    def __init__(self, image_set: ImageSet, batch_size: int, *, seed: int, augmentation: Augmentation,
+                 device: torch.device | str, drop_last: bool = True):
+        self.image_set, self.batch_size, self.seed = image_set, batch_size, seed
+        self.augmentation, self.drop_last = augmentation, drop_last
+        self.device = torch.empty(0, device=device).device      # "cuda" becomes "cuda:0"
+
+    def __len__(self) -> int:
+        """Steps in an epoch; one, with all images, when there are fewer than a batch."""
+        whole, rest = divmod(len(self.image_set), self.batch_size)
+        return max(1, whole + (rest > 0 and not self.drop_last))
+
+    def epoch(self, epoch: int, start_step: int = 0,
+              size: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(images (N, 3, H, W) float32 channels_last, labels (N,) int64) of the steps from `start_step` on; `size`
+        resizes the augmented images to that side in pixels."""
+        home = self.image_set.images.device
+        shuffle = torch.Generator(home).manual_seed(stable_seed("order", self.seed, epoch))
+        order = torch.randperm(len(self.image_set), generator=shuffle, device=home)
+        generator = torch.Generator(self.device)
+        for step in range(start_step, len(self)):
+            indices = order[step * self.batch_size:(step + 1) * self.batch_size]
+            images, labels = (self._take(tensor, indices) for tensor in (self.image_set.images, self.image_set.labels))
+            generator.manual_seed(stable_seed("augmentation", self.seed, epoch, step))
+            yield _resize(self.augmentation(images, generator), size), labels
+
+    def _take(self, tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        if tensor.device == self.device:
+            return tensor.index_select(0, indices)
+        # Gathered in page-locked memory, the copy runs beside the GPU's work; PyTorch hands that memory out again
+        # only when the copy is done.
+        shape, pin = (len(indices), *tensor.shape[1:]), self.device.type == "cuda"
+        gathered = torch.empty(shape, dtype=tensor.dtype, pin_memory=pin)
+        torch.index_select(tensor, 0, indices, out=gathered)
+        return gathered.to(self.device, non_blocking=True)

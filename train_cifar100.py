@@ -1,0 +1,62 @@
+"""Train a VGG with attention gates on CIFAR-100 ("Learn to Pay Attention", Jetley et al., ICLR 2018, arXiv 1804.02391).
+
+    python train_cifar100.py --sanity       every path of a run, on a small slice, in a minute
+    python train_cifar100.py                the fast recipe, vgg-att3-concat-pc
+    python train_cifar100.py --help         all options
+"""
+from __future__ import annotations
+
+import sys
+
+from data import cifar100_present, load_cifar100
+from sample_data import cifar_sample
+from training.commands import main
+from training.run import Task
+
+# Every default, with its unit and source. --set NAME=VALUE changes one that has no option of its own.
+PAPER = {
+    "epochs": 300,              # authors' code
+    "batch_size": 128,          # images; authors' code
+    "lr": 0.1,                  # authors' 1.0 in Torch7, whose SGD dampens by the momentum: 0.1 here
+    "momentum": 0.9,            # authors' code
+    "nesterov": False,          # authors' code
+    "weight_decay": 5e-4,       # authors' code
+    "decay_all": True,          # on every parameter; authors' code
+    "schedule": "halve",        # lr halved ...
+    "halve_every": 25,          # ... every so many epochs; authors' code
+    "warmup": 0.0,              # share of the run; "linear" schedule only
+    "label_smoothing": 0.0,     # authors' code
+    "dropout": 1.0,             # factor on the authors' rates (0.3 to 0.5)
+    "ema_decay": 0.0,           # moving average of the weights, a step; 0: none
+    "crop_pad": 4,              # pixels of reflection for the random crop. The authors flip only; crops are ours
+    "flip": True,               # authors' code
+    "cutout": 0,                # side in pixels; 0: none
+    "progressive": "none",      # progressive resizing: see training/optimise.py
+    "trunk": "",                # full or pooled; "": what suits the model (the paper's)
+    "pool4": 2,                 # side of the pooling in front of block 4
+}
+FAST = PAPER | {
+    "epochs": 30,
+    "nesterov": True,
+    "decay_all": False,         # filters and matrices only: decay pulls a gate's u towards a flat map
+    "schedule": "linear",       # up, then down to 0: most of a long schedule's gain in a tenth of its epochs
+    "warmup": 0.15,
+    "label_smoothing": 0.1,
+    "dropout": 0.0,             # 30 epochs do not overfit enough to pay for it
+    "ema_decay": 0.99,
+}
+TASK = Task(
+    dataset="cifar100",
+    description="Train a VGG with attention gates on CIFAR-100 (arXiv 1804.02391).",
+    recipes={"fast": FAST, "paper": PAPER},
+    model="vgg-att3-concat-pc",
+    load=lambda config: load_cifar100(config["data_dir"], image_size=config["image_size"],
+                                      num_workers=config["num_workers"]),
+    sample=cifar_sample,
+    present=cifar100_present,
+    train_images=50_000,
+    test_images=10_000,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(TASK))

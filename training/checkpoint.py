@@ -1,0 +1,202 @@
+"""Checkpoints: written so that a crash at any moment leaves a whole one, verified when read, never executed.
+
+A checkpoint is one plain dict (see Trainer.state and run.checkpoint_of) that ``torch.load(weights_only=True)`` reads.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from attention_model import build_model
+from training.options import CHECKPOINT_NAME, PREVIOUS_NAME, UserError
+
+FORMAT = 1
+REQUIRED = ("format", "model", "ema", "config", "class_names", "input_size", "mean", "std", "position")
+
+
+def save_file(path: Path, content: dict) -> None:
+    """Write under a temporary name in the same folder, flush to the disk, then rename: never half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # a run folder that was moved away must not lose the run
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise UserError(f"{path} could not be written: {reason}. What was saved before is untouched: make room there, "
+                        f"then --resume {path.parent}") from error
+
+
+def save_checkpoint(run_dir: Path, content: dict) -> None:
+    """The new last.pt; the one before stays as last.prev.pt."""
+    last, previous, new = run_dir / CHECKPOINT_NAME, run_dir / PREVIOUS_NAME, run_dir / ".new.pt"
+    save_file(new, content)
+    if last.exists():
+        os.replace(last, previous)
+    os.replace(new, last)
+    sync_folder(run_dir)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut (where the system can)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dict:
+    """A checkpoint of ours, its checksums verified. Raises UserError for anything else; code in it never runs."""
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch writes a CRC-32 for every tensor but does not look at it itself
+        if damaged:
+            raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong. Use another checkpoint")
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name the checkpoint in it, {path / CHECKPOINT_NAME}") from None
+    except (zipfile.BadZipFile, EOFError):
+        raise UserError(f"{path} is no checkpoint: not a PyTorch file, or cut short") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is refused: it holds more than plain numbers and tensors, and reading it could run "
+                        f"code") from None
+    except (OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{path} could not be read: {str(error).splitlines()[0] if str(error) else error!r}") from None
+    missing = [name for name in REQUIRED if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}")
+    if content["format"] != FORMAT:
+        raise UserError(f"{path} has checkpoint format {content['format']}, and this code reads format {FORMAT}")
+    return content
+
+
+def read_last(run_dir: Path) -> dict | None:
+    """The newest checkpoint of a run that can be read; None when there is none yet. Says when it is the one before."""
+    last, previous = run_dir / CHECKPOINT_NAME, run_dir / PREVIOUS_NAME
+    if not last.exists() and not previous.exists():
+        return None
+    try:
+        return read_checkpoint(last)
+    except UserError as error:
+        if not previous.exists():
+            raise
+        content = read_checkpoint(previous)
+        print(f"{error}\nGoing on from the checkpoint before it, {previous}.")
+        return content
+
+
+def newest_unfinished(runs: Path) -> Path:
+    """The run of ``runs`` that was written to last and has not finished; sanity passes do not count."""
+    found = []
+    for config_path in runs.glob("*/config.json"):
+        with contextlib.suppress(OSError, ValueError):
+            config = read_config(config_path.parent)
+            if not config.get("sanity") and not config.get("finished"):
+                found.append((max(p.stat().st_mtime for p in config_path.parent.iterdir()), config_path.parent))
+    if not found:
+        raise UserError(f"--resume: there is no unfinished run in {runs}; name the run's folder", 2)
+    return max(found)[1]
+
+
+def write_config(run_dir: Path, record: dict) -> None:
+    temporary = run_dir / ".config.json.tmp"
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, run_dir / "config.json")
+
+
+def read_config(run_dir: Path) -> dict:
+    return json.loads((run_dir / "config.json").read_text())
+
+
+def clean(run_dir: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for temporary in run_dir.glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
+    (run_dir / ".new.pt").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(run_dir: Path):
+    """One process a run directory. The lock is on the folder itself and ends with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; there the check for an existing run is all there is
+        yield
+        return
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_dir} is in use by another process: wait for it, or stop it first") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# ---- random states ----------------------------------------------------------------------------------------------------
+
+def random_states() -> dict:
+    """torch's (dropout, initialisation), each GPU's and Python's; the order and augmentation need none."""
+    states = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: dict) -> None:
+    torch.set_rng_state(states["torch"].cpu())
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if "cuda" in states and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+# ---- networks from checkpoints ----------------------------------------------------------------------------------------
+
+def best_weights(content: dict) -> dict:
+    """The weights to use: the moving average with its batch-norm buffers where there is one."""
+    return content["ema"] or content["model"]
+
+
+def load_model(content: dict) -> nn.Module:
+    """The trained network, in evaluation mode on the CPU, from a checkpoint alone."""
+    config = content["config"]
+    model = build_model(config["model"], len(content["class_names"]), width=config["width"],
+                        trunk=config["trunk"] or None, dropout=config["dropout"], pool4=config["pool4"])
+    model.load_state_dict(best_weights(content))
+    return model.eval()
+
+
+def transfer(model: nn.Module, content: dict) -> str:
+    """Copy every weight that has the same name and shape, and say what was and wasn't.
+
+    Raises UserError when nothing fits."""
+    own, given = model.state_dict(), best_weights(content)
+    fits = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    if not fits:
+        raise UserError("--init-from: no weight of that checkpoint fits this network (another --width?)")
+    model.load_state_dict(fits, strict=False)
+    fresh = sorted({name.rsplit(".", 1)[0] for name in own if name not in fits})
+    unused = sorted({name.rsplit(".", 1)[0] for name in given if name not in fits})
+    return (f"--init-from: {len(fits)} of {len(own)} tensors loaded; starting fresh: {', '.join(fresh) or 'nothing'}; "
+            f"not used: {', '.join(unused) or 'nothing'}")

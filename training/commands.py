@@ -1,0 +1,194 @@
+"""What a script does with its command line: a new run, --resume, --evaluate, --sanity. main() returns the exit status:
+0 done, 1 a failure, 2 bad use, 130 or 143 stopped by SIGINT or SIGTERM after saving."""
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from data import DataError, ImageSet
+from training import checkpoint, options, sanity
+from training.loop import Interrupted, Precision, evaluate
+from training.options import UserError
+from training.run import Run, Task, clock, eval_batches
+
+
+def main(task: Task, argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = options.make_parser(task.description, task.recipes, model=task.model, dataset=task.dataset)
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has printed the help (0) or what is wrong (2)
+        return stop.code
+    try:
+        if args.evaluate:
+            return evaluate_checkpoint(task, args, argv)
+        if args.sanity:
+            return sanity.sanity_pass(task, options.resolve(args, task.recipes, model=task.model, dataset=task.dataset),
+                                      run_dir_of(task, args, "sanity"), options.command_line(argv))
+        return train(task, args, argv)
+    except (UserError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "status", 1)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory outside the training step: {str(error).splitlines()[0]}\n"
+              f"Is another program using the GPU (nvidia-smi)? Else try a smaller --image-size.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped before the training began: there is nothing to save.", file=sys.stderr)
+        return 130
+
+
+def run_dir_of(task: Task, args, suffix: str) -> Path:
+    if hasattr(args, "run_dir"):
+        return Path(args.run_dir)
+    return Path("runs", task.dataset, f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{suffix}")
+
+
+def load(task: Task, config: dict) -> tuple[ImageSet, ImageSet]:
+    """Training and test set of a config: the sample, or the data set (downloaded when it is not there)."""
+    return task.sample() if config["sample"] else task.load(config)
+
+
+# ---- training ---------------------------------------------------------------------------------------------------------
+
+def train(task: Task, args, argv: list[str]) -> int:
+    """A new run, or the rest of one."""
+    content = None
+    if args.resume is None:
+        config = options.resolve(args, task.recipes, model=task.model, dataset=task.dataset)
+        check_recipe(config)
+        run_dir = run_dir_of(task, args, config["model"])
+        if (run_dir / "config.json").exists() or (run_dir / options.CHECKPOINT_NAME).exists():
+            raise UserError(f"{run_dir} holds a run already: go on with it by --resume {run_dir}, or name another "
+                            f"--run-dir", 2)
+        run_dir.mkdir(parents=True, exist_ok=True)
+    else:
+        run_dir = Path(args.resume) if args.resume else checkpoint.newest_unfinished(Path("runs", task.dataset))
+        if not (run_dir / "config.json").exists():
+            raise UserError(f"--resume {run_dir}: there is no run in this folder (no config.json)", 2)
+    with checkpoint.lock(run_dir):
+        checkpoint.clean(run_dir)
+        if args.resume is not None:
+            content = checkpoint.read_last(run_dir)
+            before = content["config"] if content else stored_config(run_dir)
+            config = options.resumed(before, args, task.recipes, argv)
+            if config["dataset"] != task.dataset:
+                raise UserError(f"{run_dir} is a run of train_{config['dataset']}.py", 2)
+            if content and content["finished"] and config["epochs"] <= before["epochs"]:
+                print(f"{run_dir} is finished: {before['epochs']} epochs. A longer run: --resume {run_dir} --epochs "
+                      f"{2 * before['epochs']}")
+                return 0
+            if config["epochs"] != before["epochs"]:
+                print(f"--epochs {config['epochs']} instead of {before['epochs']}: the schedule is that of the new length "
+                      f"from here on.")
+            if content and config["epochs"] < content["position"]["epoch"]:
+                raise UserError(f"--epochs {config['epochs']}: this run has {content['position']['epoch']} whole epochs "
+                                f"already", 2)
+        return train_here(task, config, run_dir, content, argv)
+
+
+def train_here(task: Task, config: dict, run_dir: Path, content: dict | None, argv: list[str]) -> int:
+    """Load, train, and say how it ended. The run directory is locked by the caller."""
+    train_set, test_set = load(task, config)
+    run = Run(task, config, run_dir, train_set, test_set, content=content)
+    trainer = run.trainer
+    run.start(options.command_line(argv))
+    where = f"from epoch {trainer.position.epoch + 1}, step {trainer.position.step + 1}" if content else "from scratch"
+    print(f"{config['model']}, width {config['width']:g}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters, "
+          f"{config['recipe']} recipe, {where} to epoch {config['epochs']}\n"
+          f"{len(run.train_set):,} training and {len(run.eval_set):,} {run.eval_name} images ({run.train_set.source})\n"
+          f"{options.device_name(run.device)}, {config['precision']}, PyTorch {torch.__version__}\n"
+          f"Run directory {run_dir}; curves: tensorboard --logdir {run_dir.parent}")
+    if run.device.type == "cpu":
+        say_how_long(run)
+    try:
+        result = run.train()
+    except Interrupted as stop:
+        number = stop.args[0]
+        print(f"\nStopped by {signal.Signals(number).name}; everything is saved. Go on with:\n"
+              f"  python train_{task.dataset}.py --resume {shlex.quote(str(run_dir))}")
+        return 128 + number
+    finally:
+        run.report.close()
+    print(f"Last epoch ({config['epochs']}): {run.eval_name} top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss "
+          f"{result.loss:.4f}. Checkpoint: {run_dir / options.CHECKPOINT_NAME}")
+    if run.best:
+        print(f"Best on the validation images: epoch {run.best['epoch']}, {run.best['top1']:.2f} %: {run_dir / 'best.pt'}. "
+              f"The test set has not been looked at: --evaluate does.")
+    return 0
+
+
+def stored_config(run_dir: Path) -> dict:
+    """The config of a run that has no checkpoint yet: it starts over with the same settings."""
+    try:
+        config = checkpoint.read_config(run_dir)["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run_dir / 'config.json'} is damaged ({error}) and there is no checkpoint: start a new run") from None
+    print(f"{run_dir} has no checkpoint yet: starting over with its settings.")
+    return config
+
+
+def check_recipe(config: dict) -> None:
+    """Fail now, not when an epoch has been trained."""
+    from training.optimise import parse_progressive
+    try:
+        parse_progressive(config["progressive"])
+    except ValueError as error:
+        raise UserError(f"--set progressive: {error}", 2) from None
+    if config["schedule"] not in ("linear", "halve"):
+        raise UserError(f"--set schedule={config['schedule']}: choose linear or halve", 2)
+
+
+def say_how_long(run: Run) -> None:
+    """Without a GPU: what the run takes here, from one small step."""
+    cost = sanity.measure(run.config, run.trainer, images=8)
+    left = run.config["epochs"] - run.trainer.position.epoch
+    seconds = sanity.epoch_seconds(run.config, cost, len(run.train_set), len(run.eval_set)) * left
+    print(f"No GPU: the {left} epochs ahead take about {clock(seconds)} here. --width 0.25 is about ten times faster; "
+          f"--sanity gives a closer estimate.")
+
+
+# ---- evaluation -------------------------------------------------------------------------------------------------------
+
+def evaluate_checkpoint(task: Task, args, argv: list[str]) -> int:
+    """Loss, top-1, top-5 and each class, from the checkpoint alone; where the images are may be told."""
+    content = checkpoint.read_checkpoint(args.evaluate)
+    config = content["config"] | {"data_dir": args.data_dir, "num_workers": args.num_workers}
+    if config["dataset"] != task.dataset:
+        raise UserError(f"{args.evaluate} is a checkpoint of train_{config['dataset']}.py", 2)
+    device = options.choose_device(args.device)
+    precision = options.choose_precision(getattr(args, "precision", config["precision"]), device)
+    model = checkpoint.load_model(content).to(device, memory_format=torch.channels_last)
+    _, test = load(task, config)
+    if tuple(content["class_names"]) != test.class_names:
+        raise UserError(f"{args.evaluate} was trained on other classes than those of {test.source}")
+    started = time.perf_counter()
+    result = evaluate(model, eval_batches(test, device, content["mean"], content["std"]), len(test.class_names),
+                      Precision(precision, device))
+    seconds = time.perf_counter() - started
+    print(f"{args.evaluate}: {config['model']}, width {config['width']:g}, after epoch {content['position']['epoch']} of "
+          f"{config['epochs']}" + (", moving average of the weights" if content["ema"] else ""))
+    print(f"{len(test):,} test images ({test.source}), {options.device_name(device)}, {precision}, {seconds:.1f} s")
+    print(f"loss {result.loss:.4f}   top-1 {result.top1:.2f} %   top-5 {result.top5:.2f} %\n")
+    print_classes(test.class_names, result.class_counts, result.class_correct)
+    return 0
+
+
+def print_classes(names: tuple[str, ...], counts: list[int], correct: list[int]) -> None:
+    """Top-1 of each class, worst first, in as many columns as fit 100 characters."""
+    wide = max(len(name) for name in names) + 16
+    order = sorted(range(len(names)), key=lambda i: (correct[i] / max(1, counts[i]), names[i]))
+    cells = [f"{names[i]:<{wide - 16}} {100 * correct[i] / max(1, counts[i]):5.1f} % {f'of {counts[i]}':<7}" for i in order]
+    columns = max(1, 100 // wide)
+    print("top-1 of each class, worst first")
+    for first in range(0, len(cells), columns):
+        print("  ".join(cells[first:first + columns]).rstrip())

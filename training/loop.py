@@ -1,0 +1,245 @@
+"""The training loop: one step, one epoch, one evaluation. Every run goes through here, whatever its length.
+
+Nothing in the loop waits for the device: sums stay there and are read every CHECK_EVERY steps and at the epoch's end.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.optimise import MovingAverage, Precision, grad_norm, input_size_at, learning_rate, make_optimizer
+from training.options import UserError
+
+CHECK_EVERY = 20  # steps between looks at the loss (for the bar, and for a non-finite one)
+
+
+class Interrupted(Exception):
+    """Raised between two steps (or two batches of an evaluation) when a signal asks the run to end."""
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run is. ``step`` counts the optimizer steps of the epoch that is under way, from 0."""
+    epoch: int = 0          # epochs that are whole: trained, evaluated, reported
+    step: int = 0
+    seconds: float = 0.0    # of training in the epoch under way
+    gate_gradients: dict = dataclasses.field(default_factory=dict)  # of the epoch's last step, per attention level
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """Loss (cross-entropy in nats), top-1 and top-5 in percent; images and correct ones of each class."""
+    loss: float
+    top1: float
+    top5: float
+    class_counts: list[int]
+    class_correct: list[int]
+
+
+class Trainer:
+    """A network, its optimizer and its moving average, and the position in the run."""
+
+    def __init__(self, config: dict, model: nn.Module, batches, device: torch.device, *, precision: str,
+                 compiled: bool = False):
+        self.config, self.batches, self.device = config, batches, device
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model.checkpoint_activations = config["checkpoint_activations"]
+        self.run_model = torch.compile(self.model) if compiled else self.model
+        self.optimizer = make_optimizer(self.model, config)
+        self.precision = Precision(precision, device)
+        self.average = MovingAverage(self.model, config["ema_decay"]) if config["ema_decay"] else None
+        self.position = Position()
+        # the epoch's loss * images, correct, images; and the first step with a non-finite loss (-1: none)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.micro_batch = None if config["micro_batch"] == "auto" else config["micro_batch"]
+
+    @property
+    def best_model(self) -> nn.Module:
+        """The weights to evaluate and to use: the moving average where there is one."""
+        return self.average.model if self.average else self.model
+
+    # ---- state ----
+
+    def state(self) -> dict:
+        """What a checkpoint needs to go on with, bit for bit. The model's keys are clean: no wrapper's prefix."""
+        return {"model": self.model.state_dict(), "ema": self.average.model.state_dict() if self.average else None,
+                "optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict(),
+                "position": dataclasses.asdict(self.position) | {"sums": self.sums.tolist()},
+                "schedule": {"epochs": self.config["epochs"], "steps_an_epoch": len(self.batches)},
+                "micro_batch": self.micro_batch}
+
+    def load_state(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.average:
+            self.average.model.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            self.precision.scaler.load_state_dict(state["scaler"])
+        position = dict(state["position"])
+        self.sums = torch.tensor(position.pop("sums"), dtype=torch.float64, device=self.device)
+        self.position = Position(**position)
+        if self.config["micro_batch"] == "auto":
+            self.micro_batch = state["micro_batch"]
+        if state["schedule"]["steps_an_epoch"] != len(self.batches):
+            raise UserError(f"the data set has changed since the run was stopped: an epoch had "
+                            f"{state['schedule']['steps_an_epoch']} steps and has {len(self.batches)} now. Bring the old "
+                            f"images back, or start a new run")
+
+    # ---- training ----
+
+    def train_epoch(self, should_stop: Callable[[], bool] = lambda: False,
+                    on_check: Callable[[int, float], None] = lambda step, loss: None) -> None:
+        """The rest of the epoch at ``position``. ``on_check(step, mean loss)`` is called every CHECK_EVERY steps, when
+        the loss has been looked at and a checkpoint may be saved.
+
+        Raises Interrupted (after a whole step), UserError for a non-finite loss or when memory runs out."""
+        position, steps = self.position, len(self.batches)
+        self.model.train()
+        started, before = time.perf_counter(), position.seconds
+        for images, labels in self.batches.epoch(position.epoch, position.step):
+            self.step(images, labels)
+            position.step += 1
+            position.seconds = before + time.perf_counter() - started
+            if position.step == steps:
+                position.gate_gradients = {level: grad_norm(parameters) for level, parameters
+                                           in self.model.gate_parameters().items()}
+            if position.step % CHECK_EVERY == 0 or position.step == steps or should_stop():
+                loss = self.checked_loss()
+                position.seconds = before + time.perf_counter() - started
+                if should_stop():
+                    raise Interrupted
+                on_check(position.step, loss)
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """One optimizer step on a batch (N, 3, H, W), in parts of at most ``micro_batch`` images. When memory runs out,
+        the whole step is done again in smaller parts: the optimizer never sees half a batch."""
+        config, steps = self.config, len(self.batches)
+        done = self.position.epoch * steps + self.position.step
+        size = input_size_at(config, done / (config["epochs"] * steps))
+        if size:
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+            images = images.contiguous(memory_format=torch.channels_last)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, done, steps)
+        while True:
+            try:
+                self.gradients(images, labels)
+                break
+            except torch.OutOfMemoryError as error:
+                out_of_memory = str(error).splitlines()[0]
+            self.halve_micro_batch(len(images), out_of_memory)  # outside the except: its traceback holds the activations
+        self.precision.scaler.unscale_(self.optimizer) if self.precision.scaler.is_enabled() else None
+        self.precision.scaler.step(self.optimizer)
+        self.precision.scaler.update()
+        if self.average:
+            self.average.update(self.model, done)
+
+    def gradients(self, images: Tensor, labels: Tensor) -> None:
+        """Fresh gradients of the batch's mean loss on the parameters; the batch's sums are added when all is well."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros_like(self.sums)
+        for part, answers in parts_of(images, labels, self.micro_batch):
+            with self.precision.context():
+                logits = self.run_model(part)
+            loss = F.cross_entropy(logits.float(), answers, label_smoothing=self.config["label_smoothing"])
+            self.precision.scaler.scale(loss * (len(part) / len(images))).backward()
+            correct = (logits.detach().argmax(1) == answers).sum()
+            sums += torch.stack([loss.detach().double() * len(part), correct.double(),
+                                 torch.full_like(correct, len(part)).double()])
+        bad = (self.bad_step < 0) & ~torch.isfinite(sums[0])
+        self.bad_step = torch.where(bad, self.position.step, self.bad_step)
+        self.sums += sums
+
+    def halve_micro_batch(self, batch: int, reason: str) -> None:
+        """After out-of-memory: half the micro-batch, or a UserError when that is not wanted or not possible."""
+        self.optimizer.zero_grad(set_to_none=True)
+        now = min(self.micro_batch or batch, batch)
+        if self.config["micro_batch"] != "auto" or now <= 2:
+            peak = f"peak {peak_memory_mib(self.device):.0f} MiB"
+            raise UserError(f"out of memory at {now} images at once ({peak}): {reason}\nTry, in this order: "
+                            f"--micro-batch auto, --checkpoint-activations, a smaller --image-size")
+        self.micro_batch = max(2, now // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(f"Out of memory with {now} images at once: going on with --micro-batch {self.micro_batch} "
+              f"(the batch stays {batch}; gradients add up over the parts, batch norm sees one part at a time).")
+
+    def checked_loss(self) -> float:
+        """The epoch's mean loss so far. Raises UserError when a loss was not finite."""
+        bad = self.bad_step.item()
+        if bad >= 0:
+            raise UserError(
+                f"the loss is not finite at epoch {self.position.epoch + 1}, step {bad + 1} of {len(self.batches)}: the "
+                f"training diverged. The last good checkpoint is kept.\nTry, in this order: a lower --lr, a longer "
+                f"warm-up (--set warmup=0.3), --precision fp32")
+        loss_sum, _, seen = self.sums.tolist()
+        return loss_sum / seen if seen else math.nan
+
+    def epoch_metrics(self) -> dict:
+        """The training half of a metrics row, for the epoch that has just ended."""
+        loss_sum, correct, seen = self.sums.tolist()
+        epoch, steps = self.position.epoch, len(self.batches)
+        return {"epoch": epoch + 1, "lr": learning_rate(self.config, epoch * steps + steps - 1, steps),
+                "train_loss": loss_sum / seen, "train_top1": 100 * correct / seen,
+                "images_per_second": seen / max(self.position.seconds, 1e-9), "seconds": self.position.seconds,
+                "peak_memory_mib": peak_memory_mib(self.device)}
+
+    def next_epoch(self) -> None:
+        """The epoch is whole: trained, evaluated, reported."""
+        self.position = Position(epoch=self.position.epoch + 1)
+        self.sums.zero_()
+
+
+def parts_of(images: Tensor, labels: Tensor, micro_batch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batch in near-equal parts of at most ``micro_batch`` images, none of a single one (batch norm cannot train on
+    it) unless the batch is."""
+    count = len(images)
+    pieces = 1 if not micro_batch else min(math.ceil(count / micro_batch), max(1, count // 2))
+    yield from zip(images.tensor_split(pieces), labels.tensor_split(pieces))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], num_classes: int, precision: Precision,
+             should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
+    """The network on every batch, in evaluation mode; its mode is restored. Raises Interrupted."""
+    was_training, device = model.training, precision.device
+    model.eval()
+    try:
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        counts, right = (torch.zeros(num_classes, dtype=torch.int64, device=device) for _ in range(2))
+        for images, labels in batches:
+            if should_stop():
+                raise Interrupted
+            with precision.context():
+                logits = model(images)
+            logits = logits.float()
+            hits = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]
+            sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum").double(), hits[:, 0].sum().double(),
+                                 hits.any(1).sum().double()])
+            counts.index_add_(0, labels, torch.ones_like(labels))
+            right.index_add_(0, labels, hits[:, 0].long())
+    finally:
+        model.train(was_training)
+    seen = max(1, int(counts.sum()))
+    loss, top1, top5 = (sums / seen).tolist()
+    return Evaluation(loss, 100 * top1, 100 * top5, counts.tolist(), right.tolist())
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Largest memory so far in MiB: allocated on the GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    import sys
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

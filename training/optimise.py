@@ -1,0 +1,115 @@
+"""The optimizer's side of a run: parameter groups, learning rate, precision, moving average of the weights.
+
+Every number comes from the run's config (the RECIPES dict at the top of each script).
+"""
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+
+import torch
+from torch import nn
+
+from attention_model import SMALLEST_IMAGE
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> list[dict]:
+    """Weight decay on everything (the paper's), or on the matrices and filters alone: not on biases, batch norms, nor on
+    a gate's vector u, which decay pulls towards a uniform map."""
+    def decays(name: str, p: nn.Parameter) -> bool:
+        return decay_all or (p.ndim > 1 and not name.endswith(".u.weight"))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for name, p in trained if decays(name, p)], "weight_decay": weight_decay},
+              {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: nn.Module, config: dict) -> torch.optim.SGD:
+    """SGD; the learning rate is set at every step by the schedule."""
+    groups = parameter_groups(model, config["weight_decay"], config["decay_all"])
+    # The fused kernel makes one pass over the weights instead of one for each operation.
+    return torch.optim.SGD(groups, lr=config["lr"], momentum=config["momentum"], nesterov=config["nesterov"], fused=True)
+
+
+def learning_rate(config: dict, step: int, steps_an_epoch: int) -> float:
+    """Learning rate of optimizer step ``step`` (from 0, over the whole run).
+
+    "linear": a linear warm-up over the first ``warmup`` of the run (0 to 1), then linearly down to 0 at its end.
+    "halve": the paper's, ``lr`` halved every ``halve_every`` epochs.
+    """
+    if config["schedule"] == "halve":
+        return config["lr"] * 0.5 ** (step // steps_an_epoch // config["halve_every"])
+    total = config["epochs"] * steps_an_epoch
+    rising = config["warmup"] * total
+    if step + 1 < rising:
+        return config["lr"] * (step + 1) / rising
+    return config["lr"] * (total - step) / max(1.0, total - rising + 1)
+
+
+def input_size_at(config: dict, share: float) -> tuple[int, int] | None:
+    """Progressive resizing: height and width to train at when ``share`` (0 to 1) of the run is done; None: the full ones.
+
+    ``progressive`` = "0.5:0.6 0.75:0.8" reads: half the side for the first 0.6 of the run, three quarters until 0.8.
+    The small images carry most of what the early steps learn, at a quarter of the cost."""
+    for scale, until in parse_progressive(config["progressive"]):
+        if share < until:
+            height, width = (max(SMALLEST_IMAGE, round(side * scale)) for side in config["input_size"])
+            return height, width
+    return None
+
+
+def parse_progressive(text: str) -> list[tuple[float, float]]:
+    """"0.5:0.6 0.75:0.8" -> [(0.5, 0.6), (0.75, 0.8)]; "none" or "" -> []. Raises ValueError for anything else."""
+    stages = [tuple(float(number) for number in stage.split(":")) for stage in text.split() if stage != "none"]
+    if any(len(s) != 2 or not 0 < s[0] <= 1 or not 0 < s[1] <= 1 for s in stages) or stages != sorted(
+            stages, key=lambda s: s[-1]):
+        raise ValueError(f"progressive '{text}': expected SCALE:UNTIL pairs, both above 0 and at most 1, in order")
+    return stages
+
+
+class Precision:
+    """bf16, fp16 with a loss scaler, or fp32, as context and scaler."""
+
+    def __init__(self, name: str, device: torch.device):
+        self.name, self.device = name, device
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def context(self):
+        """Where the forward pass runs; the weights and the optimizer stay in float32."""
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+class MovingAverage:
+    """Exponential moving average of the weights, with their batch-norm buffers: what is evaluated and used.
+
+    Early on the average is taken over few steps (decay (1 + t) / (10 + t)), so that it is never of the first, random
+    weights."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """After optimizer step ``step`` (from 0)."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        mine, theirs = [], []
+        for average, value in zip(self.model.state_dict().values(), model.state_dict().values()):
+            if average.is_floating_point():
+                mine.append(average)
+                theirs.append(value)
+            else:  # a counter of batch norm
+                average.copy_(value)
+        torch._foreach_lerp_(mine, theirs, weight)
+
+
+def grad_norm(parameters: list[nn.Parameter]) -> float | None:
+    """Euclidean norm of the gradients; None where there are none. Reads the device: not for the inner loop."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return None
+    return math.sqrt(sum(g.double().square().sum().item() for g in gradients))

@@ -1,0 +1,267 @@
+"""The command line that both scripts share, and what it resolves to: one flat dict of plain values, the run's config.
+
+The config is saved in config.json and in every checkpoint. A default stands in one place only: the RECIPES dict at the
+top of the script, or the constants below for what is no part of a recipe.
+"""
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from attention_model import MODEL_NAMES
+
+CHECKPOINT_NAME, PREVIOUS_NAME = "last.pt", "last.prev.pt"
+
+# Options with a command-line word of their own whose value is part of the recipe.
+RECIPE_OPTIONS = ("epochs", "batch_size", "lr", "image_size")
+# What a resumed run may change: where and how it runs, and how long. All else decides the mathematics.
+MAY_CHANGE = ("data_dir", "device", "num_workers", "compile", "micro_batch", "checkpoint_activations", "overlay_every",
+              "epochs")
+
+
+class UserError(Exception):
+    """Something the user can mend, in one or two lines: what is wrong, where, and what to do next.
+
+    ``status`` is the exit status: 2 for bad use, 1 for a failure."""
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
+
+
+def make_parser(description: str, recipes: dict[str, dict], *, model: str, dataset: str) -> argparse.ArgumentParser:
+    """The options of DESIGN.md. None as a default means: from the recipe, or from the checkpoint on resume."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    quiet = argparse.SUPPRESS  # no "(default: None)" in the help
+    where = parser.add_argument_group("what and where")
+    where.add_argument("--data-dir", default="data", help="folder that holds (or will hold) the data set")
+    where.add_argument("--run-dir", default=quiet, help=f"folder of this run (default: runs/{dataset}/<time>-<model>)")
+    where.add_argument("--sample", action="store_true", default=quiet, help="train on the small built-in sample")
+    where.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N")
+    where.add_argument("--num-workers", type=whole(0), default=2,
+                       help="processes that decode images into the cache; 0: the main process")
+
+    what = parser.add_argument_group("the run (part of its mathematics: fixed when a run is resumed)")
+    what.add_argument("--recipe", choices=sorted(recipes), default=quiet,
+                      help=f"settings to start from (default: {next(iter(recipes))})")
+    what.add_argument("--model", choices=MODEL_NAMES, metavar="NAME", default=quiet,
+                      help=f"network: {', '.join(MODEL_NAMES)} (default: {model})")
+    what.add_argument("--width", type=positive, default=quiet, help="factor on all channels (default: 1.0)")
+    what.add_argument("--image-size", type=whole(16), default=quiet, help="side in pixels (default: the recipe's)")
+    what.add_argument("--epochs", type=whole(1), default=quiet, help="(default: the recipe's)")
+    what.add_argument("--batch-size", type=whole(2), default=quiet, help="images an optimizer step (default: the recipe's)")
+    what.add_argument("--lr", type=positive, default=quiet, help="peak learning rate (default: the recipe's)")
+    what.add_argument("--seed", type=whole(0), default=quiet, help="of weights, order, augmentation, dropout (default: 0)")
+    what.add_argument("--val-fraction", type=fraction, default=quiet,
+                      help="part of the training images held out; they are evaluated instead of the test set, "
+                           "and best.pt is kept (default: 0)")
+    what.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default=quiet,
+                      help="(default: auto: bf16 where it is native, else fp16 on a GPU, fp32 on a CPU)")
+    what.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                      help="change a constant of the recipe; may be repeated; names: " + ", ".join(
+                          name for name in next(iter(recipes.values())) if name not in RECIPE_OPTIONS))
+    what.add_argument("--init-from", metavar="CHECKPOINT", default=quiet, help="start from the weights of a checkpoint")
+
+    how = parser.add_argument_group("speed and memory")
+    how.add_argument("--compile", action=argparse.BooleanOptionalAction, default=quiet,
+                     help="torch.compile (default: on GPUs of compute capability 7.0 or more)")
+    how.add_argument("--micro-batch", type=auto_or_whole, default="auto", metavar="{auto,N}",
+                     help="images in memory at once; gradients accumulate to the batch. auto: the batch, halved on "
+                          "out-of-memory")
+    how.add_argument("--checkpoint-activations", action="store_true", help="compute activations twice, store fewer")
+
+    modes = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
+    modes.add_argument("--sanity", action="store_true", help="one short epoch through every path of a real run, in seconds")
+    modes.add_argument("--resume", nargs="?", const="", metavar="RUN_DIR", help="go on with a run; no folder: the newest "
+                                                                               "unfinished one")
+    modes.add_argument("--evaluate", metavar="CHECKPOINT", help="loss, top-1, top-5 and each class of a checkpoint")
+    parser.add_argument("--overlay-every", type=whole(0), default=1, metavar="EPOCHS",
+                        help="attention pictures every so many epochs; 0: none")
+    return parser
+
+
+def whole(least: int):
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+    number.__name__ = "whole number"
+    return number
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def auto_or_whole(text: str) -> int | str:
+    return text if text == "auto" else whole(1)(text)
+
+
+auto_or_whole.__name__ = "auto or whole number"
+
+
+def resolve(args: argparse.Namespace, recipes: dict[str, dict], *, model: str, dataset: str) -> dict:
+    """A new run's config: the recipe, with --set and the options on top. Raises UserError for a wrong --set."""
+    given = vars(args)
+    recipe = given.get("recipe", next(iter(recipes)))
+    config = {"dataset": dataset, "recipe": recipe, "model": model, "width": 1.0, "seed": 0, "val_fraction": 0.0,
+              "image_size": None, "precision": "auto", "sample": False, "init_from": None}
+    config |= recipes[recipe] | parse_set(args.set, recipes[recipe])
+    config |= {name: given[name] for name in config if name in given}
+    config |= {name: given[name] for name in ("data_dir", "device", "num_workers", "micro_batch", "checkpoint_activations",
+                                              "overlay_every")}
+    config["compile"] = given.get("compile", "auto")
+    return config
+
+
+def parse_set(pairs: list[str], recipe: dict) -> dict:
+    """["momentum=0.8"] -> {"momentum": 0.8}, each checked against the recipe's value of that name."""
+    changes = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or name not in recipe:
+            raise UserError(f"--set {pair}: expected NAME=VALUE with a NAME of {', '.join(recipe)}", 2)
+        if name in RECIPE_OPTIONS:
+            raise UserError(f"--set {pair}: use --{name.replace('_', '-')} {text} for this one", 2)
+        changes[name] = same_type(pair, text.strip(), recipe[name])
+    return changes
+
+
+def same_type(pair: str, text: str, default: object) -> object:
+    """The text as a value of the default's type."""
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"--set {pair}: expected true or false", 2)
+        return text.lower() == "true"
+    try:
+        value = type(default)(text)
+    except ValueError:
+        raise UserError(f"--set {pair}: expected {'a whole number' if isinstance(default, int) else 'a number'}, "
+                        f"as in the default {default}", 2) from None
+    if isinstance(value, float) and not 0 <= value < float("inf") or isinstance(value, int) and value < 0:
+        raise UserError(f"--set {pair}: expected a finite number, 0 or more", 2)
+    return value
+
+
+def resumed(config: dict, args: argparse.Namespace, recipes: dict[str, dict], argv: list[str]) -> dict:
+    """The config of a checkpoint with what the command line may change on top.
+
+    Raises UserError when an option that was given contradicts the run."""
+    given = vars(args)
+    asked = {name: given[name] for name in given if name in config and was_given(name, argv)}
+    asked |= parse_set(args.set, recipes[config["recipe"]])
+    for name, value in asked.items():
+        if name not in MAY_CHANGE and value != config[name]:
+            raise UserError(f"this run has --{name.replace('_', '-')} {config[name]}, and {value} would make it another "
+                            f"run: leave the option out, or start a new run", 2)
+    return config | {name: value for name, value in asked.items() if name in MAY_CHANGE}
+
+
+def was_given(name: str, argv: list[str]) -> bool:
+    words = (f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}")
+    return any(word == w or word.startswith(w + "=") for word in argv for w in words)
+
+
+# ---- device and precision ---------------------------------------------------------------------------------------------
+
+def choose_device(name: str) -> torch.device:
+    """--device as a torch.device. Raises UserError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda, or cuda:N", 2)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: PyTorch {torch.__version__} sees no CUDA GPU here. Check nvidia-smi; the "
+                            f"README's \"Old cards\" says which PyTorch build fits which card")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """--precision as bf16, fp16 or fp32. auto: bf16 where it is native, else fp16 on CUDA and fp32 on CPUs."""
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 (if it is native) or fp32", 2)
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if cpu_has_bf16() else "fp32"
+
+
+def cpu_has_bf16() -> bool:
+    """Does this CPU multiply bf16 natively (AVX512-BF16 or AMX)? Emulated bf16 is hundreds of times slower than fp32."""
+    checks = (getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks)
+
+
+def choose_compile(asked: bool | str, device: torch.device) -> bool:
+    """--compile; unless asked for, on where it pays: GPUs that Triton knows (compute capability 7.0)."""
+    if asked != "auto":
+        return bool(asked)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() != 1 else ''}, {cpu_name()}"
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device) -> dict:
+    """What a run ran on, for config.json: versions, device, threads, git commit."""
+    import numpy
+    import torchvision
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "numpy": numpy.__version__, "cuda": torch.version.cuda if device.type == "cuda" else None,
+            "device": device_name(device), "threads": torch.get_num_threads(), "git_commit": git_commit()}
+
+
+def git_commit() -> str | None:
+    """The commit that this code is at, with "+changes" when files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        def git(*words: str) -> str:
+            return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+        return git("rev-parse", "HEAD").strip() + ("+changes" if git("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def command_line(argv: list[str]) -> str:
+    return shlex.join(["python", Path(sys.argv[0]).name, *argv])

@@ -1,0 +1,300 @@
+"""Everything a run tells: metrics.csv and TensorBoard events in the run directory, and the health of its attention.
+
+Events are written in the calling thread and synced at once, not by SummaryWriter's background thread: a full disk or
+a vanished folder is an OSError with the file's name at the call that met it, and a killed run loses nothing it wrote.
+"""
+
+import io
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+METRIC_FIELDS = ("epoch", "lr", "train_loss", "train_top1", "eval_loss", "eval_top1", "eval_top5", "images_per_second",
+                 "seconds", "peak_memory_mib")
+DECIMALS = {"images_per_second": 1, "seconds": 2, "peak_memory_mib": 1}  # measured; the rest is written in full
+
+FILE_VERSION = "brain.Event:2"  # in the first event of every file
+MERGED = ".merged"  # ends the name of an event file that holds all that the files before it (by name) are to keep
+EVENTS_TMP, METRICS_TMP = "events.tmp", "metrics.tmp"  # without "tfevents" in it, so that TensorBoard passes over it
+
+DEAD_SD = 1e-6  # scores that vary less than this over the positions of every image: the level is dead
+UNIFORM_ENTROPY, COLLAPSED_ENTROPY = 0.999, 0.01  # of the map, over the largest possible
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Append to a file and see it to the disk. On failure the file is as it was, and the OSError names it."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest):]
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(size)
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _replace(path: Path, temporary: Path, write: Callable[[io.BufferedIOBase], None]) -> None:
+    """Write a file under a temporary name in its folder, see it to the disk, and only then give it its name."""
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    if os.name == "posix":  # the new name itself is kept by the folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def _event_files(run_dir: Path) -> list[Path]:
+    """The event files of a run, in the order in which TensorBoard reads them."""
+    return sorted(path for path in run_dir.iterdir() if "tfevents" in path.name)
+
+
+def _new_event_path(run_dir: Path, ending: str = "") -> Path:
+    """A name that sorts after every event file there, even if the clock went back or two are made in one second."""
+    stamps = [path.name.split("tfevents.")[-1].split(".")[0] for path in _event_files(run_dir)]
+    stamp = max([int(time.time()), *(int(stamp) + 1 for stamp in stamps if stamp.isdigit())])
+    return run_dir / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}{ending}"
+
+
+def _records(events: list) -> bytes:
+    """TensorBoard Event protocol buffers as the bytes of an event file."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    buffer = io.BytesIO()
+    writer = RecordWriter(buffer)
+    for event in events:
+        writer.write(event.SerializeToString())
+    return buffer.getvalue()
+
+
+def _plain(value):
+    """A value as the hparams tab can show it: number or text (a bool would be shown as 1 or 0, so it is text)."""
+    return value if isinstance(value, (int, float, str)) and not isinstance(value, bool) else str(value)
+
+
+class Report:
+    """Writes metrics.csv and one TensorBoard event file in `run_dir` (made if missing).
+
+    `eval_name` is what the evaluation set is called in the tags: "test" or "val". After a resume call cut_back first;
+    the new Report then goes on in a further event file, which TensorBoard shows as the same run.
+    Every method writes to the disk before it returns, and raises OSError with the file's name where it cannot.
+    """
+
+    def __init__(self, run_dir: Path, *, eval_name: str = "test"):
+        from torch.utils.tensorboard import summary  # here, not above: importing it takes seconds and prints
+        self._summary = summary
+        self.run_dir, self.eval_name = Path(run_dir), eval_name
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.metrics_path = self.run_dir / "metrics.csv"
+        self.events_path = _new_event_path(self.run_dir)
+        self.closed = False
+
+    def _write(self, summaries: list, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        if self.closed:
+            raise ValueError(f"the report of {self.run_dir} is closed")
+        now = time.time()
+        events = [Event(wall_time=now, step=step, summary=summary) for summary in summaries]
+        if not self.events_path.exists():
+            events.insert(0, Event(wall_time=now, file_version=FILE_VERSION))
+        _append(self.events_path, _records(events))
+
+    def start(self, command: str, config: Mapping, hparams: Mapping) -> None:
+        """Once, on a new run: the command and the configuration as text, the hyperparameters for the hparams tab."""
+        bar = "&#124;"  # "|" would end a cell
+        rows = [f"| {name} | {json.dumps(value, default=str).replace('|', bar)} |" for name, value in config.items()]
+        table = "\n".join(["| option | value |", "|---|---|", *rows])
+        _, session_start, _ = self._summary.hparams({name: _plain(value) for name, value in hparams.items()}, {})
+        texts = [self._summary.text("command", f"    {command}"), self._summary.text("configuration", table)]
+        self._write([*texts, session_start], step=0)
+
+    def epoch(self, row: Mapping[str, float | None]) -> None:
+        """One finished epoch: a line of metrics.csv and the scalars of TensorBoard, at step `row["epoch"]` (from 1).
+
+        The row has the METRIC_FIELDS, no others (ValueError); None is an empty cell and no scalar.
+        """
+        if set(row) != set(METRIC_FIELDS):
+            raise ValueError(f"an epoch's row has the fields {', '.join(METRIC_FIELDS)}; "
+                             f"not these: {', '.join(sorted(set(row) ^ set(METRIC_FIELDS)))}")
+        numbers = {name: None if row[name] is None else float(row[name]) for name in METRIC_FIELDS}
+        epoch = int(row["epoch"])
+        cells = ["" if number is None else repr(round(number, DECIMALS[name]) if name in DECIMALS else number)
+                 for name, number in numbers.items()]
+        line = ",".join([str(epoch), *cells[1:]]) + "\n"
+        new = not self.metrics_path.exists() or self.metrics_path.stat().st_size == 0
+        _append(self.metrics_path, ((",".join(METRIC_FIELDS) + "\n" if new else "") + line).encode())
+        tags = {"loss/train": "train_loss", f"loss/{self.eval_name}": "eval_loss", "top1/train": "train_top1",
+                f"top1/{self.eval_name}": "eval_top1", f"top5/{self.eval_name}": "eval_top5", "learning_rate": "lr",
+                "images_per_second": "images_per_second", "peak_memory_mib": "peak_memory_mib"}
+        self._scalars({tag: numbers[name] for tag, name in tags.items()}, epoch)
+
+    def _scalars(self, values: Mapping[str, float | None], step: int) -> None:
+        self._write([self._summary.scalar(tag, value) for tag, value in values.items() if value is not None], step)
+
+    def health(self, epoch: int, health: Mapping[str, "LevelHealth"]) -> None:
+        """The attention health of an epoch as scalars attention/<level>/score_sd, entropy, gate_gradient."""
+        self._scalars({f"attention/{level}/{name}": getattr(each, name) for level, each in health.items()
+                       for name in ("score_sd", "entropy", "gate_gradient")}, epoch)
+
+    def overlays(self, epoch: int, sheet: np.ndarray) -> None:
+        """A contact sheet, (H, W, 3) uint8, as a lossless image at step `epoch`."""
+        self._write([self._summary.image(f"attention/{self.eval_name} images", sheet, dataformats="HWC")], epoch)
+
+    def finish(self, hparams: Mapping, metrics: Mapping[str, float]) -> None:
+        """The end of a run: the hparams tab shows it as finished, with `metrics` and the last curves as its columns.
+
+        hparams are those of start; metrics are final values by name, also written as scalars final/<name> at the step
+        of the last epoch. cut_back takes all of this away again, for a run that is made longer.
+        """
+        final = {f"final/{name}": float(value) for name, value in metrics.items()}
+        columns = [f"top1/{self.eval_name}", f"loss/{self.eval_name}", "top1/train", "loss/train"]
+        # hparams() makes the columns (experiment), the start and the end of the session; start() has written the second
+        experiment, _, session_end = self._summary.hparams({name: _plain(value) for name, value in hparams.items()},
+                                                           final | dict.fromkeys(columns, 0.0))
+        self._write([experiment, session_end], step=0)
+        rows = read_metrics(self.metrics_path) if self.metrics_path.exists() else []
+        self._scalars(final, rows[-1]["epoch"] if rows else 0)
+
+    def close(self) -> None:
+        """Nothing is pending at any time, so this only forbids further writing; it may be called twice."""
+        self.closed = True
+
+
+def _finished_lines(path: Path) -> list[str]:
+    """The lines of a metrics.csv with their ends, without the unfinished last one of a killed run."""
+    lines = [line + "\n" for line in path.read_bytes().decode("utf-8", "replace").split("\n")]
+    return lines[:-1]
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.csv as numbers: epoch an int, the others floats, None for an empty cell.
+
+    An unfinished last line (a killed run) is left out. Raises ValueError naming the line that cannot be read.
+    """
+    header, *lines = _finished_lines(Path(path)) or [""]
+    names, rows = header.strip().split(","), []
+    for number, line in enumerate(lines, start=2):
+        try:
+            cells = dict(zip(names, line.strip().split(","), strict=True))
+            rows.append({name: None if cell == "" else int(cell) if name == "epoch" else float(cell)
+                         for name, cell in cells.items()})
+        except ValueError:
+            raise ValueError(f"{path}, line {number}: not a row of numbers; mend or delete that line") from None
+    return rows
+
+
+def cut_back(run_dir: Path, epoch: int) -> None:
+    """On resume: take everything after `epoch` out of metrics.csv and the event files, and heal what a crash left.
+
+    With epoch -1 what start() wrote goes too, for a run that starts over. The event files become one. It sorts after
+    those it replaces and ends in MERGED, so if we are stopped before they are removed, the next call knows that they
+    are contained in it. Calling this twice is harmless, and so is calling it on a folder without a run. A TensorBoard
+    that is running follows, except under --load_fast=false, where it has to be started anew.
+    """
+    run_dir = Path(run_dir)
+    for name in (EVENTS_TMP, METRICS_TMP):
+        (run_dir / name).unlink(missing_ok=True)
+    _cut_metrics(run_dir / "metrics.csv", epoch)
+    files = _event_files(run_dir)
+    merged_before = [index for index, path in enumerate(files) if path.name.endswith(MERGED)]
+    live = files[merged_before[-1]:] if merged_before else files
+    if live:
+        _replace(_new_event_path(run_dir, MERGED), run_dir / EVENTS_TMP, lambda file: _merge(live, epoch, file))
+    for path in files:
+        path.unlink(missing_ok=True)
+
+
+def _cut_metrics(path: Path, epoch: int) -> None:
+    """Keep the header and the finished lines up to `epoch`, as they are."""
+    if not path.exists():
+        return
+    lines, rows = _finished_lines(path), read_metrics(path)
+    kept = lines[:1] + [line for line, row in zip(lines[1:], rows) if row["epoch"] <= epoch]
+    _replace(path, path.parent / METRICS_TMP, lambda file: file.write("".join(kept).encode()))
+
+
+def _merge(paths: list[Path], epoch: int, file: io.BufferedIOBase) -> None:
+    """Write the summaries of several event files up to step `epoch` as one event file, one record at a time."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    # The START has TensorBoard drop what it read from the files before, should a crash have left them there
+    file.write(_records([Event(wall_time=time.time(), file_version=FILE_VERSION),
+                         Event(step=0, session_log=SessionLog(status=SessionLog.START))]))
+    for path in paths:
+        for event in _summaries(path):
+            if event.step <= epoch:
+                file.write(_records([event]))
+
+
+def _summaries(path: Path) -> Iterator:
+    """The summary events of a file up to the end of the run, if it was finished there, or to a broken last record."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG
+    for event in LegacyEventFileLoader(str(path)).Load():
+        if any(value.tag == EXPERIMENT_TAG for value in event.summary.value):  # the first thing that finish() writes
+            return
+        if event.summary.value:
+            yield event
+
+
+@dataclass(frozen=True)
+class LevelHealth:
+    """How an attention level does. Scores are its compatibility scores, before the softmax or sigmoid."""
+    score_sd: float  # standard deviation of the scores over an image's positions, mean over images
+    score_sd_max: float  # the same, largest over images: a level is dead when it is small on every image
+    entropy: float  # of the map over its maximum log(H*W), mean over images: 1 is uniform, 0 one position
+    gate_gradient: float | None  # norm of the gradient of the gate's parameters; None where it has none (dp)
+
+
+def attention_health(scores: Mapping[str, Tensor], gate_gradients: Mapping[str, float | None],
+                     sigmoid_levels: tuple[str, ...] = ()) -> dict[str, LevelHealth]:
+    """Health of each level from its scores (N, H, W), in float64.
+
+    The entropy is that of softmax(scores) over the positions. For one of `sigmoid_levels`, whose map does not sum to
+    1, it is that of sigmoid(scores) divided by its sum: how evenly the gate is open, whatever its height.
+    """
+    health = {}
+    for level, score in scores.items():
+        flat = score.detach().double().flatten(1)
+        attention_map = (torch.nn.functional.logsigmoid(flat) if level in sigmoid_levels else flat).softmax(dim=1)
+        entropy = torch.special.entr(attention_map).sum(dim=1) / math.log(max(flat.shape[1], 2))
+        sd = flat.std(dim=1, correction=0)
+        health[level] = LevelHealth(sd.mean().item(), sd.max().item(), entropy.mean().item(), gate_gradients.get(level))
+    return health
+
+
+def health_warnings(health: Mapping[str, LevelHealth]) -> list[str]:
+    """What is wrong with the attention, one line for each thing, with what to try next; [] when all is well."""
+    look, lines = '(README, "Reading the maps")', []
+    for level, each in health.items():
+        name = f"attention level {level}"
+        if not all(map(math.isfinite, (each.score_sd_max, each.entropy))):
+            lines.append(f"{name} has non-finite scores: try a lower --lr or --precision fp32 {look}")
+        elif each.score_sd_max < DEAD_SD:
+            lines.append(f"{name} is dead: its scores do not vary (sd {each.score_sd_max:.1e} < {DEAD_SD:.0e} on every "
+                         f"image), so its map is flat; try less weight decay on the gate or a lower --lr {look}")
+        elif each.entropy > UNIFORM_ENTROPY:
+            lines.append(f"{name} is nearly uniform (entropy {each.entropy:.4f} of 1): usual in the first epochs; if "
+                         f"it stays, its scores are too small: try less weight decay on the gate {look}")
+        elif each.entropy < COLLAPSED_ENTROPY:
+            lines.append(f"{name} looks at one position only (entropy {each.entropy:.4f} of 1): its scores are too "
+                         f"large; try a smaller initial gate or a lower --lr {look}")
+        if each.gate_gradient == 0:
+            lines.append(f"{name} has a zero gate gradient, so it does not learn: look for a frozen gate, or a "
+                         f"classifier that does not use this level {look}")
+    return lines

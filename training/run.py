@@ -1,0 +1,293 @@
+"""One run: data, network, loop, report and checkpoints together. Both scripts, the sanity pass and a resumed run use it.
+"""
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from attention_model import build_model
+from augmentation import Augmentation, TrainBatches, normalise
+from data import ImageSet, channel_statistics, place_on, split_validation
+from training import checkpoint, options, report
+from training.loop import Evaluation, Interrupted, Trainer, evaluate
+from training.options import UserError
+from training.pictures import attention_sheet
+
+SAVE_EVERY = 60.0       # seconds of work at risk; a checkpoint that takes long to write is written less often
+SAVE_SHARE = 0.02       # of the run's time may go into saving
+OVERLAY_IMAGES = 16
+EVAL_PIXELS = {"cpu": 2**18, "cuda": 2**20}  # of all images of an evaluation batch: 256 or 1,024 images of 32x32
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a script brings: its name, recipes, and where its images come from."""
+    dataset: str                                    # "cifar100": names the runs' folder
+    description: str
+    recipes: dict[str, dict]                        # the first is the default
+    model: str                                      # default network
+    load: Callable[..., tuple[ImageSet, ImageSet]]  # (config, download=True) -> train, test
+    sample: Callable[[], tuple[ImageSet, ImageSet]]
+    present: Callable[[str], bool]                  # are there images in this data folder?
+    train_images: int                               # of the full data set, for estimates without it
+    test_images: int
+
+
+class Signals:
+    """SIGINT and SIGTERM ask the run to end after the step; a second SIGINT ends the process at once."""
+
+    def __init__(self):
+        self.received: int | None = None
+
+    def __enter__(self) -> "Signals":
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            os._exit(130)
+        self.received = self.received or number
+        os.write(2, b"\nStopping after this step; once more Ctrl-C to leave at once without saving.\n")
+
+    def __call__(self) -> bool:
+        return self.received is not None
+
+
+class Run:
+    """A run in ``run_dir``, new or gone on with from the checkpoint ``content``."""
+
+    def __init__(self, task: Task, config: dict, run_dir: Path, train: ImageSet, test: ImageSet, *,
+                 content: dict | None = None, sanity: bool = False):
+        self.task, self.config, self.run_dir, self.sanity = task, config, run_dir, sanity
+        self.device = options.choose_device(config["device"])
+        config["precision"] = options.choose_precision(config["precision"], self.device)
+        self.class_names = train.class_names
+        self.eval_name = "val" if config["val_fraction"] else "test"
+        if config["val_fraction"]:
+            train, test = split_validation(train, config["val_fraction"], config["seed"])
+        self.mean, self.std = (content["mean"], content["std"]) if content else channel_statistics(train)
+        config["input_size"] = list(train.image_size)
+        self.check_data(content)
+        self.train_set, self.eval_set = place_on(train, self.device), place_on(test, self.device)
+
+        random.seed(config["seed"])
+        torch.manual_seed(config["seed"])
+        model = build(config, len(self.class_names))
+        if config["init_from"] and not content:
+            print(checkpoint.transfer(model, checkpoint.read_checkpoint(config["init_from"])))
+        augmentation = Augmentation(mean=self.mean, std=self.std, pad=config["crop_pad"], flip=config["flip"],
+                                    cutout=config["cutout"])
+        batches = TrainBatches(self.train_set, config["batch_size"], seed=config["seed"], augmentation=augmentation,
+                               device=self.device)
+        self.trainer = Trainer(config, model, batches, self.device, precision=config["precision"],
+                               compiled=options.choose_compile(config["compile"], self.device))
+        self.best: dict | None = None
+        self.finished = False
+        if content:
+            self.trainer.load_state(content)
+            checkpoint.restore_random_states(content["rng"])
+            self.best = content["best"]
+        self.report: report.Report | None = None
+        self.warned: set[str] = set()
+        self.saved_at, self.save_seconds = time.monotonic(), 0.0
+
+    def check_data(self, content: dict | None) -> None:
+        """Raises UserError when a checkpoint was made with other classes or another image size than these."""
+        if content and tuple(content["class_names"]) != self.class_names:
+            raise UserError("the data set has changed since the run was stopped: its classes are not those of the "
+                            "checkpoint. Bring the old images back (--data-dir), or start a new run")
+        if content and list(content["input_size"]) != self.config["input_size"]:
+            raise UserError(f"the images are {self.config['input_size']} px now and were {content['input_size']} px "
+                            f"when the run was stopped: bring the old ones back, or start a new run")
+
+    # ---- the whole run ----
+
+    def start(self, command: str) -> None:
+        """Open the report; on a resumed run after cutting it back to the checkpoint."""
+        resumed = self.trainer.position != type(self.trainer.position)() or (self.run_dir / "metrics.csv").exists()
+        if resumed:
+            report.cut_back(self.run_dir, self.trainer.position.epoch)
+        self.write_config(command)
+        self.report = report.Report(self.run_dir, eval_name=self.eval_name)
+        if not resumed or not any(self.run_dir.glob("*tfevents*")):
+            self.report.start(command, self.config, self.hparams())
+
+    def hparams(self) -> dict:
+        return {name: value for name, value in self.config.items() if isinstance(value, (int, float, str))
+                and name not in ("data_dir", "device", "num_workers", "overlay_every")}
+
+    def write_config(self, command: str | None = None) -> None:
+        record = {"command": command, "config": self.config, "environment": options.environment(self.device),
+                  "data": {"train": self.train_set.source, "images": len(self.train_set),
+                           f"{self.eval_name} images": len(self.eval_set), "classes": len(self.class_names)},
+                  "sanity": self.sanity, "finished": self.finished}
+        if command is None:
+            record = checkpoint.read_config(self.run_dir) | {"finished": self.finished}
+        checkpoint.write_config(self.run_dir, record)
+
+    def train(self) -> Evaluation:
+        """Every epoch from the position to the end. Raises Interrupted after saving, when a signal came."""
+        trainer, epochs, last = self.trainer, self.config["epochs"], None
+        with Signals() as signals:
+            try:
+                while trainer.position.epoch < epochs:
+                    last = self.epoch(signals)
+            except Interrupted:
+                self.save()
+                raise Interrupted(signals.received) from None
+        self.finished = True
+        self.report.finish(self.hparams(), {"loss": last.loss, "top1": last.top1, "top5": last.top5})
+        self.save()
+        self.write_config()
+        return last
+
+    def epoch(self, signals: Callable[[], bool]) -> Evaluation:
+        """Train one epoch, evaluate, report, save."""
+        trainer, number = self.trainer, self.trainer.position.epoch + 1
+        with Progress(f"epoch {number}/{self.config['epochs']}", len(trainer.batches), self.config["batch_size"],
+                      trainer.position.step) as progress:
+            def on_check(step: int, loss: float) -> None:
+                progress.at(step, loss)
+                self.save_when_due()
+            trainer.train_epoch(signals, on_check)
+        row = trainer.epoch_metrics()
+        result = self.evaluate(signals)
+        row |= {"eval_loss": result.loss, "eval_top1": result.top1, "eval_top5": result.top5}
+        self.show_attention(number)
+        self.report.epoch(row)
+        print(f"epoch {number}/{self.config['epochs']}  train loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f} %  "
+              f"{self.eval_name} loss {result.loss:.4f}, top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %  "
+              f"{row['images_per_second']:.0f} images/s, {row['seconds']:.1f} s", flush=True)
+        trainer.next_epoch()
+        if self.config["val_fraction"] and result.top1 > (self.best or {"top1": -1.0})["top1"]:
+            self.best = {"epoch": number, "top1": result.top1}
+            checkpoint.save_file(self.run_dir / "best.pt", self.content())
+        if number == 1 or time.monotonic() - self.saved_at >= SAVE_EVERY:
+            self.save()
+        return result
+
+    def evaluate(self, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
+        return evaluate(self.trainer.best_model, eval_batches(self.eval_set, self.device, self.mean, self.std),
+                        len(self.class_names), self.trainer.precision, should_stop)
+
+    # ---- attention ----
+
+    @torch.no_grad()
+    def show_attention(self, epoch: int) -> dict[str, report.LevelHealth]:
+        """Health (and, when they are due, overlays) of the same images every time; warnings are printed once."""
+        model, every = self.trainer.best_model, self.config["overlay_every"]
+        if not model.levels:
+            return {}
+        count = min(OVERLAY_IMAGES, len(self.eval_set))
+        chosen = torch.linspace(0, len(self.eval_set) - 1, count).round().long().to(self.eval_set.images.device)
+        images, labels = self.eval_set.images[chosen], self.eval_set.labels[chosen].tolist()
+        was_training = model.training
+        model.eval()
+        with self.trainer.precision.context():
+            logits, scores = model.logits_and_scores(normalise(images.to(self.device), self.mean, self.std))
+        model.train(was_training)
+        health = report.attention_health(scores, self.trainer.position.gate_gradients, model.sigmoid_levels)
+        self.report.health(epoch, health)
+        warnings = {line.partition(":")[0].partition("(")[0]: line for line in report.health_warnings(health)}
+        for what, line in warnings.items():
+            if what not in self.warned:
+                print(f"warning: {line}")
+        self.warned = set(warnings)
+        if every and (epoch % every == 0 or epoch == self.config["epochs"]):
+            maps = {level: model.map_of(level, s).cpu().numpy() for level, s in scores.items()}
+            chance, seen = logits.float().softmax(1).max(1)
+            titles = [f"{self.class_names[t]}, seen: {self.class_names[s]} {100 * p:.0f} %"
+                      for t, s, p in zip(labels, seen.tolist(), chance.tolist())]
+            self.report.overlays(epoch, attention_sheet(images.cpu().numpy(), maps, titles))
+        return health
+
+    # ---- checkpoints ----
+
+    def content(self) -> dict:
+        """All that going on, --evaluate and cam.py need, as plain values."""
+        return {"format": checkpoint.FORMAT, **self.trainer.state(), "best": self.best, "config": dict(self.config),
+                "class_names": list(self.class_names), "input_size": list(self.config["input_size"]),
+                "mean": list(self.mean), "std": list(self.std), "rng": checkpoint.random_states(),
+                "finished": self.finished}
+
+    def save(self) -> None:
+        if self.trainer.position.step:
+            self.trainer.checked_loss()  # never over a good checkpoint with weights that have diverged
+        started = time.monotonic()
+        checkpoint.save_checkpoint(self.run_dir, self.content())
+        self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - started
+
+    def save_when_due(self) -> None:
+        """In mid-epoch: at most a minute of work is ever at risk, however long an epoch takes."""
+        if time.monotonic() - self.saved_at >= max(SAVE_EVERY, self.save_seconds / SAVE_SHARE):
+            self.save()
+
+
+class Progress:
+    """A bar in a terminal or a notebook; in a log file a line a minute."""
+
+    def __init__(self, title: str, steps: int, batch_size: int, start: int):
+        self.title, self.steps, self.start = title, steps, start
+        self.batch_size, self.said_at, self.began = batch_size, time.monotonic(), time.monotonic()
+        self.live = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self.bar = tqdm(total=steps * batch_size, initial=start * batch_size, desc=title, unit=" images", leave=False,
+                        disable=not self.live, unit_scale=True, dynamic_ncols=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def at(self, step: int, loss: float) -> None:
+        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self.bar.update(step * self.batch_size - self.bar.n)
+        now = time.monotonic()
+        if not self.live and now - self.said_at >= 60:
+            self.said_at = now
+            rate = (step - self.start) / (now - self.began)
+            print(f"{self.title}  step {step}/{self.steps}  loss {loss:.3f}  {rate * self.batch_size:.0f} images/s  "
+                  f"{clock((self.steps - step) / rate)} left in this epoch", flush=True)
+
+
+def build(config: dict, num_classes: int) -> nn.Module:
+    """The network of a config, with fresh weights."""
+    try:
+        return build_model(config["model"], num_classes, width=config["width"], trunk=config["trunk"] or None,
+                           dropout=config["dropout"], pool4=config["pool4"])
+    except ValueError as error:
+        raise UserError(str(error), 2) from None
+
+
+def eval_batches(image_set: ImageSet, device: torch.device, mean, std) -> Iterator[tuple[Tensor, Tensor]]:
+    """The set in order, as large normalised batches on the device."""
+    height, width = image_set.image_size
+    size = max(1, EVAL_PIXELS[device.type] // (height * width))
+    for first in range(0, len(image_set), size):
+        images, labels = (t[first:first + size].to(device, non_blocking=True) for t in (image_set.images, image_set.labels))
+        yield normalise(images, mean, std), labels
+
+
+def clock(seconds: float) -> str:
+    """Seconds for people: 42 s, 3 min 10 s, 5 h 02 min."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,237 @@
+"""--sanity: one short epoch through every path of a real run, checks on what came out, and what the real run will take."""
+from __future__ import annotations
+
+import copy
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from attention_model import build_model
+from data import ImageSet
+from training import checkpoint, options
+from training.loop import Trainer, peak_memory_mib
+from training.optimise import learning_rate, parse_progressive
+from training.options import UserError
+from training.report import DEAD_SD, read_metrics
+from training.run import Run, Task, clock
+
+STEPS = 4               # optimizer steps of the pass
+CPU_SECONDS = 30.0      # that these steps may take on a CPU: the batch is cut to fit
+LEAST_BATCH = 8
+
+
+def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
+    """Run it, print the table, return the exit status: 1 when a check failed. Never downloads."""
+    table: list[tuple[str, str, float]] = []
+    failures: list[str] = []
+    clock_at = [time.perf_counter()]
+
+    def row(what: str, outcome: str) -> None:
+        now = time.perf_counter()
+        table.append((what, outcome, now - clock_at[0]))
+        clock_at[0] = now
+
+    real = config | {"sanity_steps": STEPS}
+    sample = config["sample"] or not task.present(config["data_dir"])
+    train, test = task.sample() if sample else task.load(config)
+    sizes = (task.train_images, task.test_images) if sample else (len(train), len(test))
+    row("data", f"{train.source}" + ("" if config["sample"] or not sample else
+                                     f" (no {task.dataset} in {config['data_dir']})"))
+
+    device = options.choose_device(config["device"])
+    batch = config["batch_size"] if device.type == "cuda" else cpu_batch(task, config, train)
+    batch = min(batch, len(train) // STEPS)
+    config |= {"epochs": 1, "batch_size": batch, "sample": sample, "overlay_every": 1,
+               "progressive": "0.5:0.2" if config["progressive"] != "none" else "none"}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if (run_dir / "config.json").exists():
+        raise UserError(f"{run_dir} holds a run already: name another --run-dir", 2)
+    with checkpoint.lock(run_dir):
+        run = Run(task, config, run_dir, spread(train, STEPS * batch), spread(test, max(2 * batch, 32)), sanity=True)
+        run.start(command)
+        run.train()
+        trainer = run.trainer
+        position = "progressive resizing, " if config["progressive"] != "none" else ""
+        average = ", moving average" if trainer.average else ""
+        row("one epoch", f"{STEPS} steps of {batch} images ({config['precision']}): {position}forward, backward, "
+                         f"optimizer{average}, evaluation, checkpoint")
+        missing, expected = missing_gradients(trainer)
+        failures += [f"no gradient reached {', '.join(missing)}"] if missing else []
+        row("gradients", f"{len(missing)} missing" + (f"; {expected} parameters have none by the mathematics of "
+                                                      f"{config['model']}" if expected else ""))
+        infinite = non_finite(trainer)
+        failures += [f"not finite: {', '.join(infinite)}"] if infinite else []
+        row("finite values", "weights, statistics, momentum" if not infinite else "FAILED")
+        health = run.show_attention(1)
+        dead = [level for level, each in health.items() if not each.score_sd_max > DEAD_SD]
+        failures += [f"attention level {level} is dead: its scores do not vary on any image" for level in dead]
+        row("attention", "; ".join(f"{level}: score sd {h.score_sd:.2g}, entropy {h.entropy:.2f}"
+                                   for level, h in health.items()) or "this network has none")
+        content = checkpoint.read_checkpoint(run_dir / options.CHECKPOINT_NAME)
+        equal = reload_equal(run, content)
+        failures += [] if equal else ["the network reloaded from the checkpoint gives other logits"]
+        row("reload", "a network built from the checkpoint alone gives equal logits" if equal else "FAILED")
+        difference = resumed_step(run, content)
+        # On a GPU sums may run in another order; on a CPU the same numbers must come out.
+        same = difference == 0 if device.type == "cpu" else difference < 1e-2
+        failures += [] if same else [f"a step of the resumed run differs from the run's own by {difference:.3g}"]
+        row("resume", f"one more step: largest difference of a weight {difference:.3g}")
+        told = len(read_metrics(run_dir / "metrics.csv")) == 1 and any(run_dir.glob("*tfevents*"))
+        failures += [] if told else ["metrics.csv or the TensorBoard events are missing"]
+        row("report", "metrics.csv, TensorBoard scalars, pictures, text, hparams" if told else "FAILED")
+        cost = measure(real, trainer, images=batch)
+        run.report.close()
+    print_table(table, failures)
+    print_estimate(real, cost, trainer, sizes, batch, config["batch_size"])
+    print(f"Everything it wrote is in {run_dir}")
+    return 1 if failures else 0
+
+
+def spread(images: ImageSet, count: int) -> ImageSet:
+    """So many images, evenly spread over the set (class folders come sorted by class)."""
+    count = min(count, len(images))
+    return images.subset(torch.linspace(0, len(images) - 1, count).round().long())
+
+
+def cpu_batch(task: Task, config: dict, train: ImageSet) -> int:
+    """The largest power of two, at most the real batch, whose STEPS steps fit CPU_SECONDS, from a first small step."""
+    height, width = train.image_size
+    model = build_model(config["model"], len(train.class_names), width=config["width"], trunk=config["trunk"] or None,
+                        dropout=config["dropout"], pool4=config["pool4"]).to(memory_format=torch.channels_last)
+    images = torch.rand(LEAST_BATCH, 3, height, width).contiguous(memory_format=torch.channels_last)
+    started = time.perf_counter()
+    precision = options.choose_precision(config["precision"], torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        loss = model(images).float().square().mean()
+    loss.backward()
+    affordable = CPU_SECONDS / STEPS * LEAST_BATCH / (time.perf_counter() - started)
+    return min(config["batch_size"], max(LEAST_BATCH, 2 ** int(math.log2(max(affordable, 1)))))
+
+
+# ---- checks -----------------------------------------------------------------------------------------------------------
+
+def missing_gradients(trainer: Trainer) -> tuple[list[str], int]:
+    """Names of the parameters that should have a gradient and have none (or only zeros), and how many rightly have none.
+
+    A convolution's bias in front of a batch norm is exempt from the zero test: the norm takes it away again."""
+    exempt = trainer.model.parameters_without_gradient()
+    missing = []
+    for name, p in trainer.model.named_parameters():
+        if not p.requires_grad or name in exempt:
+            continue
+        if p.grad is None or (not name.endswith("conv.bias") and not p.grad.any()):
+            missing.append(name)
+    return missing, sum(p.numel() for name, p in trainer.model.named_parameters() if name in exempt)
+
+
+def non_finite(trainer: Trainer) -> list[str]:
+    """Names of weights, buffers and momenta that hold a NaN or an infinity."""
+    tensors = dict(trainer.model.state_dict())
+    tensors |= {f"gradient of {name}": p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    tensors |= {f"moving average of {name}": t for name, t in trainer.best_model.state_dict().items()}
+    for number, state in enumerate(trainer.optimizer.state.values()):
+        tensors |= {f"momentum {number}": value for value in state.values() if torch.is_tensor(value)}
+    return [name for name, t in tensors.items() if not torch.isfinite(t).all()]
+
+
+@torch.no_grad()
+def reload_equal(run: Run, content: dict) -> bool:
+    """Logits of the run's network and of one built from the checkpoint alone, on the same images."""
+    images, _ = next(run.trainer.batches.epoch(0))
+    fresh = checkpoint.load_model(content).to(run.device, memory_format=torch.channels_last)
+    mine = run.trainer.best_model
+    mine.eval()
+    with run.trainer.precision.context():
+        a, b = mine(images).float(), fresh(images).float()
+    return torch.equal(a, b) if run.device.type == "cpu" else torch.allclose(a, b, atol=1e-3, rtol=1e-3)
+
+
+def resumed_step(run: Run, content: dict) -> float:
+    """Largest difference of a weight between one more step of the run and the same step of a run resumed from disk."""
+    trainer = run.trainer
+    batch = next(trainer.batches.epoch(0))
+    longer = run.config | {"epochs": 2}
+    resumed = Run(run.task, dict(longer), run.run_dir, run.train_set, run.eval_set, content=content).trainer
+    trainer.config = longer
+    results = []
+    for each in (trainer, resumed):
+        checkpoint.restore_random_states(content["rng"])
+        each.model.train()
+        each.step(*batch)
+        results.append(each.model.state_dict())
+    return max((a.double() - b.double()).abs().max().item() for a, b in zip(results[0].values(), results[1].values()))
+
+
+# ---- what a run will take ---------------------------------------------------------------------------------------------
+
+def measure(config: dict, trainer: Trainer, images: int) -> tuple[float, float]:
+    """Seconds an image of a training step and of an evaluation, at full input size. The run is left untouched: it works
+    on a copy of the network and puts the random states back."""
+    states = checkpoint.random_states()
+    model = copy.deepcopy(trainer.model)
+    compiled = trainer.run_model is not trainer.model
+    batch = torch.randn(images, 3, *trainer.config["input_size"], device=trainer.device)
+    batch = batch.contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(images, dtype=torch.int64, device=trainer.device)
+
+    def forward(net):
+        with trainer.precision.context():
+            return net(batch)
+
+    def step() -> None:
+        F.cross_entropy(forward(net).float(), labels).backward()
+
+    net = torch.compile(model) if compiled else model
+    net.train()
+    if trainer.device.type == "cuda" or images < LEAST_BATCH * 2:
+        step()  # the first step also sets up kernels
+    training = timed(step, trainer.device)
+    model.eval()
+    with torch.no_grad():
+        forward(model)
+        evaluating = timed(lambda: forward(model), trainer.device)
+    checkpoint.restore_random_states(states)
+    return training / images, evaluating / images
+
+
+def timed(work, device: torch.device) -> float:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    wait()
+    started = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - started
+
+
+def epoch_seconds(config: dict, cost: tuple[float, float], train_images: int, test_images: int) -> float:
+    """Seconds of an average epoch with its evaluation; a progressively resized image costs its share of pixels."""
+    share, done = 0.0, 0.0
+    for scale, until in parse_progressive(config["progressive"]):
+        share, done = share + (until - done) * scale**2, until
+    return train_images * cost[0] * (share + 1 - done) + test_images * cost[1]
+
+
+def print_table(table: list[tuple[str, str, float]], failures: list[str]) -> None:
+    print(f"\n{'exercised':<14} {'seconds':>7}  outcome")
+    for what, outcome, seconds in table:
+        print(f"{what:<14} {seconds:7.1f}  {outcome}")
+    for failure in failures:
+        print(f"FAILED: {failure}")
+    total = sum(seconds for *_, seconds in table)
+    print(f"Sanity pass {'FAILED' if failures else 'passed'} in {total:.0f} s.\n")
+
+
+def print_estimate(config: dict, cost: tuple[float, float], trainer: Trainer, sizes: tuple[int, int], batch: int,
+                   used: int) -> None:
+    device = trainer.device
+    epoch = epoch_seconds(config, cost, *sizes)
+    cut = f" (measured with {batch} images a step instead of {config['batch_size']})" if batch != config["batch_size"] else ""
+    print(f"On {options.device_name(device)}, {trainer.config['precision']}: about {clock(epoch)} an epoch of {sizes[0]:,} "
+          f"images, {clock(epoch * config['epochs'])} for {config['epochs']} epochs{cut}.\n"
+          f"Peak memory {peak_memory_mib(device):,.0f} MiB ({'GPU' if device.type == 'cuda' else 'resident'}); "
+          f"peak learning rate {config['lr']:g}.")
