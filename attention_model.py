@@ -473,11 +473,12 @@ def run_unit(unit: ConvUnit, x: Tensor, save_memory: bool) -> Tensor:
 def frozen_statistics(module: nn.Module):
     """Batch norm normalises as it would, but its running statistics stay: the second pass must not count twice."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-    before = [norm.track_running_stats for norm in norms]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, tracked in zip(norms, before):
-            norm.track_running_stats = tracked
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)

@@ -1,1 +1,150 @@
-from data import Augmentation, TrainBatches, normalise  # noqa
+"""Augmentation of whole batches of uint8 images on the device they are on, and the training set as such batches.
+
+No worker processes: a batch is an index into the set, cropped, flipped, cut out and normalised in one go.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from data import ImageSet, stable_seed
+
+
+class Draw(NamedTuple):
+    """What one batch's augmentation is made of, a value for each image; each tensor is (N,)."""
+    top: torch.Tensor       # int64, first row of the crop in the padded image, 0 to 2 pad
+    left: torch.Tensor      # int64, first column of it
+    flip: torch.Tensor      # bool
+    cut_y: torch.Tensor     # int64, centre of the cutout square in the crop, in pixels
+    cut_x: torch.Tensor
+
+
+class Augmentation:
+    """Random crop of the reflect-padded image, horizontal flip, cutout and normalisation of a whole batch, each image
+    with values of its own, on the device it is on, without waiting for that device.
+
+    mean, std: of each channel, in [0, 1] units. pad: pixels. cutout: side of the square in pixels, 0 for none; it is
+    clipped at the border and filled with 0, the mean. image_size: of the output, if not the input's.
+    """
+
+    def __init__(self, *, mean, std, pad: int = 4, flip: bool = True, cutout: int = 0,
+                 image_size: int | tuple[int, int] | None = None):
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.pad, self.flip, self.cutout, self.image_size = pad, flip, cutout, image_size
+
+    def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Draw:
+        """Everything is drawn, used or not, so that crops stay the same when the cutout is switched off."""
+        def integers(end: int) -> torch.Tensor:
+            return torch.randint(end, (count,), generator=generator, device=generator.device)
+        return Draw(integers(2 * self.pad + 1), integers(2 * self.pad + 1), integers(2).bool(),
+                    integers(height), integers(width))
+
+    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in channels_last memory. `generator` is on the images' device."""
+        draw = self.draw(*images.shape[:3], generator)
+        if self.pad:
+            images = _crop(images, draw.top, draw.left, self.pad)
+        if self.flip:
+            images = _flip(images, draw.flip)
+        batch = normalise(images, self.mean, self.std)
+        if self.cutout:
+            _cut_out(batch, draw.cut_y, draw.cut_x, self.cutout)
+        return _resize(batch, self.image_size)
+
+
+def _crop(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, pad: int) -> torch.Tensor:
+    """Crops of the images' own size out of their reflect-padded copies. A crop is rows of 3W bytes that lie in one
+    piece in an image whose columns are padded, so all of them are one gather; rows are padded by their numbers."""
+    n, h, w, _ = images.shape
+    if pad >= min(h, w):
+        raise ValueError(f"a reflect padding of {pad} px needs images larger than that, not {w}x{h}")
+    before = [images[:, :, i:i + 1] for i in range(pad, 0, -1)]
+    after = [images[:, :, i:i + 1] for i in range(w - 2, w - 2 - pad, -1)]
+    padded, wide = torch.cat([*before, images, *after], 2).contiguous(), w + 2 * pad
+    rows = (top[:, None] - pad + torch.arange(h, device=images.device)).abs()
+    rows = (h - 1) - ((h - 1) - rows).abs() + h * torch.arange(n, device=images.device)[:, None]
+    windows = padded.as_strided((n * h * wide - w + 1, 3 * w), (3, 1))     # every run of w pixels, overlapping
+    return windows.index_select(0, (rows * wide + left[:, None]).flatten()).view(n, h, w, 3)
+
+
+def _flip(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """Mirror the images whose `flip` is true. Choosing from both is faster than torch.where on bytes."""
+    both = torch.stack([images, images.flip(2)], 1).flatten(0, 1)
+    return both.index_select(0, 2 * torch.arange(len(images), device=images.device) + flip)
+
+
+def _cut_out(batch: torch.Tensor, cut_y: torch.Tensor, cut_x: torch.Tensor, side: int) -> None:
+    """Fill a square of each image with 0, in place. What lies outside is moved onto the border, which is in the square
+    then: the number of pixels written stays fixed, so nobody waits for a count."""
+    n, _, h, w = batch.shape
+    offsets = torch.arange(side, device=batch.device) - side // 2
+    rows = (cut_y[:, None] + offsets).clamp(0, h - 1) + h * torch.arange(n, device=batch.device)[:, None]
+    columns = (cut_x[:, None] + offsets).clamp(0, w - 1)
+    pixels = batch.permute(0, 2, 3, 1).view(n * h * w, 3)
+    pixels.index_fill_(0, (rows[:, :, None] * w + columns[:, None, :]).flatten(), 0.0)
+
+
+def normalise(images: torch.Tensor, mean, std, size: int | tuple[int, int] | None = None) -> torch.Tensor:
+    """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in channels_last memory: (x / 255 - mean) / std, then resized to
+    `size` (a side or (height, width) in pixels) if given. The transform of evaluation."""
+    n, h, w, _ = images.shape
+
+    def row(values) -> torch.Tensor:    # (3W,): whole rows are multiplied, as a last dimension of 3 is slow
+        return torch.stack([torch.full((w,), value, device=images.device) for value in values], 1).flatten()
+    batch = images.reshape(n * h, w * 3).float()
+    torch.addcmul(row([-m / s for m, s in zip(mean, std)]), batch, row([1 / (255 * s) for s in std]), out=batch)
+    return _resize(batch.view(n, h, w, 3).permute(0, 3, 1, 2), size)
+
+
+def _resize(batch: torch.Tensor, size: int | tuple[int, int] | None) -> torch.Tensor:
+    size = (size, size) if isinstance(size, int) else size
+    if size is None or tuple(size) == tuple(batch.shape[2:]):
+        return batch
+    batch = F.interpolate(batch, tuple(size), mode="bilinear", antialias=True)
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+class TrainBatches:
+    """The training set of one run, as shuffled and augmented batches on `device`.
+
+    The order of an epoch depends on (seed, epoch) alone and a step's augmentation on (seed, epoch, step) alone, so a
+    run that goes on in mid-epoch sees what it would have seen. torch's global random state is neither read nor moved.
+    """
+
+    def __init__(self, image_set: ImageSet, batch_size: int, *, seed: int, augmentation: Augmentation,
+                 device: torch.device | str, drop_last: bool = True):
+        self.image_set, self.batch_size, self.seed = image_set, batch_size, seed
+        self.augmentation, self.drop_last = augmentation, drop_last
+        self.device = torch.empty(0, device=device).device      # "cuda" becomes "cuda:0"
+
+    def __len__(self) -> int:
+        """Steps in an epoch; one, with all images, when there are fewer than a batch."""
+        whole, rest = divmod(len(self.image_set), self.batch_size)
+        return max(1, whole + (rest > 0 and not self.drop_last))
+
+    def epoch(self, epoch: int, start_step: int = 0,
+              size: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(images (N, 3, H, W) float32 channels_last, labels (N,) int64) of the steps from `start_step` on; `size`
+        resizes the augmented images to that side in pixels."""
+        home = self.image_set.images.device
+        shuffle = torch.Generator(home).manual_seed(stable_seed("order", self.seed, epoch))
+        order = torch.randperm(len(self.image_set), generator=shuffle, device=home)
+        generator = torch.Generator(self.device)
+        for step in range(start_step, len(self)):
+            indices = order[step * self.batch_size:(step + 1) * self.batch_size]
+            images, labels = (self._take(tensor, indices) for tensor in (self.image_set.images, self.image_set.labels))
+            generator.manual_seed(stable_seed("augmentation", self.seed, epoch, step))
+            yield _resize(self.augmentation(images, generator), size), labels
+
+    def _take(self, tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        if tensor.device == self.device:
+            return tensor.index_select(0, indices)
+        # Gathered in page-locked memory, the copy runs beside the GPU's work; PyTorch hands that memory out again
+        # only when the copy is done.
+        shape, pin = (len(indices), *tensor.shape[1:]), self.device.type == "cuda"
+        gathered = torch.empty(shape, dtype=tensor.dtype, pin_memory=pin)
+        torch.index_select(tensor, 0, indices, out=gathered)
+        return gathered.to(self.device, non_blocking=True)

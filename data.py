@@ -1,8 +1,7 @@
-"""CIFAR-100 as two tensors, and augmentation of whole batches on the device they are on.
+"""CIFAR-100 as two tensors, decoded once (into a cache) and kept as uint8.
 
-Nothing here runs worker processes while training: images are decoded once (into a cache), kept as uint8, and a batch
-is an index into them, cropped, flipped, cut out and normalised in one go. CIFAR-100 comes from class folders, from
-the official archive, or from its unpacked folder; README.md says where to put which.
+CIFAR-100 comes from class folders, from the official archive, or from its unpacked folder; README.md says where to put
+which. Batches of it are made in augmentation.py.
 """
 from __future__ import annotations
 
@@ -20,18 +19,16 @@ import tarfile
 import tempfile
 import time
 import warnings
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torchvision.datasets.utils import calculate_md5, download_url
 from tqdm import tqdm
 
 # The official archive. md5 sums of the archive and of the three files in it that are read.
@@ -139,6 +136,8 @@ def _check_data_dir(root: Path, download: bool) -> None:
 
 def _download_cifar100(root: Path, progress: bool) -> None:
     """Fetch the archive into `root`. It gets its name there only when it is whole: a broken download leaves nothing."""
+    from torchvision.datasets.utils import download_url     # not above: decoding workers import this file, often
+
     folder = None
     quiet = contextlib.nullcontext() if _shows_progress(progress) else contextlib.redirect_stderr(io.StringIO())
     timeout = socket.getdefaulttimeout()
@@ -154,7 +153,7 @@ def _download_cifar100(root: Path, progress: bool) -> None:
     except (OSError, http.client.HTTPException, RuntimeError, ValueError) as error:
         partial = folder / CIFAR100_ARCHIVE if folder else None
         if isinstance(error, RuntimeError) and partial and partial.is_file():   # torchvision's word for a wrong md5
-            error = (f"{partial.stat().st_size:,} bytes came, with md5 {calculate_md5(partial)}: half a download, or"
+            error = (f"{partial.stat().st_size:,} bytes came, with md5 {_md5_of(partial)}: half a download, or"
                      f" another file")
         raise DataError(f"could not download CIFAR-100 to {root} ({_one_line(error)}); nothing was kept. Try again, or:"
                         f" {_by_hand(root)}") from None
@@ -164,10 +163,18 @@ def _download_cifar100(root: Path, progress: bool) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _md5_of(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _read_archive(path: Path) -> dict[str, bytes]:
     """The three pickles of the official archive, by name. They are read in memory: nothing is unpacked to disk, so
     nothing can be left half-unpacked, and no member's path matters."""
-    if calculate_md5(path) != CIFAR100_MD5:
+    if _md5_of(path) != CIFAR100_MD5:
         raise DataError(f"{path} is damaged or half a download ({path.stat().st_size:,} bytes, its md5 is not"
                         f" {CIFAR100_MD5}). Delete it and start again, or fetch it from {CIFAR100_URL}")
     try:
@@ -208,8 +215,8 @@ def _load_class_folders(folder: Path, cache_dir: Path, image_size: int | None, n
     train_names, test_names = (tuple(listings[split]) for split in ("train", "test"))
     if train_names != test_names:
         raise DataError(f"the classes of {folder / 'train'} and {folder / 'test'} differ: only in train"
-                        f" {_some(train_names, test_names)}, only in test {_some(test_names, train_names)}. Give both the"
-                        f" same class folders")
+                        f" {_some(train_names, test_names)}, only in test {_some(test_names, train_names)}."
+                        f" Give both the same class folders")
     source = f"CIFAR-100 class folders in {folder}"
     size, sets = (image_size, image_size) if image_size else None, []
     for split, classes in listings.items():
@@ -281,9 +288,10 @@ def _read_cache(path: Path, key: str, count: int) -> torch.Tensor | None:
     try:
         cached = torch.load(path, map_location="cpu", weights_only=True)
         images = cached["images"]
-        if cached["key"] == key and images.dtype == torch.uint8 and images.ndim == 4 and len(images) == count:
+        right = cached["key"] == key and images.dtype == torch.uint8 and images.ndim == 4 and len(images) == count
+        if right and cached["crc32"] == zlib.crc32(images.numpy()):     # torch.load does not check the bytes itself
             return images
-        reason = "not what its name says"
+        reason = "its content is not what was written"
     except Exception as error:      # a damaged file raises nearly anything
         reason = _one_line(error)
     print(f"cache {path} is damaged ({reason[:80]}): decoding the images again", flush=True)
@@ -298,7 +306,7 @@ def _write_cache(path: Path, stem: str, key: str, images: torch.Tensor) -> None:
         path.parent.mkdir(exist_ok=True)
         _remove_leftovers(path.parent, ".*.pt.*.tmp")
         with open(temporary, "wb") as file:
-            torch.save({"key": key, "images": images}, file)
+            torch.save({"key": key, "crc32": zlib.crc32(images.numpy()), "images": images}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -336,7 +344,7 @@ def decode_images(paths: list[Path], size: tuple[int, int], resize: bool, num_wo
     bar = tqdm(total=len(paths), desc=f"decoding {title}", unit="img", leave=False,
                disable=not _shows_progress(progress))
     try:
-        tasks = [_attempt(lambda: pool.submit(_decode_chunk, chunk, size, resize)) if pool else None for chunk in chunks]
+        tasks = [pool and _attempt(lambda: pool.submit(_decode_chunk, chunk, size, resize)) for chunk in chunks]
         done = 0
         for i, chunk in enumerate(chunks):
             decoded = _attempt(tasks[i].result) if tasks[i] else None
@@ -465,142 +473,3 @@ def place_on(image_set: ImageSet, device: torch.device | str) -> ImageSet:
         return replace(image_set, images=image_set.images.pin_memory(), labels=image_set.labels.pin_memory())
     except RuntimeError:    # the system allows no more page-locked memory: ordinary memory is slower, not wrong
         return image_set
-
-
-# ------------------------------------------------------------------------------------------------------ augmentation
-
-class Draw(NamedTuple):
-    """What one batch's augmentation is made of, a value for each image; each tensor is (N,)."""
-    top: torch.Tensor       # int64, first row of the crop in the padded image, 0 to 2 pad
-    left: torch.Tensor      # int64, first column of it
-    flip: torch.Tensor      # bool
-    cut_y: torch.Tensor     # int64, centre of the cutout square in the crop, in pixels
-    cut_x: torch.Tensor
-
-
-class Augmentation:
-    """Random crop of the reflect-padded image, horizontal flip, cutout and normalisation of a whole batch, each image
-    with values of its own, on the device it is on, without waiting for that device.
-
-    mean, std: of each channel, in [0, 1] units. pad: pixels. cutout: side of the square in pixels, 0 for none; it is
-    clipped at the border and filled with 0, the mean. image_size: of the output, if not the input's.
-    """
-
-    def __init__(self, *, mean, std, pad: int = 4, flip: bool = True, cutout: int = 0,
-                 image_size: int | tuple[int, int] | None = None):
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.pad, self.flip, self.cutout, self.image_size = pad, flip, cutout, image_size
-
-    def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Draw:
-        """Everything is drawn, used or not, so that crops stay the same when the cutout is switched off."""
-        def integers(end: int) -> torch.Tensor:
-            return torch.randint(end, (count,), generator=generator, device=generator.device)
-        return Draw(integers(2 * self.pad + 1), integers(2 * self.pad + 1), integers(2).bool(),
-                    integers(height), integers(width))
-
-    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in channels_last memory. `generator` is on the images' device."""
-        draw = self.draw(*images.shape[:3], generator)
-        if self.pad:
-            images = _crop(images, draw.top, draw.left, self.pad)
-        if self.flip:
-            images = _flip(images, draw.flip)
-        batch = normalise(images, self.mean, self.std)
-        if self.cutout:
-            _cut_out(batch, draw.cut_y, draw.cut_x, self.cutout)
-        return _resize(batch, self.image_size)
-
-
-def _crop(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, pad: int) -> torch.Tensor:
-    """Crops of the images' own size out of their reflect-padded copies. A crop is rows of 3W bytes that lie in one
-    piece in an image whose columns are padded, so all of them are one gather; rows are padded by their numbers."""
-    n, h, w, _ = images.shape
-    if pad >= min(h, w):
-        raise ValueError(f"a reflect padding of {pad} px needs images larger than that, not {w}x{h}")
-    before = [images[:, :, i:i + 1] for i in range(pad, 0, -1)]
-    after = [images[:, :, i:i + 1] for i in range(w - 2, w - 2 - pad, -1)]
-    padded, wide = torch.cat([*before, images, *after], 2), w + 2 * pad
-    rows = (top[:, None] - pad + torch.arange(h, device=images.device)).abs()
-    rows = (h - 1) - ((h - 1) - rows).abs() + h * torch.arange(n, device=images.device)[:, None]
-    windows = padded.as_strided((n * h * wide - w + 1, 3 * w), (3, 1))     # every run of w pixels, overlapping
-    return windows.index_select(0, (rows * wide + left[:, None]).flatten()).view(n, h, w, 3)
-
-
-def _flip(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-    """Mirror the images whose `flip` is true. Choosing from both is faster than torch.where on bytes."""
-    both = torch.stack([images, images.flip(2)], 1).flatten(0, 1)
-    return both.index_select(0, 2 * torch.arange(len(images), device=images.device) + flip)
-
-
-def _cut_out(batch: torch.Tensor, cut_y: torch.Tensor, cut_x: torch.Tensor, side: int) -> None:
-    """Fill a square of each image with 0, in place. What lies outside is moved onto the border, which is in the square
-    then: the number of pixels written stays fixed, so nobody waits for a count."""
-    n, _, h, w = batch.shape
-    offsets = torch.arange(side, device=batch.device) - side // 2
-    rows = (cut_y[:, None] + offsets).clamp(0, h - 1) + h * torch.arange(n, device=batch.device)[:, None]
-    columns = (cut_x[:, None] + offsets).clamp(0, w - 1)
-    pixels = batch.permute(0, 2, 3, 1).view(n * h * w, 3)
-    pixels.index_fill_(0, (rows[:, :, None] * w + columns[:, None, :]).flatten(), 0.0)
-
-
-def normalise(images: torch.Tensor, mean, std, size: int | tuple[int, int] | None = None) -> torch.Tensor:
-    """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in channels_last memory: (x / 255 - mean) / std, then resized to
-    `size` (a side or (height, width) in pixels) if given. The transform of evaluation."""
-    n, h, w, _ = images.shape
-
-    def row(values) -> torch.Tensor:    # (3W,): whole rows are multiplied, as a last dimension of 3 is slow
-        return torch.stack([torch.full((w,), value, device=images.device) for value in values], 1).flatten()
-    batch = images.reshape(n * h, w * 3).float()
-    torch.addcmul(row([-m / s for m, s in zip(mean, std)]), batch, row([1 / (255 * s) for s in std]), out=batch)
-    return _resize(batch.view(n, h, w, 3).permute(0, 3, 1, 2), size)
-
-
-def _resize(batch: torch.Tensor, size: int | tuple[int, int] | None) -> torch.Tensor:
-    size = (size, size) if isinstance(size, int) else size
-    if size is None or tuple(size) == tuple(batch.shape[2:]):
-        return batch
-    batch = F.interpolate(batch, tuple(size), mode="bilinear", antialias=True)
-    return batch.contiguous(memory_format=torch.channels_last)
-
-
-class TrainBatches:
-    """The training set of one run, as shuffled and augmented batches on `device`.
-
-    The order of an epoch depends on (seed, epoch) alone and a step's augmentation on (seed, epoch, step) alone, so a
-    run that goes on in mid-epoch sees what it would have seen. torch's global random state is neither read nor moved.
-    """
-
-    def __init__(self, image_set: ImageSet, batch_size: int, *, seed: int, augmentation: Augmentation,
-                 device: torch.device | str, drop_last: bool = True):
-        self.image_set, self.batch_size, self.seed = image_set, batch_size, seed
-        self.augmentation, self.drop_last = augmentation, drop_last
-        self.device = torch.empty(0, device=device).device      # "cuda" becomes "cuda:0"
-
-    def __len__(self) -> int:
-        """Steps in an epoch; one, with all images, when there are fewer than a batch."""
-        whole, rest = divmod(len(self.image_set), self.batch_size)
-        return max(1, whole + (rest > 0 and not self.drop_last))
-
-    def epoch(self, epoch: int, start_step: int = 0,
-              size: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(images (N, 3, H, W) float32 channels_last, labels (N,) int64) of the steps from `start_step` on; `size`
-        resizes the augmented images to that side in pixels."""
-        home = self.image_set.images.device
-        shuffle = torch.Generator(home).manual_seed(stable_seed("order", self.seed, epoch))
-        order = torch.randperm(len(self.image_set), generator=shuffle, device=home)
-        generator = torch.Generator(self.device)
-        for step in range(start_step, len(self)):
-            indices = order[step * self.batch_size:(step + 1) * self.batch_size]
-            images, labels = (self._take(tensor, indices) for tensor in (self.image_set.images, self.image_set.labels))
-            generator.manual_seed(stable_seed("augmentation", self.seed, epoch, step))
-            yield _resize(self.augmentation(images, generator), size), labels
-
-    def _take(self, tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        if tensor.device == self.device:
-            return tensor.index_select(0, indices)
-        # Gathered in page-locked memory, the copy runs beside the GPU's work; PyTorch hands that memory out again
-        # only when the copy is done.
-        shape, pin = (len(indices), *tensor.shape[1:]), self.device.type == "cuda"
-        gathered = torch.empty(shape, dtype=tensor.dtype, pin_memory=pin)
-        torch.index_select(tensor, 0, indices, out=gathered)
-        return gathered.to(self.device, non_blocking=True)

@@ -69,7 +69,7 @@ def draw_pictures(words: np.ndarray, labels: np.ndarray, size: int) -> tuple[np.
     for _ in range(DISTRACTORS):
         _distractor(draw, images)
     boxes = _mark(draw, images, labels)
-    return images.clip(0, 255).astype(np.uint8), boxes
+    return np.ascontiguousarray(images.clip(0, 255), dtype=np.uint8), boxes
 
 
 class _Words:

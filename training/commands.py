@@ -14,8 +14,9 @@ import torch
 from data import DataError, ImageSet
 from training import checkpoint, options, sanity
 from training.loop import Interrupted, Precision, evaluate
+from training.optimise import parse_progressive
 from training.options import UserError
-from training.run import Run, Task, clock, eval_batches
+from training.run import Run, Task, build, clock, eval_batches
 
 
 def main(task: Task, argv: list[str] | None = None) -> int:
@@ -29,8 +30,9 @@ def main(task: Task, argv: list[str] | None = None) -> int:
         if args.evaluate:
             return evaluate_checkpoint(task, args, argv)
         if args.sanity:
-            return sanity.sanity_pass(task, options.resolve(args, task.recipes, model=task.model, dataset=task.dataset),
-                                      run_dir_of(task, args, "sanity"), options.command_line(argv))
+            config = options.resolve(args, task.recipes, model=task.model, dataset=task.dataset)
+            check_recipe(config)
+            return sanity.sanity_pass(task, config, run_dir_of(task, args, "sanity"), options.command_line(argv))
         return train(task, args, argv)
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -138,8 +140,10 @@ def stored_config(run_dir: Path) -> dict:
 
 
 def check_recipe(config: dict) -> None:
-    """Fail now, not when an epoch has been trained."""
-    from training.optimise import parse_progressive
+    """Fail now, before a folder is made or an image read."""
+    options.choose_precision(config["precision"], options.choose_device(config["device"]))
+    with torch.device("meta"):
+        build(config, num_classes=2)
     try:
         parse_progressive(config["progressive"])
     except ValueError as error:

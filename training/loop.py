@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from training.optimise import MovingAverage, Precision, grad_norm, input_size_at, learning_rate, make_optimizer
 from training.options import UserError
 
-CHECK_EVERY = 20  # steps between looks at the loss (for the bar, and for a non-finite one)
-
 
 class Interrupted(Exception):
     """Raised between two steps (or two batches of an evaluation) when a signal asks the run to end."""
@@ -44,6 +42,8 @@ class Evaluation:
 
 class Trainer:
     """A network, its optimizer and its moving average, and the position in the run."""
+
+    CHECK_EVERY = 20  # steps between looks at the loss (for the bar, and for a non-finite one)
 
     def __init__(self, config: dict, model: nn.Module, batches, device: torch.device, *, precision: str,
                  compiled: bool = False):
@@ -110,7 +110,7 @@ class Trainer:
             if position.step == steps:
                 position.gate_gradients = {level: grad_norm(parameters) for level, parameters
                                            in self.model.gate_parameters().items()}
-            if position.step % CHECK_EVERY == 0 or position.step == steps or should_stop():
+            if position.step % self.CHECK_EVERY == 0 or position.step == steps or should_stop():
                 loss = self.checked_loss()
                 position.seconds = before + time.perf_counter() - started
                 if should_stop():

@@ -178,8 +178,7 @@ class Report:
 
 def _finished_lines(path: Path) -> list[str]:
     """The lines of a metrics.csv with their ends, without the unfinished last one of a killed run."""
-    lines = [line + "\n" for line in path.read_bytes().decode("utf-8", "replace").split("\n")]
-    return lines[:-1]
+    return [line + "\n" for line in path.read_bytes().decode("utf-8", "replace").split("\n")][:-1]
 
 
 def read_metrics(path: Path) -> list[dict]:

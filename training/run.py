@@ -102,6 +102,7 @@ class Run:
             checkpoint.restore_random_states(content["rng"])
             self.best = content["best"]
         self.report: report.Report | None = None
+        self.health: dict[str, report.LevelHealth] = {}  # of the last epoch, per attention level
         self.warned: set[str] = set()
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
 
@@ -117,18 +118,17 @@ class Run:
     # ---- the whole run ----
 
     def start(self, command: str) -> None:
-        """Open the report; on a resumed run after cutting it back to the checkpoint."""
-        resumed = self.trainer.position != type(self.trainer.position)() or (self.run_dir / "metrics.csv").exists()
-        if resumed:
-            report.cut_back(self.run_dir, self.trainer.position.epoch)
+        """Open the report, after cutting back to the checkpoint what an earlier process has written."""
+        epoch = self.trainer.position.epoch
+        report.cut_back(self.run_dir, epoch or -1)
         self.write_config(command)
         self.report = report.Report(self.run_dir, eval_name=self.eval_name)
-        if not resumed or not any(self.run_dir.glob("*tfevents*")):
+        if epoch == 0:
             self.report.start(command, self.config, self.hparams())
 
     def hparams(self) -> dict:
-        return {name: value for name, value in self.config.items() if isinstance(value, (int, float, str))
-                and name not in ("data_dir", "device", "num_workers", "overlay_every")}
+        """Few, as TensorBoard ticks the first five by the alphabet; the whole configuration is there as text."""
+        return {name: self.config[name] for name in ("batch_size", "epochs", "lr", "model", "recipe", "seed", "width")}
 
     def write_config(self, command: str | None = None) -> None:
         record = {"command": command, "config": self.config, "environment": options.environment(self.device),
@@ -149,6 +149,7 @@ class Run:
             except Interrupted:
                 self.save()
                 raise Interrupted(signals.received) from None
+        last = last or self.evaluate()  # stopped between its last epoch and its end
         self.finished = True
         self.report.finish(self.hparams(), {"loss": last.loss, "top1": last.top1, "top5": last.top5})
         self.save()
@@ -187,11 +188,11 @@ class Run:
     # ---- attention ----
 
     @torch.no_grad()
-    def show_attention(self, epoch: int) -> dict[str, report.LevelHealth]:
+    def show_attention(self, epoch: int) -> None:
         """Health (and, when they are due, overlays) of the same images every time; warnings are printed once."""
         model, every = self.trainer.best_model, self.config["overlay_every"]
         if not model.levels:
-            return {}
+            return
         count = min(OVERLAY_IMAGES, len(self.eval_set))
         chosen = torch.linspace(0, len(self.eval_set) - 1, count).round().long().to(self.eval_set.images.device)
         images, labels = self.eval_set.images[chosen], self.eval_set.labels[chosen].tolist()
@@ -200,9 +201,9 @@ class Run:
         with self.trainer.precision.context():
             logits, scores = model.logits_and_scores(normalise(images.to(self.device), self.mean, self.std))
         model.train(was_training)
-        health = report.attention_health(scores, self.trainer.position.gate_gradients, model.sigmoid_levels)
-        self.report.health(epoch, health)
-        warnings = {line.partition(":")[0].partition("(")[0]: line for line in report.health_warnings(health)}
+        self.health = report.attention_health(scores, self.trainer.position.gate_gradients, model.sigmoid_levels)
+        self.report.health(epoch, self.health)
+        warnings = {line.partition(":")[0].partition("(")[0]: line for line in report.health_warnings(self.health)}
         for what, line in warnings.items():
             if what not in self.warned:
                 print(f"warning: {line}")
@@ -213,7 +214,6 @@ class Run:
             titles = [f"{self.class_names[t]}, seen: {self.class_names[s]} {100 * p:.0f} %"
                       for t, s, p in zip(labels, seen.tolist(), chance.tolist())]
             self.report.overlays(epoch, attention_sheet(images.cpu().numpy(), maps, titles))
-        return health
 
     # ---- checkpoints ----
 

@@ -65,11 +65,10 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
         infinite = non_finite(trainer)
         failures += [f"not finite: {', '.join(infinite)}"] if infinite else []
         row("finite values", "weights, statistics, momentum" if not infinite else "FAILED")
-        health = run.show_attention(1)
-        dead = [level for level, each in health.items() if not each.score_sd_max > DEAD_SD]
+        dead = [level for level, each in run.health.items() if not each.score_sd_max > DEAD_SD]
         failures += [f"attention level {level} is dead: its scores do not vary on any image" for level in dead]
         row("attention", "; ".join(f"{level}: score sd {h.score_sd:.2g}, entropy {h.entropy:.2f}"
-                                   for level, h in health.items()) or "this network has none")
+                                   for level, h in run.health.items()) or "this network has none")
         content = checkpoint.read_checkpoint(run_dir / options.CHECKPOINT_NAME)
         equal = reload_equal(run, content)
         failures += [] if equal else ["the network reloaded from the checkpoint gives other logits"]

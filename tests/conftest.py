@@ -1,0 +1,17 @@
+"""Every test runs from the repository's root or elsewhere alike: the modules are found by path."""
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def small_task():
+    """train_cifar100.py's task on a sample of 96 training and 32 test pictures."""
+    from sample_data import cifar_sample
+    from train_cifar100 import TASK
+    return dataclasses.replace(TASK, sample=lambda: cifar_sample(classes=4, train_per_class=24, test_per_class=8))

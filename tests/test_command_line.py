@@ -1,0 +1,390 @@
+"""train_cifar100.py as people use it: sanity, runs that are hurt and resumed, evaluation, and wrong use."""
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train_cifar100
+from tests.tensorboard_http import tensorboard_over
+from training import checkpoint, commands, run as run_module
+from training.loop import Trainer
+from training.options import cpu_has_bf16
+from training.report import read_metrics
+
+NARROW = ["--sample", "--width", "0.0625", "--batch-size", "16", "--device", "cpu", "--precision", "fp32"]
+MEASURED = ("images_per_second", "seconds", "peak_memory_mib")  # differ from run to run
+
+
+@pytest.fixture
+def cli(small_task, tmp_path, monkeypatch, capsys):
+    """cli("--epochs", 2) -> (exit status, standard output, standard error), run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words, task=small_task):
+        status = commands.main(task, [str(word) for word in words])
+        return status, *capsys.readouterr()
+    return call
+
+
+def content_of(run_dir) -> dict:
+    return checkpoint.read_checkpoint(Path(run_dir) / "last.pt")
+
+
+def assert_equal(a, b, where=""):
+    """Deep equality, bit for bit, of what a checkpoint holds."""
+    assert type(a) is type(b), where
+    if torch.is_tensor(a):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_equal(x, y, f"{where}[{i}]")
+    else:
+        assert a == b or (a != a and b != b), (where, a, b)
+
+
+def scalars_of(run_dir) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+            if tag not in MEASURED}
+
+
+def assert_runs_equal(hurt, unhurt):
+    """Checkpoint, metrics.csv and TensorBoard curves, but for time and memory."""
+    a, b = content_of(hurt), content_of(unhurt)
+    for content in (a, b):
+        content["position"].pop("seconds")
+    assert_equal(a, b)
+    rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(Path(d) / "metrics.csv")]
+            for d in (hurt, unhurt)]
+    assert rows[0] == rows[1]
+    assert scalars_of(hurt) == scalars_of(unhurt)
+    epochs = list(range(1, len(rows[0]) + 1))
+    assert [step for step, _ in scalars_of(hurt)["loss/train"]] == epochs
+    assert not [p.name for p in Path(hurt).iterdir() if p.name.endswith(".tmp") or p.name == ".new.pt"]
+
+
+# ---- the sanity pass --------------------------------------------------------------------------------------------------
+
+def test_sanity_pass_and_what_tensorboard_shows_of_it(cli, tmp_path):
+    status, out, _ = cli("--sanity", "--sample", "--width", 0.0625, "--run-dir", "s", "--device", "cpu")
+    assert status == 0 and re.search(r"Sanity pass passed in \d+ s", out)
+    for word in ("one epoch", "gradients", "reload", "resume", "an epoch of 50,000 images", "Peak memory"):
+        assert word in out
+    assert "largest difference of a weight 0" in out
+    with tensorboard_over(tmp_path) as board:
+        assert board.runs() == ["s"]  # hparams beside the run, not in a second one
+        row = read_metrics(tmp_path / "s" / "metrics.csv")[0]
+        for tag, name in (("loss/train", "train_loss"), ("loss/test", "eval_loss"), ("top1/test", "eval_top1"),
+                          ("top5/test", "eval_top5"), ("learning_rate", "lr")):
+            assert board.scalars("s", tag) == [(1, pytest.approx(row[name], rel=1e-5))]
+        for level in ("conv7", "conv10", "conv13"):
+            for what in ("score_sd", "entropy", "gate_gradient"):
+                assert len(board.scalars("s", f"attention/{level}/{what}")) == 1
+        assert len(board.images("s", "attention/test images")) == 1
+        assert "vgg-att3-concat-pc" in str(board.hparams())
+        assert "vgg-att3-concat-pc" in str(board.text("s", "configuration/text_summary"))
+
+
+@pytest.mark.parametrize("harm, message", [
+    (lambda m: m.gates["conv10"].compatibility.u.weight.register_hook(torch.zeros_like),
+     "no gradient reached gates.conv10.compatibility.u.weight"),
+    (lambda m: m.gates["conv7"].compatibility.u.weight.data.zero_(), "attention level conv7 is dead"),
+])
+def test_sanity_pass_fails_and_names_it(cli, monkeypatch, harm, message):
+    class Harmed(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            harm(self.model)
+            if "dead" in message:
+                self.model.gates["conv7"].compatibility.u.weight.requires_grad_(False)
+                self.average.model.load_state_dict(self.model.state_dict())
+    monkeypatch.setattr(run_module, "Trainer", Harmed)
+    status, out, _ = cli("--sanity", "--sample", "--width", 0.0625, "--device", "cpu")
+    assert status == 1 and f"FAILED: {message}" in out and "Sanity pass FAILED" in out
+
+
+def test_sanity_without_data_uses_the_sample_and_says_so(cli):
+    status, out, _ = cli("--sanity", "--model", "vgg", "--width", 0.0625, "--device", "cpu")
+    assert status == 0 and "built-in sample (seed 0) (no cifar100 in data)" in out
+    assert not Path("data").exists()
+
+
+def test_a_bare_resume_never_takes_a_sanity_pass(cli):
+    assert cli("--sanity", "--sample", "--model", "vgg", "--width", 0.0625, "--device", "cpu")[0] == 0
+    status, _, err = cli("--resume")
+    assert status == 2 and "there is no unfinished run in runs/cifar100" in err
+
+
+# ---- runs that are stopped --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def unhurt(small_task, tmp_path_factory):
+    """Four epochs of six steps, never disturbed, with dropout, so that the random state counts."""
+    folder = tmp_path_factory.mktemp("unhurt") / "run"
+    assert commands.main(small_task, [*NARROW, "--epochs", "4", "--set", "dropout=0.5", "--run-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("after_step, number", [(3, signal.SIGTERM), (12, signal.SIGINT), (15, signal.SIGINT)])
+def test_stopped_by_a_signal_and_resumed_equals_the_unhurt_run(cli, monkeypatch, unhurt, after_step, number):
+    step, steps = Trainer.step, []
+
+    def signalled(self, *batch):
+        step(self, *batch)
+        steps.append(1)
+        if len(steps) == after_step:
+            os.kill(os.getpid(), number)
+    monkeypatch.setattr(Trainer, "step", signalled)
+    status, out, _ = cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "hurt")
+    assert status == 128 + number and len(steps) == after_step
+    assert "everything is saved" in out and "--resume hurt" in out
+    assert content_of("hurt")["position"]["epoch"] * 6 + content_of("hurt")["position"]["step"] == after_step
+    status, out, _ = cli("--resume")  # finds it by itself, though it is not under runs/: no
+    assert status == 2
+    status, out, _ = cli("--resume", "hurt")
+    assert status == 0 and len(steps) == 24
+    assert_runs_equal("hurt", unhurt)
+
+
+def test_stopped_in_an_evaluation(cli, monkeypatch, unhurt):
+    evaluate, calls = run_module.evaluate, []
+
+    def signalled(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args)
+    monkeypatch.setattr(run_module, "evaluate", signalled)
+    assert cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "hurt")[0] == 143
+    assert cli("--resume", "hurt")[0] == 0
+    assert_runs_equal("hurt", unhurt)
+
+
+def test_a_second_interrupt_leaves_at_once(monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with run_module.Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals() and not left
+        os.kill(os.getpid(), signal.SIGINT)
+        assert left == [130]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def in_a_process(folder: str, words: list[str]) -> None:
+    """A child's whole life: the script's main(), in ``folder``, saving after every check."""
+    from sample_data import cifar_sample
+    os.chdir(folder)
+    task = dataclasses.replace(train_cifar100.TASK,
+                               sample=lambda: cifar_sample(classes=4, train_per_class=24, test_per_class=8))
+    run_module.SAVE_EVERY, run_module.SAVE_SHARE = 0.0, 1e9
+    Trainer.CHECK_EVERY = 1
+    os._exit(commands.main(task, words))
+
+
+def test_killed_ten_times_at_random_moments(tmp_path):
+    """kill -9, each time at another moment, then --resume: in the end, equal to the run that was never hurt."""
+    fork = multiprocessing.get_context("forkserver")  # forks from a process that has imported everything: no wait
+    fork.set_forkserver_preload(["tests.test_command_line"])
+    new = [*NARROW, "--epochs", "6", "--set", "dropout=0.5", "--overlay-every", "2", "--run-dir"]
+
+    def child(words):
+        process = fork.Process(target=in_a_process, args=(str(tmp_path), words))
+        process.start()
+        return process
+    calm = child([*new, "calm"])
+    calm.join(120)
+    assert calm.exitcode == 0
+    rng, kills, words = random.Random(2), 0, [*new, "hurt"]
+    while True:
+        process = child(words)
+        process.join(rng.uniform(0.3, 1.6) if kills < 10 else 120)
+        if process.exitcode is not None:
+            assert process.exitcode == 0
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+        if (tmp_path / "hurt" / "config.json").exists():
+            words = ["--resume", "hurt"]
+    print(f"killed {kills} times")
+    assert kills >= 5
+    assert_runs_equal(tmp_path / "hurt", tmp_path / "calm")
+
+
+def test_killed_before_the_first_checkpoint_starts_over(cli, monkeypatch, unhurt):
+    def killed(self):
+        raise KeyboardInterrupt  # where SIGKILL would leave the folder: config and events, no checkpoint
+    monkeypatch.setattr(run_module.Run, "train", killed)
+    assert cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "hurt")[0] == 130
+    monkeypatch.undo()
+    os.chdir(Path("hurt").resolve().parent if Path("hurt").exists() else unhurt.parent)
+
+
+def test_a_longer_run_and_a_finished_one(cli):
+    assert cli(*NARROW, "--epochs", 1, "--run-dir", "r")[0] == 0
+    status, out, _ = cli("--resume", "r")
+    assert status == 0 and "r is finished: 1 epochs" in out
+    status, out, _ = cli("--resume", "r", "--epochs", 3)
+    assert status == 0 and "--epochs 3 instead of 1: the schedule is that of the new length" in out
+    assert [row["epoch"] for row in read_metrics(Path("r/metrics.csv"))] == [1, 2, 3]
+    assert [step for step, _ in scalars_of("r")["top1/test"]] == [1, 2, 3]
+
+
+def test_a_diverged_run_keeps_the_last_good_checkpoint(cli, monkeypatch):
+    step = Trainer.step
+
+    def poisoned(self, images, labels):
+        if self.position.epoch == 1 and self.position.step == 2:
+            with torch.no_grad():
+                self.model.classifier.linears[0].weight.fill_(float("inf"))
+        step(self, images, labels)
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    status, _, err = cli(*NARROW, "--epochs", 4, "--run-dir", "r")
+    assert status == 1 and "the loss is not finite at epoch 2, step 3 of 6" in err
+    content = content_of("r")
+    assert content["position"]["epoch"] == 1
+    assert all(torch.isfinite(t).all() for t in content["model"].values())
+
+
+def test_a_validation_split_keeps_the_best(cli):
+    status, out, _ = cli(*NARROW, "--epochs", 2, "--val-fraction", 0.25, "--run-dir", "r")
+    assert status == 0 and "72 training and 24 val images" in out and "The test set has not been looked at" in out
+    assert "top1/val" in scalars_of("r")
+    rows = read_metrics(Path("r/metrics.csv"))
+    best = checkpoint.read_checkpoint("r/best.pt")["best"]
+    assert best["top1"] == max(row["eval_top1"] for row in rows)
+
+
+# ---- evaluation, transfer ---------------------------------------------------------------------------------------------
+
+def test_evaluate_repeats_the_last_epochs_numbers(cli, unhurt):
+    status, out, _ = cli("--evaluate", unhurt / "last.pt", "--device", "cpu")
+    row = read_metrics(unhurt / "metrics.csv")[-1]
+    assert status == 0
+    assert f"loss {row['eval_loss']:.4f}   top-1 {row['eval_top1']:.2f} %   top-5 {row['eval_top5']:.2f} %" in out
+    classes = [float(x) for x in re.findall(r"(\d+\.\d) % of 8", out)]
+    assert len(classes) == 4 and sum(classes) / 4 == pytest.approx(row["eval_top1"], abs=0.1)
+    assert classes == sorted(classes)
+
+
+def test_init_from_a_checkpoint(cli, unhurt):
+    status, out, _ = cli(*NARROW, "--epochs", 1, "--model", "vgg-att2-concat-gate", "--init-from", unhurt / "last.pt")
+    assert status == 0 and re.search(r"--init-from: \d+ of \d+ tensors loaded; starting fresh: classifier", out)
+
+
+def test_same_seed_same_run_and_another_seed_another(cli, unhurt):
+    for seed in (0, 1):
+        assert cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--seed", seed, "--run-dir", seed)[0] == 0
+    assert_runs_equal("0", unhurt)
+    a, b = (content_of(name)["model"]["trunk.block1.0.conv.weight"] for name in "01")
+    assert not torch.equal(a, b)
+
+
+# ---- wrong use --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, message", [
+    (["--epocs", "3"], "unrecognized arguments: --epocs 3"),
+    (["--epoch", "3"], "unrecognized arguments: --epoch 3"),  # no abbreviations
+    (["--epochs", "0"], "0 is below 1"),
+    (["--epochs", "many"], "invalid whole number value: 'many'"),
+    (["--lr", "-1"], "-1 is not above 0"),
+    (["--val-fraction", "1.5"], "1.5 is not between 0 and 1"),
+    (["--model", "resnet"], "invalid choice: 'resnet'"),
+    (["--set", "momentun=0.8"], "expected NAME=VALUE with a NAME of"),
+    (["--set", "momentum=fast"], "expected a number, as in the default 0.9"),
+    (["--set", "momentum=nan"], "expected a finite number"),
+    (["--set", "epochs=3"], "use --epochs 3 for this one"),
+    (["--set", "progressive=0.5"], "expected SCALE:UNTIL pairs"),
+    (["--set", "schedule=cosine"], "choose linear or halve"),
+    (["--device", "tpu"], "expected auto, cpu, cuda, or cuda:N"),
+    (["--sample", "--model", "vgg", "--set", "trunk=full"], "vgg-gap is the baseline that has one"),
+    (["--resume", "nowhere"], "there is no run in this folder"),
+])
+def test_wrong_use_exits_with_2(cli, words, message):
+    status, _, err = cli(*words)
+    assert status == 2 and message in err and "Traceback" not in err
+
+
+def test_what_is_missing_exits_with_1(cli, monkeypatch):
+    status, _, err = cli("--evaluate", "none.pt")
+    assert status == 1 and err == "error: none.pt: there is no such file\n"
+    if not torch.cuda.is_available():
+        status, _, err = cli("--sample", "--device", "cuda")
+        assert status == 1 and "sees no CUDA GPU" in err
+
+
+def test_a_run_is_never_overwritten_nor_contradicted(cli, unhurt):
+    status, _, err = cli(*NARROW, "--run-dir", unhurt)
+    assert status == 2 and "holds a run already: go on with it by --resume" in err
+    status, _, err = cli("--resume", unhurt, "--lr", 0.3)
+    assert status == 2 and "this run has --lr 0.1, and 0.3 would make it another run" in err
+    status, _, err = cli("--resume", unhurt, "--set", "momentum=0.5")
+    assert status == 2 and "would make it another run" in err
+
+
+def test_two_processes_never_share_a_run(cli, unhurt):
+    with checkpoint.lock(unhurt):
+        status, _, err = cli("--resume", unhurt)
+    assert status == 1 and "is in use by another process" in err
+
+
+def test_changed_data_is_noticed(cli, small_task, unhurt):
+    from sample_data import cifar_sample
+    import shutil
+    shutil.copytree(unhurt, "r")
+    for sample, message in ((lambda: cifar_sample(classes=5, train_per_class=24, test_per_class=8), "its classes are not"),
+                            (lambda: cifar_sample(classes=4, train_per_class=20, test_per_class=8), "an epoch had 6 steps")):
+        task = dataclasses.replace(small_task, sample=sample)
+        status, _, err = cli("--resume", "r", "--epochs", 6, task=task)
+        assert status == 1 and "the data set has changed" in err and message in err
+
+
+def test_a_run_folder_that_cannot_be_made(cli):
+    Path("file").write_text("")
+    status, _, err = cli(*NARROW, "--run-dir", "file/run")
+    assert status == 1 and err.startswith("error: file/run: ") and "Traceback" not in err
+
+
+def test_config_json_says_what_was_run(cli, unhurt):
+    record = json.loads((unhurt / "config.json").read_text())
+    assert record["finished"] and record["config"]["width"] == 0.0625 and record["config"]["dropout"] == 0.5
+    assert record["environment"]["torch"] == torch.__version__ and record["environment"]["threads"] > 0
+
+
+# ---- speed ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU has no native bf16")
+def test_a_default_step_beats_plain_fp32():
+    """Full width, batch 32: the default settings (bf16, channels_last) against fp32 and NCHW, in turn, in one run."""
+    import torch.nn.functional as F
+    from attention_model import build_model
+    labels = torch.zeros(32, dtype=torch.int64)
+    seconds = {"bf16": [], "fp32": []}
+    models = {"bf16": build_model("vgg-att3-concat-pc", 100, dropout=0.0).to(memory_format=torch.channels_last),
+              "fp32": build_model("vgg-att3-concat-pc", 100, dropout=0.0)}
+    for _ in range(3):
+        for name, model in models.items():
+            images = torch.randn(32, 3, 32, 32)
+            if name == "bf16":
+                images = images.contiguous(memory_format=torch.channels_last)
+            started = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
+                logits = model(images)
+            F.cross_entropy(logits.float(), labels).backward()
+            seconds[name].append(time.perf_counter() - started)
+    assert min(seconds["fp32"]) / min(seconds["bf16"]) >= 1.9

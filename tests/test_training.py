@@ -1,0 +1,350 @@
+"""The loop, the optimizer's side and the checkpoints, against independent few-line references."""
+import copy
+import errno
+import math
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from attention_model import build_model
+from sample_data import cifar_sample
+from train_cifar100 import FAST, PAPER
+from training import checkpoint, optimise, options
+from training.loop import Trainer, evaluate, parts_of
+from training.optimise import MovingAverage, Precision, input_size_at, learning_rate, parameter_groups
+from training.options import UserError
+
+CONFIG = FAST | {"model": "vgg-att3-concat-gate", "width": 1 / 16, "batch_size": 8, "epochs": 2, "micro_batch": "auto",
+                 "checkpoint_activations": False, "progressive": "none", "input_size": [32, 32], "ema_decay": 0.9}
+CPU = torch.device("cpu")
+
+
+class Batches:
+    """Three batches of random images."""
+
+    def __init__(self, count=8):
+        torch.manual_seed(7)
+        self.all = [(torch.randn(count, 3, 32, 32), torch.randint(4, (count,))) for _ in range(3)]
+
+    def __len__(self):
+        return len(self.all)
+
+    def epoch(self, epoch, start_step=0):
+        yield from self.all[start_step:]
+
+
+def trainer(batches=None, **changes) -> Trainer:
+    config = CONFIG | changes
+    torch.manual_seed(0)
+    model = build_model(config["model"], 4, width=config["width"], dropout=config["dropout"])
+    return Trainer(config, model, batches or Batches(), CPU, precision="fp32")
+
+
+# ---- schedule, groups, average ----------------------------------------------------------------------------------------
+
+def test_paper_schedule_halves_every_25_epochs():
+    rates = [learning_rate(PAPER, epoch * 390 + 17, 390) for epoch in (0, 24, 25, 49, 50, 299)]
+    assert rates == [0.1, 0.1, 0.05, 0.05, 0.025, 0.1 * 0.5**11]
+
+
+def test_linear_schedule_warms_up_and_ends_near_zero():
+    config = FAST | {"epochs": 10, "warmup": 0.2, "lr": 0.4}
+    rates = [learning_rate(config, step, 50) for step in range(500)]
+    assert rates[0] == pytest.approx(0.004) and max(rates) == pytest.approx(0.4)
+    assert rates.index(max(rates)) in (98, 99, 100)
+    steps = [b - a for a, b in zip(rates, rates[1:])]
+    assert all(s > 0 for s in steps[:98]) and all(s < 0 for s in steps[101:])
+    assert 0 < rates[-1] < 0.4 / 300
+    assert steps[300] == pytest.approx(steps[450])
+
+
+def test_progressive_resizing_follows_the_share_of_the_run():
+    config = {"progressive": "0.5:0.6 0.75:0.8", "input_size": [32, 48]}
+    assert [input_size_at(config, share) for share in (0, 0.59, 0.6, 0.79, 0.8, 1)] == [
+        (16, 24), (16, 24), (24, 36), (24, 36), None, None]
+    for wrong in ("0.5", "2:0.5", "0.5:x", "0.5:0.9 0.75:0.3"):
+        with pytest.raises(ValueError):
+            optimise.parse_progressive(wrong)
+
+
+def test_weight_decay_choices():
+    model = build_model("vgg-att3-concat-pc", 4, width=1 / 16)
+    total = sum(p.numel() for p in model.parameters())
+    [everything] = parameter_groups(model, 5e-4, decay_all=True)
+    assert sum(p.numel() for p in everything["params"]) == total and everything["weight_decay"] == 5e-4
+    decayed, spared = parameter_groups(model, 5e-4, decay_all=False)
+    assert sum(p.numel() for g in (decayed, spared) for p in g["params"]) == total and spared["weight_decay"] == 0
+    u = [gate.compatibility.u.weight for gate in model.gates.values()]
+    assert all(any(p is q for q in spared["params"]) for p in u)
+    assert all(p.ndim > 1 for p in decayed["params"])
+
+
+def test_moving_average_is_the_recurrence():
+    model = build_model("vgg-gap", 3, width=1 / 16)
+    average = MovingAverage(model, 0.5)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    for step in range(4):
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.add_(torch.randn_like(value) if value.is_floating_point() else 1)
+        average.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            expected[name] = expected[name] * decay + value * (1 - decay) if value.is_floating_point() else value.clone()
+    for name, value in average.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+def test_one_step_is_pytorchs_nesterov_sgd():
+    """The trainer's step against the plain few lines, dropout off."""
+    ours, batches = trainer(ema_decay=0.0), Batches()
+    model = copy.deepcopy(ours.model).train()
+    groups = parameter_groups(model, CONFIG["weight_decay"], False)
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+    for step, (images, labels) in enumerate(batches.all):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(CONFIG, step, 3)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
+        optimizer.step()
+    ours.train_epoch()
+    for (name, a), b in zip(ours.model.state_dict().items(), model.state_dict().values()):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4, msg=name)
+
+
+# ---- precision --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("has_bf16, expected", [(True, "bf16"), (False, "fp32")])
+def test_auto_precision_on_a_cpu(monkeypatch, has_bf16, expected):
+    monkeypatch.setattr(options, "cpu_has_bf16", lambda: has_bf16)
+    assert options.choose_precision("auto", CPU) == expected
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        options.choose_precision("fp16", CPU)
+
+
+@pytest.mark.parametrize("native, expected", [(True, "bf16"), (False, "fp16")])
+def test_auto_precision_on_a_gpu(monkeypatch, native, expected):
+    """Turing and older emulate bf16: emulation must not count."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    assert options.choose_precision("auto", torch.device("cuda")) == expected
+
+
+def test_bf16_runs_and_its_maps_are_float32():
+    ours = trainer()
+    ours.precision = Precision("bf16", CPU)
+    images, labels = ours.batches.all[0]
+    ours.model.train()
+    ours.step(images, labels)
+    assert math.isfinite(ours.checked_loss())
+    with ours.precision.context():
+        logits, maps = ours.model.eval()(images, return_attention=True)
+    assert logits.dtype == torch.bfloat16 and {m.dtype for m in maps.values()} == {torch.float32}
+    for attention_map in maps.values():
+        torch.testing.assert_close(attention_map.sum((1, 2)), torch.ones(8))
+
+
+# ---- micro-batches ----------------------------------------------------------------------------------------------------
+
+def test_parts_are_near_equal_and_none_is_a_single_image():
+    for count in range(2, 40):
+        for micro_batch in [None, *range(1, 45)]:
+            parts = [len(p) for p, _ in parts_of(torch.arange(count), torch.arange(count), micro_batch)]
+            assert sum(parts) == count and max(parts) - min(parts) <= 1 and min(parts) >= 2
+            assert max(parts) <= max(micro_batch or count, 3)  # 3: an odd batch in parts of two
+
+
+def test_micro_batches_give_the_gradient_of_the_batch():
+    """With batch norm in evaluation mode every image stands for itself, so the sums must agree to rounding."""
+    gradients = []
+    for micro_batch in (None, 3):
+        ours = trainer(model="vgg-gap")
+        ours.model.double().eval()
+        ours.micro_batch = micro_batch
+        images, labels = ours.batches.all[0]
+        ours.gradients(images.double(), labels)
+        gradients.append([p.grad.clone() for p in ours.model.parameters()])
+        assert ours.sums[2] == 8
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)  # the loss itself is in float32
+
+
+def test_out_of_memory_halves_the_micro_batch_and_repeats_the_whole_step(monkeypatch, capsys):
+    ours, reference = trainer(dropout=0.0), trainer(dropout=0.0, micro_batch=2)
+    sizes = []
+
+    def scarce(images):
+        sizes.append(len(images))
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return ours.model(images)
+    ours.run_model = scarce
+    for each in (ours, reference):
+        each.model.train()
+        each.step(*each.batches.all[0])
+    assert sizes == [8, 4, 2, 2, 2, 2] and ours.micro_batch == 2
+    for a, b in zip(ours.model.parameters(), reference.model.parameters()):
+        assert torch.equal(a, b)
+    assert "going on with --micro-batch 2" in capsys.readouterr().out
+    assert ours.state()["micro_batch"] == 2
+    ours.run_model = lambda images: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(UserError, match="out of memory at 2 images at once.*\nTry, in this order"):
+        ours.step(*ours.batches.all[1])
+
+
+# ---- non-finite losses, evaluation ------------------------------------------------------------------------------------
+
+def test_a_loss_that_is_not_finite_names_epoch_and_step():
+    batches = Batches()
+    batches.all[1][0][3, 0, 5, 5] = float("nan")
+    ours = trainer(batches)
+    ours.position.epoch = 1
+    with pytest.raises(UserError, match=r"not finite at epoch 2, step 2 of 3(.|\n)*lower --lr"):
+        ours.train_epoch()
+
+
+def test_evaluation_against_a_loop_over_images():
+    torch.manual_seed(3)
+    model = build_model("vgg-gap", 7, width=1 / 16).train()
+    images, labels = torch.randn(11, 3, 32, 32), torch.randint(7, (11,))
+    batches = [(images[i:i + 4], labels[i:i + 4]) for i in range(0, 11, 4)]
+    result = evaluate(model, batches, 7, Precision("fp32", CPU))
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        ranks = [(model(x[None])[0].argsort(descending=True) == y).nonzero().item() for x, y in zip(images, labels)]
+        loss = sum(-model(x[None])[0].log_softmax(0)[y].item() for x, y in zip(images, labels)) / 11
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+    assert result.top1 == pytest.approx(100 * sum(r == 0 for r in ranks) / 11)
+    assert result.top5 == pytest.approx(100 * sum(r < 5 for r in ranks) / 11)
+    assert result.class_counts == torch.bincount(labels, minlength=7).tolist()
+    assert sum(result.class_correct) == sum(r == 0 for r in ranks)
+
+
+def test_a_short_training_learns_the_sample():
+    """Real training on the generated sample: far above chance (25 %), no level dead, maps that are not flat."""
+    from augmentation import Augmentation, TrainBatches
+    train, test = cifar_sample(classes=4, train_per_class=100, test_per_class=25)
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    batches = TrainBatches(train, 20, seed=0, augmentation=Augmentation(mean=mean, std=std, pad=2, flip=False), device="cpu")
+    ours = trainer(batches, model="vgg-att2-concat-pc", width=0.125, epochs=3, lr=0.05)
+    from training.run import eval_batches
+    for _ in range(3):
+        ours.train_epoch()
+        ours.next_epoch()
+    result = evaluate(ours.best_model, eval_batches(test, CPU, mean, std), 4, ours.precision)
+    assert result.top1 > 50, result
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run folder with two checkpoints, the content of the last, and its path."""
+    ours = trainer()
+    content = {"format": checkpoint.FORMAT, **ours.state(), "config": CONFIG | {"trunk": ""}, "class_names": list("abcd"),
+               "input_size": [32, 32], "mean": [0.5] * 3, "std": [0.2] * 3, "rng": checkpoint.random_states()}
+    checkpoint.save_checkpoint(tmp_path, content | {"mark": "first"})
+    checkpoint.save_checkpoint(tmp_path, content | {"mark": "second"})
+    return tmp_path, content
+
+
+def test_checkpoint_round_trip(saved):
+    folder, content = saved
+    back = checkpoint.read_checkpoint(folder / "last.pt")
+    assert back["mark"] == "second" and checkpoint.read_checkpoint(folder / "last.prev.pt")["mark"] == "first"
+    assert back["config"] == content["config"] and back["rng"]["python"] == content["rng"]["python"]
+    for name, value in content["model"].items():
+        assert torch.equal(back["model"][name], value)
+    assert not [name for name in back["model"] if name.startswith(("module.", "_orig_mod."))]
+    assert {p.name for p in folder.iterdir()} == {"last.pt", "last.prev.pt"}
+    model = checkpoint.load_model(back)
+    assert not model.training and torch.equal(model.state_dict()["trunk.block1.0.conv.weight"],
+                                              content["ema"]["trunk.block1.0.conv.weight"])
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda data: b"", "cut short"),
+    (lambda data: data[: len(data) // 2], "cut short"),
+    (lambda data: data[:5000] + bytes([data[5000] ^ 4]) + data[5001:], "damaged|could not be read|no checkpoint"),
+    (lambda data: b"not a checkpoint at all", "no checkpoint"),
+])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_takes_over(saved, capsys, damage, message):
+    folder, _ = saved
+    path = folder / "last.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.read_checkpoint(path)
+    assert str(path) in str(error.value)
+    assert checkpoint.read_last(folder)["mark"] == "first"
+    assert "Going on from the checkpoint before it" in capsys.readouterr().out
+
+
+def test_every_flipped_byte_of_a_tensor_is_found(saved):
+    folder, _ = saved
+    path = folder / "last.pt"
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        record = max(archive.infolist(), key=lambda i: i.file_size)
+    middle = record.header_offset + record.file_size // 2
+    path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:])
+    with pytest.raises(UserError, match="checksum"):
+        checkpoint.read_checkpoint(path)
+
+
+def test_code_in_a_checkpoint_is_refused_not_run(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+    torch.save({"model": Harmful()}, tmp_path / "a.pt")
+    with open(tmp_path / "b.pt", "wb") as file:
+        pickle.dump(Harmful(), file)
+    for name, message in (("a.pt", "is refused"), ("b.pt", "no checkpoint")):
+        with pytest.raises(UserError, match=message):
+            checkpoint.read_checkpoint(tmp_path / name)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_what_is_not_ours_says_so(tmp_path, saved):
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="not a checkpoint of this project: it has no format, model"):
+        checkpoint.read_checkpoint(tmp_path / "other.pt")
+    torch.save(saved[1] | {"format": 99}, tmp_path / "newer.pt")
+    with pytest.raises(UserError, match="format 99, and this code reads format 1"):
+        checkpoint.read_checkpoint(tmp_path / "newer.pt")
+    with pytest.raises(UserError, match="there is no such file"):
+        checkpoint.read_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(UserError, match="is a folder; name the checkpoint in it"):
+        checkpoint.read_checkpoint(tmp_path)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(saved, monkeypatch):
+    folder, content = saved
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device. What was saved before is untouched"):
+        checkpoint.save_checkpoint(folder, content | {"mark": "third"})
+    monkeypatch.undo()
+    assert checkpoint.read_last(folder)["mark"] == "second"
+    assert {p.name for p in folder.iterdir()} == {"last.pt", "last.prev.pt"}
+
+
+def test_a_missing_run_folder_is_made_again(saved, tmp_path):
+    checkpoint.save_checkpoint(tmp_path / "gone" / "run", saved[1])
+    assert checkpoint.read_last(tmp_path / "gone" / "run")
+
+
+def test_transfer_copies_what_fits_and_says_what_did_not(saved):
+    _, content = saved
+    model = build_model("vgg-att2-concat-gate", 9, width=1 / 16)
+    said = checkpoint.transfer(model, content)
+    assert torch.equal(model.state_dict()["trunk.block5.2.conv.weight"], content["ema"]["trunk.block5.2.conv.weight"])
+    assert "classifier.linears.0" in said.partition("not used")[0] and "gates.conv7" in said.partition("not used")[2]
+    with pytest.raises(UserError, match="no weight of that checkpoint fits"):
+        checkpoint.transfer(torch.nn.Linear(3, 3), content)
