@@ -258,16 +258,37 @@ def test_errors_say_what_is_wrong(make, message):
         make()
 
 
-def test_the_initial_maps_are_spread():
-    """The authors' u (std 1.41) is almost one-hot on normalised features; ours starts close to uniform, but not flat."""
+@pytest.mark.parametrize("name", ["vgg-att3-concat-pc", "vgg-att3-concat-dp", "vgg-att3-concat-gate"])
+@pytest.mark.parametrize("width", [0.25, 1.0])
+def test_the_initial_maps_are_spread(name, width):
+    """Neither one-hot, as from the authors' u (std 1.41), nor flat: a good part of the positions counts, in effect."""
+    torch.manual_seed(6)
+    model = build_model(name, 10, width=width).train()
+    with torch.no_grad():
+        _, maps = model(torch.randn(4, 3, 32, 32), return_attention=True)
+    for level, attention_map in maps.items():
+        p = attention_map.flatten(1).double()
+        effective = (torch.special.entr(p).sum(1)).exp().mean().item() / p.shape[1]
+        assert 0.1 < effective < 0.99, (level, effective)
+
+
+def test_the_authors_initial_gate_is_almost_one_hot():
+    """Why u does not start as the authors' does."""
     torch.manual_seed(6)
     model = build_model("vgg-att3-concat-pc", 10, width=0.25).train()
     with torch.no_grad():
-        _, maps = model(torch.randn(8, 3, 32, 32), return_attention=True)
-        for level, attention_map in maps.items():
-            p = attention_map.flatten(1).double()
-            effective = (-(p * p.log()).sum(1)).exp().mean().item() / p.shape[1]
-            assert 0.5 < effective < 0.999, (level, effective)
+        for gate in model.gates.values():
+            gate.compatibility.u.weight.normal_(std=2**0.5)
+        _, maps = model(torch.randn(4, 3, 32, 32), return_attention=True)
+    p = maps["conv7"].flatten(1).double()
+    assert torch.special.entr(p).sum(1).exp().mean() < 0.1 * p.shape[1]
+
+
+def test_convolutions_start_as_the_identity():
+    model = narrow("vgg-gap").eval()
+    unit = model.trunk.block3[1]
+    images = torch.rand(2, unit.conv.in_channels, 9, 9)
+    torch.testing.assert_close(unit.conv(images), images)
 
 
 def test_channels_last_gives_the_same():
