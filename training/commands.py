@@ -30,7 +30,7 @@ def main(task: Task, argv: list[str] | None = None) -> int:
         if args.evaluate:
             return evaluate_checkpoint(task, args, argv)
         if args.sanity:
-            config = options.resolve(args, task.recipes, model=task.model, dataset=task.dataset)
+            config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
             check_recipe(config)
             return sanity.sanity_pass(task, config, run_dir_of(task, args, "sanity"), options.command_line(argv))
         return train(task, args, argv)
@@ -66,7 +66,7 @@ def train(task: Task, args, argv: list[str]) -> int:
     """A new run, or the rest of one."""
     content = None
     if args.resume is None:
-        config = options.resolve(args, task.recipes, model=task.model, dataset=task.dataset)
+        config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
         check_recipe(config)
         run_dir = run_dir_of(task, args, config["model"])
         if (run_dir / "config.json").exists() or (run_dir / options.CHECKPOINT_NAME).exists():

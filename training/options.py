@@ -16,6 +16,7 @@ import torch
 
 from attention_model import MODEL_NAMES
 
+SHORT_RUN = 10  # epochs; below, a recipe's changes for short runs hold
 CHECKPOINT_NAME, PREVIOUS_NAME = "last.pt", "last.prev.pt"
 
 # Options with a command-line word of their own whose value is part of the recipe.
@@ -118,13 +119,19 @@ def auto_or_whole(text: str) -> int | str:
 auto_or_whole.__name__ = "auto or whole number"
 
 
-def resolve(args: argparse.Namespace, recipes: dict[str, dict], *, model: str, dataset: str) -> dict:
-    """A new run's config: the recipe, with --set and the options on top. Raises UserError for a wrong --set."""
+def resolve(args: argparse.Namespace, recipes: dict[str, dict], short: dict[str, dict], *, model: str,
+            dataset: str) -> dict:
+    """A new run's config: the recipe (with what it changes for a short run), then --set and the options on top.
+
+    Raises UserError for a wrong --set."""
     given = vars(args)
     recipe = given.get("recipe", next(iter(recipes)))
+    base = dict(recipes[recipe])
+    if given.get("epochs", base["epochs"]) < SHORT_RUN:
+        base |= short.get(recipe, {})
     config = {"dataset": dataset, "recipe": recipe, "model": model, "width": 1.0, "seed": 0, "val_fraction": 0.0,
               "image_size": None, "precision": "auto", "sample": False, "init_from": None}
-    config |= recipes[recipe] | parse_set(args.set, recipes[recipe])
+    config |= base | parse_set(args.set, base)
     config |= {name: given[name] for name in config if name in given}
     config |= {name: given[name] for name in ("data_dir", "device", "num_workers", "micro_batch", "checkpoint_activations",
                                               "overlay_every")}

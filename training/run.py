@@ -35,6 +35,7 @@ class Task:
     dataset: str                                    # "cifar100": names the runs' folder
     description: str
     recipes: dict[str, dict]                        # the first is the default
+    short: dict[str, dict]                          # what a recipe changes for runs under options.SHORT_RUN epochs
     model: str                                      # default network
     load: Callable[..., tuple[ImageSet, ImageSet]]  # (config, download=True) -> train, test
     sample: Callable[[], tuple[ImageSet, ImageSet]]
