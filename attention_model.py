@@ -448,7 +448,7 @@ def initialise(model: nn.Module) -> None:
 
     - A 3x3 convolution starts as the identity (Dirac): filter i passes channel i on, filters beyond the input's channels
       are the authors'. Thirteen layers without a shortcut learn much faster from there; README has the measurement.
-    - Batch norm starts at weight 1 and, behind those convolutions, at bias 0.5: ReLU would otherwise cut off half of what
+    - Batch norm starts at weight 1 and, behind those convolutions, at bias 1: ReLU would otherwise cut off half of what
       is left at every layer, and pass 7 % by the last.
     - Scores start with a standard deviation of order 1 over the positions, so that the maps start spread out: u is
       N(0, 1/sqrt(C)), and for dp the linear layers that make g are scaled by 1/(2 sqrt(C)). The authors' u makes softmax almost
@@ -460,7 +460,7 @@ def initialise(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     for module in model.modules():
         if isinstance(module, ConvUnit):
-            nn.init.constant_(module.norm.bias, 0.5)
+            nn.init.constant_(module.norm.bias, 1.0)
             if module.conv.in_channels > 3:
                 nn.init.dirac_(module.conv.weight[:module.conv.in_channels])
         if hasattr(module, "u"):
