@@ -484,7 +484,10 @@ def run_unit(unit: ConvUnit, x: Tensor, save_memory: bool) -> Tensor:
     """The unit, or, in training with ``save_memory``, the unit with its inner activations dropped and computed again."""
     if not (save_memory and torch.is_grad_enabled()):
         return unit(x)
-    return checkpoint(unit, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(unit)))
+    if torch.compiler.is_compiling():  # the compiler moves the statistics once by itself, and takes no context_fn
+        return checkpoint(unit, x, use_reentrant=False)
+    return checkpoint(unit, x, use_reentrant=False,
+                      context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(unit)))
 
 
 @contextlib.contextmanager

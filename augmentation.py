@@ -27,13 +27,12 @@ class Augmentation:
     with values of its own, on the device it is on, without waiting for that device.
 
     mean, std: of each channel, in [0, 1] units. pad: pixels. cutout: side of the square in pixels, 0 for none; it is
-    clipped at the border and filled with 0, the mean. image_size: of the output, if not the input's.
+    clipped at the border and filled with 0, the mean.
     """
 
-    def __init__(self, *, mean, std, pad: int = 4, flip: bool = True, cutout: int = 0,
-                 image_size: int | tuple[int, int] | None = None):
+    def __init__(self, *, mean, std, pad: int = 4, flip: bool = True, cutout: int = 0):
         self.mean, self.std = tuple(mean), tuple(std)
-        self.pad, self.flip, self.cutout, self.image_size = pad, flip, cutout, image_size
+        self.pad, self.flip, self.cutout = pad, flip, cutout
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Draw:
         """Everything is drawn, used or not, so that crops stay the same when the cutout is switched off."""
@@ -52,7 +51,7 @@ class Augmentation:
         batch = normalise(images, self.mean, self.std)
         if self.cutout:
             _cut_out(batch, draw.cut_y, draw.cut_x, self.cutout)
-        return _resize(batch, self.image_size)
+        return batch
 
 
 def _crop(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, pad: int) -> torch.Tensor:
@@ -87,23 +86,23 @@ def _cut_out(batch: torch.Tensor, cut_y: torch.Tensor, cut_x: torch.Tensor, side
     pixels.index_fill_(0, (rows[:, :, None] * w + columns[:, None, :]).flatten(), 0.0)
 
 
-def normalise(images: torch.Tensor, mean, std, size: int | tuple[int, int] | None = None) -> torch.Tensor:
-    """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in channels_last memory: (x / 255 - mean) / std, then resized to
-    `size` (a side or (height, width) in pixels) if given. The transform of evaluation."""
+def normalise(images: torch.Tensor, mean, std) -> torch.Tensor:
+    """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in channels_last memory: (x / 255 - mean) / std. The transform of
+    evaluation."""
     n, h, w, _ = images.shape
 
     def row(values) -> torch.Tensor:    # (3W,): whole rows are multiplied, as a last dimension of 3 is slow
         return torch.stack([torch.full((w,), value, device=images.device) for value in values], 1).flatten()
     batch = images.reshape(n * h, w * 3).float()
     torch.addcmul(row([-m / s for m, s in zip(mean, std)]), batch, row([1 / (255 * s) for s in std]), out=batch)
-    return _resize(batch.view(n, h, w, 3).permute(0, 3, 1, 2), size)
+    return batch.view(n, h, w, 3).permute(0, 3, 1, 2)
 
 
-def _resize(batch: torch.Tensor, size: int | tuple[int, int] | None) -> torch.Tensor:
-    size = (size, size) if isinstance(size, int) else size
-    if size is None or tuple(size) == tuple(batch.shape[2:]):
+def resize(batch: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
+    """(N, 3, H, W) to (N, 3, *size) in channels_last memory, bilinear and antialiased; None leaves it as it is."""
+    if size is None or size == tuple(batch.shape[2:]):
         return batch
-    batch = F.interpolate(batch, tuple(size), mode="bilinear", antialias=True)
+    batch = F.interpolate(batch, size, mode="bilinear", antialias=True)
     return batch.contiguous(memory_format=torch.channels_last)
 
 
@@ -115,20 +114,16 @@ class TrainBatches:
     """
 
     def __init__(self, image_set: ImageSet, batch_size: int, *, seed: int, augmentation: Augmentation,
-                 device: torch.device | str, drop_last: bool = True):
-        self.image_set, self.batch_size, self.seed = image_set, batch_size, seed
-        self.augmentation, self.drop_last = augmentation, drop_last
+                 device: torch.device | str):
+        self.image_set, self.batch_size, self.seed, self.augmentation = image_set, batch_size, seed, augmentation
         self.device = torch.empty(0, device=device).device      # "cuda" becomes "cuda:0"
 
     def __len__(self) -> int:
-        """Steps in an epoch; one, with all images, when there are fewer than a batch."""
-        whole, rest = divmod(len(self.image_set), self.batch_size)
-        return max(1, whole + (rest > 0 and not self.drop_last))
+        """Steps in an epoch, a last partial batch dropped; one, with all images, when there are fewer than a batch."""
+        return max(1, len(self.image_set) // self.batch_size)
 
-    def epoch(self, epoch: int, start_step: int = 0,
-              size: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(images (N, 3, H, W) float32 channels_last, labels (N,) int64) of the steps from `start_step` on; `size`
-        resizes the augmented images to that side in pixels."""
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(images (N, 3, H, W) float32 channels_last, labels (N,) int64) of the steps from `start_step` on."""
         home = self.image_set.images.device
         shuffle = torch.Generator(home).manual_seed(stable_seed("order", self.seed, epoch))
         order = torch.randperm(len(self.image_set), generator=shuffle, device=home)
@@ -137,7 +132,7 @@ class TrainBatches:
             indices = order[step * self.batch_size:(step + 1) * self.batch_size]
             images, labels = (self._take(tensor, indices) for tensor in (self.image_set.images, self.image_set.labels))
             generator.manual_seed(stable_seed("augmentation", self.seed, epoch, step))
-            yield _resize(self.augmentation(images, generator), size), labels
+            yield self.augmentation(images, generator), labels
 
     def _take(self, tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         if tensor.device == self.device:

@@ -50,7 +50,7 @@ FAST = PAPER | {
 SHORT = {
     "batch_size": 64,
     "lr": 0.04,
-    "progressive": "0.5:0.82 0.75:0.94",
+    "progressive": "0.5:0.3 0.75:0.75",
 }
 TASK = Task(
     dataset="cifar100",

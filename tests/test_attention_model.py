@@ -235,6 +235,20 @@ def test_checkpointed_activations_change_nothing(name):
             torch.testing.assert_close(a.grad, b.grad, msg=key)
 
 
+def test_checkpointed_activations_under_the_compiler():
+    """Through the compiler's tracing, without its code generator (which needs a C compiler)."""
+    plain = narrow("vgg-att2-concat-gate", dropout=0.0)
+    saving = copy.deepcopy(plain)
+    saving.checkpoint_activations = True
+    images = torch.randn(4, 3, 32, 32)
+    for model in (plain, torch.compile(saving, backend="aot_eager")):
+        F.cross_entropy(model(images), torch.arange(4)).backward()
+    for (key, a), b in zip(plain.state_dict().items(), saving.state_dict().values()):
+        torch.testing.assert_close(a, b, msg=key)
+    for (key, a), b in zip(plain.named_parameters(), saving.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=key)
+
+
 def test_a_batch_of_one():
     image = torch.randn(1, 3, 32, 32)
     for name in MODEL_NAMES:

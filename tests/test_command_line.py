@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_cifar100
 from tests.tensorboard_http import tensorboard_over
 from training import checkpoint, commands, run as run_module
-from training.loop import Trainer
+from training.loop import Interrupted, Trainer
 from training.options import cpu_has_bf16
 from training.report import read_metrics
 
@@ -123,6 +123,19 @@ def test_sanity_without_data_uses_the_sample_and_says_so(cli):
     assert not Path("data").exists()
 
 
+def test_sanity_with_a_validation_split(cli):
+    status, out, _ = cli("--sanity", "--sample", "--model", "vgg", "--width", 0.0625, "--val-fraction", 0.25)
+    assert status == 0 and "Sanity pass passed" in out
+
+
+def test_a_signal_in_the_sanity_pass(cli, monkeypatch):
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise Interrupted
+    monkeypatch.setattr(run_module, "evaluate", signalled)
+    assert cli("--sanity", "--sample", "--model", "vgg", "--width", 0.0625, "--device", "cpu")[0] == 143
+
+
 def test_a_bare_resume_never_takes_a_sanity_pass(cli):
     assert cli("--sanity", "--sample", "--model", "vgg", "--width", 0.0625, "--device", "cpu")[0] == 0
     status, _, err = cli("--resume")
@@ -153,10 +166,8 @@ def test_stopped_by_a_signal_and_resumed_equals_the_unhurt_run(cli, monkeypatch,
     assert status == 128 + number and len(steps) == after_step
     assert "everything is saved" in out and "--resume hurt" in out
     assert content_of("hurt")["position"]["epoch"] * 6 + content_of("hurt")["position"]["step"] == after_step
-    status, out, _ = cli("--resume")  # finds it by itself, though it is not under runs/: no
-    assert status == 2
-    status, out, _ = cli("--resume", "hurt")
-    assert status == 0 and len(steps) == 24
+    assert cli("--resume")[0] == 2  # it is not under runs/
+    assert cli("--resume", "hurt")[0] == 0 and len(steps) == 24
     assert_runs_equal("hurt", unhurt)
 
 
@@ -192,47 +203,73 @@ def in_a_process(folder: str, words: list[str]) -> None:
     task = dataclasses.replace(train_cifar100.TASK,
                                sample=lambda: cifar_sample(classes=4, train_per_class=24, test_per_class=8))
     run_module.SAVE_EVERY, run_module.SAVE_SHARE = 0.0, 1e9
-    Trainer.CHECK_EVERY = 1
     os._exit(commands.main(task, words))
+
+
+EPOCHS = 12  # of the run that is killed: more than ten times half a second of steps
 
 
 def test_killed_ten_times_at_random_moments(tmp_path):
     """kill -9, each time at another moment, then --resume: in the end, equal to the run that was never hurt."""
     fork = multiprocessing.get_context("forkserver")  # forks from a process that has imported everything: no wait
     fork.set_forkserver_preload(["tests.test_command_line"])
-    new = [*NARROW, "--epochs", "6", "--set", "dropout=0.5", "--overlay-every", "2", "--run-dir"]
+    new = [*NARROW, "--epochs", str(EPOCHS), "--set", "dropout=0.5", "--overlay-every", "2", "--run-dir"]
 
     def child(words):
         process = fork.Process(target=in_a_process, args=(str(tmp_path), words))
+        process.began = time.time()
         process.start()
         return process
     calm = child([*new, "calm"])
     calm.join(120)
     assert calm.exitcode == 0
-    rng, kills, words = random.Random(2), 0, [*new, "hurt"]
-    while True:
-        process = child(words)
-        process.join(rng.uniform(0.3, 1.6) if kills < 10 else 120)
-        if process.exitcode is not None:
-            assert process.exitcode == 0
-            break
+    rng, config, reached = random.Random(2), tmp_path / "hurt" / "config.json", []
+    for kill in range(10):
+        process = child(["--resume", "hurt"] if kill else [*new, "hurt"])
+        while not config.exists() or config.stat().st_mtime < process.began:  # it has begun to write
+            assert process.exitcode is None
+            time.sleep(0.005)
+        process.join(rng.uniform(0.0, 0.5))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        kills += 1
-        if (tmp_path / "hurt" / "config.json").exists():
-            words = ["--resume", "hurt"]
-    print(f"killed {kills} times")
-    assert kills >= 5
+        assert process.exitcode == -signal.SIGKILL
+        content = checkpoint.read_last(tmp_path / "hurt")
+        reached.append(content["position"]["epoch"] * 6 + content["position"]["step"] if content else 0)
+    print("killed ten times, with these steps saved:", reached)
+    assert reached == sorted(reached) and reached[-1] < 6 * EPOCHS
+    last = child(["--resume", "hurt"])
+    last.join(120)
+    assert last.exitcode == 0
     assert_runs_equal(tmp_path / "hurt", tmp_path / "calm")
 
 
 def test_killed_before_the_first_checkpoint_starts_over(cli, monkeypatch, unhurt):
     def killed(self):
         raise KeyboardInterrupt  # where SIGKILL would leave the folder: config and events, no checkpoint
-    monkeypatch.setattr(run_module.Run, "train", killed)
-    assert cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "hurt")[0] == 130
-    monkeypatch.undo()
-    os.chdir(Path("hurt").resolve().parent if Path("hurt").exists() else unhurt.parent)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Run, "train", killed)
+        assert cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "hurt")[0] == 130
+    assert not Path("hurt/last.pt").exists()
+    status, out, _ = cli("--resume", "hurt")
+    assert status == 0 and "has no checkpoint yet: starting over with its settings" in out
+    assert_runs_equal("hurt", unhurt)
+
+
+def test_a_bare_resume_takes_the_newest_unfinished_run(cli, monkeypatch):
+    step = Trainer.step
+
+    def signalled(self, *batch):
+        step(self, *batch)
+        os.kill(os.getpid(), signal.SIGTERM)
+    for name in ("older", "newer"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "step", signalled)
+            assert cli(*NARROW, "--model", "vgg", "--epochs", 1, "--run-dir", f"runs/cifar100/{name}")[0] == 143
+        time.sleep(0.02)  # the clock of the file system
+    for name in ("newer", "older"):
+        status, out, _ = cli("--resume")
+        assert status == 0 and f"Run directory runs/cifar100/{name};" in out
+    assert cli("--resume")[0] == 2
 
 
 def test_a_longer_run_and_a_finished_one(cli):
@@ -259,6 +296,28 @@ def test_a_diverged_run_keeps_the_last_good_checkpoint(cli, monkeypatch):
     content = content_of("r")
     assert content["position"]["epoch"] == 1
     assert all(torch.isfinite(t).all() for t in content["model"].values())
+
+
+def test_weights_that_diverged_are_not_saved(cli, monkeypatch):
+    """The loss of the last step was finite; the update after it was not."""
+    update = torch.optim.SGD.step
+
+    def poisoned(self, *args, **kwargs):
+        result = update(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 12:
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+        return result
+    calls = []
+    monkeypatch.setattr(torch.optim.SGD, "step", poisoned)
+    status, _, err = cli(*NARROW, "--epochs", 4, "--run-dir", "r")
+    assert status == 1 and "a weight is not finite at epoch 2, step 6 of 6" in err
+    assert content_of("r")["position"]["epoch"] == 1
+
+
+def test_bad_data_leaves_no_run_folder(cli):
+    status, _, err = cli("--data-dir", "nowhere/at/all", "--run-dir", "runs/r")
+    assert status == 1 and err.startswith("error: ") and "Traceback" not in err and not Path("runs/r").exists()
 
 
 def test_a_validation_split_keeps_the_best(cli):
@@ -313,6 +372,10 @@ def test_same_seed_same_run_and_another_seed_another(cli, unhurt):
     (["--set", "schedule=cosine"], "choose linear or halve"),
     (["--device", "tpu"], "expected auto, cpu, cuda, or cuda:N"),
     (["--sample", "--model", "vgg", "--set", "trunk=full"], "vgg-gap is the baseline that has one"),
+    (["--set", "momentum=0"], "Nesterov needs a momentum"),
+    (["--set", "label_smoothing=2"], "expected a number below 1"),
+    (["--set", "crop_pad=40"], "expected a number below 16"),
+    (["--recipe", "paper", "--set", "halve_every=0"], "expected 1 epoch or more"),
     (["--resume", "nowhere"], "there is no run in this folder"),
 ])
 def test_wrong_use_exits_with_2(cli, words, message):
@@ -332,7 +395,7 @@ def test_a_run_is_never_overwritten_nor_contradicted(cli, unhurt):
     status, _, err = cli(*NARROW, "--run-dir", unhurt)
     assert status == 2 and "holds a run already: go on with it by --resume" in err
     status, _, err = cli("--resume", unhurt, "--lr", 0.3)
-    assert status == 2 and "this run has --lr 0.1, and 0.3 would make it another run" in err
+    assert status == 2 and "this run has --lr 0.04, and 0.3 would make it another run" in err
     status, _, err = cli("--resume", unhurt, "--set", "momentum=0.5")
     assert status == 2 and "would make it another run" in err
 

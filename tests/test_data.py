@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import data
-from augmentation import Augmentation, TrainBatches, normalise
+from augmentation import Augmentation, TrainBatches, normalise, resize
 from data import DataError, ImageSet
 
 REAL = Path(__file__).parent.parent / "data"
@@ -104,12 +104,10 @@ def test_normalise_and_resize():
     plain = normalise(images, MEAN, STD)
     expected = (images.double() / 255 - torch.tensor(MEAN).double()) / torch.tensor(STD).double()
     torch.testing.assert_close(plain.permute(0, 2, 3, 1).double(), expected, atol=2e-6, rtol=0)
-    small = normalise(images, MEAN, STD, size=(9, 12))     # half the size
+    assert resize(plain, None) is plain and resize(plain, (18, 24)) is plain
+    small = resize(plain, (9, 12))      # half the size
     assert small.shape == (20, 3, 9, 12) and small.is_contiguous(memory_format=torch.channels_last)
     assert abs(small.mean() - plain.mean()) < 0.02 and small.std() < 0.7 * plain.std()     # antialiased
-    assert normalise(images, MEAN, STD, size=20).shape == (20, 3, 20, 20)
-    out = Augmentation(mean=MEAN, std=STD, image_size=12)(images, torch.Generator())
-    assert out.shape == (20, 3, 12, 12)
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -159,9 +157,9 @@ def test_an_epoch_holds_each_image_once():
     numbered = image_set(20)
     numbered.images[:] = torch.arange(20, dtype=torch.uint8)[:, None, None, None]
     plain = Augmentation(mean=(0, 0, 0), std=(1 / 255,) * 3)
-    loader = TrainBatches(numbered, 6, seed=0, augmentation=plain, device="cpu", drop_last=False)
+    loader = TrainBatches(numbered, 5, seed=0, augmentation=plain, device="cpu")
     seen = [(x[:, 0, 0, 0].round().long(), y) for x, y in loader.epoch(0)]
-    assert [len(y) for _, y in seen] == [6, 6, 6, 2] and len(loader) == 4
+    assert [len(y) for _, y in seen] == [5, 5, 5, 5] and len(loader) == 4
     order = torch.cat([x for x, _ in seen])
     assert sorted(order.tolist()) == list(range(20)) and order.tolist() != list(range(20))
     assert torch.equal(torch.cat([y for _, y in seen]), numbered.labels[order])     # labels go with their images
@@ -171,13 +169,6 @@ def test_number_of_steps():
     assert len(batches()) == 3 and len(list(batches().epoch(0))) == 3
     few = batches(batch_size=64)
     assert len(few) == 1 and [len(y) for _, y in few.epoch(0)] == [20]
-
-
-def test_an_epoch_can_have_a_size_of_its_own():
-    (x, y), (whole, labels) = next(batches().epoch(0, size=12)), next(batches().epoch(0))
-    assert x.shape == (6, 3, 12, 12) and x.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y, labels) and whole.shape == (6, 3, 18, 24)
-    assert same(batches(image_set(20, 16, 16)).epoch(0, size=16), batches(image_set(20, 16, 16)).epoch(0))
 
 
 def test_stable_seed_is_the_same_everywhere():

@@ -22,8 +22,9 @@ FORMAT = 1
 REQUIRED = ("format", "model", "ema", "config", "class_names", "input_size", "mean", "std", "position")
 
 
-def save_file(path: Path, content: dict) -> None:
-    """Write under a temporary name in the same folder, flush to the disk, then rename: never half a file."""
+def save_file(path: Path, content: dict, previous: Path | None = None) -> None:
+    """Write under a temporary name in the same folder, flush to the disk, then rename: never half a file, and at no
+    moment none. What ``path`` held stays under the name ``previous``, if one is given."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # a run folder that was moved away must not lose the run
@@ -31,6 +32,12 @@ def save_file(path: Path, content: dict) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(path, previous)
+            except OSError:  # a file system without links: for a moment there is only the one before
+                os.replace(path, previous)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
@@ -43,12 +50,7 @@ def save_file(path: Path, content: dict) -> None:
 
 def save_checkpoint(run_dir: Path, content: dict) -> None:
     """The new last.pt; the one before stays as last.prev.pt."""
-    last, previous, new = run_dir / CHECKPOINT_NAME, run_dir / PREVIOUS_NAME, run_dir / ".new.pt"
-    save_file(new, content)
-    if last.exists():
-        os.replace(last, previous)
-    os.replace(new, last)
-    sync_folder(run_dir)
+    save_file(run_dir / CHECKPOINT_NAME, content, previous=run_dir / PREVIOUS_NAME)
 
 
 def sync_folder(folder: Path) -> None:
@@ -61,7 +63,7 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def read_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dict:
+def read_checkpoint(path: Path | str) -> dict:
     """A checkpoint of ours, its checksums verified. Raises UserError for anything else; code in it never runs."""
     path = Path(path)
     try:
@@ -69,7 +71,7 @@ def read_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dic
             damaged = archive.testzip()  # torch writes a CRC-32 for every tensor but does not look at it itself
         if damaged:
             raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong. Use another checkpoint")
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except IsADirectoryError:
@@ -131,7 +133,6 @@ def clean(run_dir: Path) -> None:
     """Remove what a killed process left half-written."""
     for temporary in run_dir.glob(".*.tmp"):
         temporary.unlink(missing_ok=True)
-    (run_dir / ".new.pt").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -148,6 +149,8 @@ def lock(run_dir: Path):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{run_dir} is in use by another process: wait for it, or stop it first") from None
+        except OSError:  # some network file systems lock no folders
+            pass
         yield
     finally:
         os.close(descriptor)

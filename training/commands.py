@@ -2,6 +2,7 @@
 0 done, 1 a failure, 2 bad use, 130 or 143 stopped by SIGINT or SIGTERM after saving."""
 from __future__ import annotations
 
+import contextlib
 import shlex
 import signal
 import sys
@@ -16,7 +17,7 @@ from training import checkpoint, options, sanity
 from training.loop import Interrupted, Precision, evaluate
 from training.optimise import parse_progressive
 from training.options import UserError
-from training.run import Run, Task, build, clock, eval_batches
+from training.run import Run, Task, build, clock, eval_batches, split
 
 
 def main(task: Task, argv: list[str] | None = None) -> int:
@@ -34,6 +35,8 @@ def main(task: Task, argv: list[str] | None = None) -> int:
             check_recipe(config)
             return sanity.sanity_pass(task, config, run_dir_of(task, args, "sanity"), options.command_line(argv))
         return train(task, args, argv)
+    except Interrupted as stop:  # in the sanity pass; a run catches its own
+        return 128 + stop.args[0]
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "status", 1)
@@ -88,23 +91,31 @@ def train(task: Task, args, argv: list[str]) -> int:
             if content and content["finished"] and config["epochs"] <= before["epochs"]:
                 print(f"{run_dir} is finished: {before['epochs']} epochs. A longer run: --resume {run_dir} --epochs "
                       f"{2 * before['epochs']}")
+                checkpoint.write_config(run_dir, checkpoint.read_config(run_dir) | {"finished": True})
                 return 0
             if config["epochs"] != before["epochs"]:
                 print(f"--epochs {config['epochs']} instead of {before['epochs']}: the schedule is that of the new length "
                       f"from here on.")
-            if content and config["epochs"] < content["position"]["epoch"]:
-                raise UserError(f"--epochs {config['epochs']}: this run has {content['position']['epoch']} whole epochs "
-                                f"already", 2)
-        return train_here(task, config, run_dir, content, argv)
+            begun = content["position"]["epoch"] + (content["position"]["step"] > 0) if content else 0
+            if config["epochs"] < begun:
+                raise UserError(f"--epochs {config['epochs']}: this run is in epoch {begun} already", 2)
+        try:
+            sets = split(config, *load(task, config))
+        except DataError:
+            with contextlib.suppress(OSError):
+                run_dir.rmdir()  # a folder that nothing was written to
+            raise
+        return train_here(task, config, run_dir, sets, content, argv)
 
 
-def train_here(task: Task, config: dict, run_dir: Path, content: dict | None, argv: list[str]) -> int:
-    """Load, train, and say how it ended. The run directory is locked by the caller."""
-    train_set, test_set = load(task, config)
-    run = Run(task, config, run_dir, train_set, test_set, content=content)
+def train_here(task: Task, config: dict, run_dir: Path, sets: tuple[ImageSet, ImageSet], content: dict | None,
+               argv: list[str]) -> int:
+    """Train, and say how it ended. The run directory is locked by the caller."""
+    run = Run(task, config, run_dir, *sets, content=content)
     trainer = run.trainer
     run.start(options.command_line(argv))
     where = f"from epoch {trainer.position.epoch + 1}, step {trainer.position.step + 1}" if content else "from scratch"
+    del content  # the network, its average and the momentum a second time
     print(f"{config['model']}, width {config['width']:g}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters, "
           f"{config['recipe']} recipe, {where} to epoch {config['epochs']}\n"
           f"{len(run.train_set):,} training and {len(run.eval_set):,} {run.eval_name} images ({run.train_set.source})\n"
@@ -150,11 +161,19 @@ def check_recipe(config: dict) -> None:
         raise UserError(f"--set progressive: {error}", 2) from None
     if config["schedule"] not in ("linear", "halve"):
         raise UserError(f"--set schedule={config['schedule']}: choose linear or halve", 2)
+    below = {"momentum": 1, "label_smoothing": 1, "ema_decay": 1, "warmup": 1, "crop_pad": 16}
+    for name, limit in below.items():
+        if config[name] >= limit:
+            raise UserError(f"--set {name}={config[name]}: expected a number below {limit}", 2)
+    if config["nesterov"] and not config["momentum"]:
+        raise UserError("--set momentum=0: Nesterov needs a momentum; add --set nesterov=false", 2)
+    if config["halve_every"] < 1:
+        raise UserError("--set halve_every=0: expected 1 epoch or more", 2)
 
 
 def say_how_long(run: Run) -> None:
     """Without a GPU: what the run takes here, from one small step."""
-    cost = sanity.measure(run.config, run.trainer, images=8)
+    cost = sanity.measure(run.trainer, images=8)
     left = run.config["epochs"] - run.trainer.position.epoch
     seconds = sanity.epoch_seconds(run.config, cost, len(run.train_set), len(run.eval_set)) * left
     print(f"No GPU: the {left} epochs ahead take about {clock(seconds)} here. --width 0.25 is about ten times faster; "
@@ -166,11 +185,13 @@ def say_how_long(run: Run) -> None:
 def evaluate_checkpoint(task: Task, args, argv: list[str]) -> int:
     """Loss, top-1, top-5 and each class, from the checkpoint alone; where the images are may be told."""
     content = checkpoint.read_checkpoint(args.evaluate)
-    config = content["config"] | {"data_dir": args.data_dir, "num_workers": args.num_workers}
+    config = content["config"] | {name: getattr(args, name) for name in ("data_dir", "num_workers")
+                                  if options.was_given(name, argv)}
     if config["dataset"] != task.dataset:
         raise UserError(f"{args.evaluate} is a checkpoint of train_{config['dataset']}.py", 2)
     device = options.choose_device(args.device)
-    precision = options.choose_precision(getattr(args, "precision", config["precision"]), device)
+    trained_in = "auto" if config["precision"] == "fp16" and device.type == "cpu" else config["precision"]
+    precision = options.choose_precision(getattr(args, "precision", trained_in), device)
     model = checkpoint.load_model(content).to(device, memory_format=torch.channels_last)
     _, test = load(task, config)
     if tuple(content["class_names"]) != test.class_names:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from augmentation import resize
 from training.optimise import MovingAverage, Precision, grad_norm, input_size_at, learning_rate, make_optimizer
 from training.options import UserError
 
@@ -43,15 +44,15 @@ class Evaluation:
 class Trainer:
     """A network, its optimizer and its moving average, and the position in the run."""
 
-    CHECK_EVERY = 20  # steps between looks at the loss (for the bar, and for a non-finite one)
+    CHECK_EVERY = {"cpu": 1, "cuda": 20}  # steps between looks at the loss; on a GPU a look waits for the device
 
     def __init__(self, config: dict, model: nn.Module, batches, device: torch.device, *, precision: str,
                  compiled: bool = False):
         self.config, self.batches, self.device = config, batches, device
         self.model = model.to(device, memory_format=torch.channels_last)
         self.model.checkpoint_activations = config["checkpoint_activations"]
-        self.run_model = torch.compile(self.model) if compiled else self.model
-        self.optimizer = make_optimizer(self.model, config)
+        self.run_model = torch.compile(self.model, dynamic=False) if compiled else self.model
+        self.optimizer = make_optimizer(self.model, config, precision)
         self.precision = Precision(precision, device)
         self.average = MovingAverage(self.model, config["ema_decay"]) if config["ema_decay"] else None
         self.position = Position()
@@ -61,7 +62,7 @@ class Trainer:
         self.micro_batch = None if config["micro_batch"] == "auto" else config["micro_batch"]
 
     @property
-    def best_model(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The weights to evaluate and to use: the moving average where there is one."""
         return self.average.model if self.average else self.model
 
@@ -100,7 +101,7 @@ class Trainer:
         the loss has been looked at and a checkpoint may be saved.
 
         Raises Interrupted (after a whole step), UserError for a non-finite loss or when memory runs out."""
-        position, steps = self.position, len(self.batches)
+        position, steps, check_every = self.position, len(self.batches), self.CHECK_EVERY[self.device.type]
         self.model.train()
         started, before = time.perf_counter(), position.seconds
         for images, labels in self.batches.epoch(position.epoch, position.step):
@@ -110,7 +111,7 @@ class Trainer:
             if position.step == steps:
                 position.gate_gradients = {level: grad_norm(parameters) for level, parameters
                                            in self.model.gate_parameters().items()}
-            if position.step % self.CHECK_EVERY == 0 or position.step == steps or should_stop():
+            if position.step % check_every == 0 or position.step == steps or should_stop():
                 loss = self.checked_loss()
                 position.seconds = before + time.perf_counter() - started
                 if should_stop():
@@ -122,10 +123,7 @@ class Trainer:
         the whole step is done again in smaller parts: the optimizer never sees half a batch."""
         config, steps = self.config, len(self.batches)
         done = self.position.epoch * steps + self.position.step
-        size = input_size_at(config, done / (config["epochs"] * steps))
-        if size:
-            images = F.interpolate(images, size, mode="bilinear", antialias=True)
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = resize(images, input_size_at(config, done / (config["epochs"] * steps)))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, done, steps)
         while True:
@@ -135,11 +133,12 @@ class Trainer:
             except torch.OutOfMemoryError as error:
                 out_of_memory = str(error).splitlines()[0]
             self.halve_micro_batch(len(images), out_of_memory)  # outside the except: its traceback holds the activations
-        self.precision.scaler.unscale_(self.optimizer) if self.precision.scaler.is_enabled() else None
+        if self.precision.scaler.is_enabled():
+            self.precision.scaler.unscale_(self.optimizer)  # here, so that the gates' gradient norms are the true ones
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
         if self.average:
-            self.average.update(self.model, done)
+            self.average.update(done)
 
     def gradients(self, images: Tensor, labels: Tensor) -> None:
         """Fresh gradients of the batch's mean loss on the parameters; the batch's sums are added when all is well."""
@@ -175,12 +174,21 @@ class Trainer:
         """The epoch's mean loss so far. Raises UserError when a loss was not finite."""
         bad = self.bad_step.item()
         if bad >= 0:
-            raise UserError(
-                f"the loss is not finite at epoch {self.position.epoch + 1}, step {bad + 1} of {len(self.batches)}: the "
-                f"training diverged. The last good checkpoint is kept.\nTry, in this order: a lower --lr, a longer "
-                f"warm-up (--set warmup=0.3), --precision fp32")
+            raise self.diverged("the loss", bad + 1)
         loss_sum, _, seen = self.sums.tolist()
         return loss_sum / seen if seen else math.nan
+
+    def check_weights(self) -> None:
+        """Before anything is saved. Raises UserError when a weight is not finite, whatever the losses were."""
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()]))
+        if not torch.isfinite(norms).all():
+            raise self.diverged("a weight", self.position.step)
+
+    def diverged(self, what: str, step: int) -> UserError:
+        return UserError(
+            f"{what} is not finite at epoch {self.position.epoch + 1}, step {step} of {len(self.batches)}: the training "
+            f"diverged. The last good checkpoint is kept.\nTry, in this order: a lower --lr, a longer warm-up "
+            f"(--set warmup=0.3), --precision fp32")
 
     def epoch_metrics(self) -> dict:
         """The training half of a metrics row, for the epoch that has just ended."""

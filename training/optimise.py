@@ -25,11 +25,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> 
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, config: dict) -> torch.optim.SGD:
-    """SGD; the learning rate is set at every step by the schedule."""
+def make_optimizer(model: nn.Module, config: dict, precision: str) -> torch.optim.SGD:
+    """SGD; the learning rate is set at every step by the schedule.
+
+    The fused kernel makes one pass over the weights instead of one for each operation. Not with fp16: when the loss
+    scaler skips the very first step, it leaves a momentum that was never written."""
     groups = parameter_groups(model, config["weight_decay"], config["decay_all"])
-    # The fused kernel makes one pass over the weights instead of one for each operation.
-    return torch.optim.SGD(groups, lr=config["lr"], momentum=config["momentum"], nesterov=config["nesterov"], fused=True)
+    return torch.optim.SGD(groups, lr=config["lr"], momentum=config["momentum"], nesterov=config["nesterov"],
+                           fused=precision != "fp16")
 
 
 def learning_rate(config: dict, step: int, steps_an_epoch: int) -> float:
@@ -92,19 +95,17 @@ class MovingAverage:
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
+        # Collected once: the tensors stay the same ones, optimizer steps and load_state_dict write into them.
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+        self.averages, self.values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+        self.counters = [pair for pair in pairs if not pair[0].is_floating_point()]  # of batch norm
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """After optimizer step ``step`` (from 0)."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        mine, theirs = [], []
-        for average, value in zip(self.model.state_dict().values(), model.state_dict().values()):
-            if average.is_floating_point():
-                mine.append(average)
-                theirs.append(value)
-            else:  # a counter of batch norm
-                average.copy_(value)
-        torch._foreach_lerp_(mine, theirs, weight)
+        torch._foreach_lerp_(self.averages, self.values, 1 - min(self.decay, (1 + step) / (10 + step)))
+        for average, value in self.counters:
+            average.copy_(value)
 
 
 def grad_norm(parameters: list[nn.Parameter]) -> float | None:

@@ -10,6 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -252,11 +253,9 @@ def cpu_name() -> str:
 
 def environment(device: torch.device) -> dict:
     """What a run ran on, for config.json: versions, device, threads, git commit."""
-    import numpy
-    import torchvision
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "numpy": numpy.__version__, "cuda": torch.version.cuda if device.type == "cuda" else None,
-            "device": device_name(device), "threads": torch.get_num_threads(), "git_commit": git_commit()}
+    others = {name: version(name) for name in ("torchvision", "numpy", "tensorboard", "pillow")}
+    return {"python": platform.python_version(), "torch": torch.__version__, **others,
+            "cuda": torch.version.cuda if device.type == "cuda" else None, "device": device_name(device), "threads": torch.get_num_threads(), "git_commit": git_commit()}
 
 
 def git_commit() -> str | None:

@@ -69,22 +69,23 @@ class Signals:
 
 
 class Run:
-    """A run in ``run_dir``, new or gone on with from the checkpoint ``content``."""
+    """A run in ``run_dir`` on a training and an evaluation set (see ``split``), new or gone on with from the checkpoint
+    ``content``."""
 
-    def __init__(self, task: Task, config: dict, run_dir: Path, train: ImageSet, test: ImageSet, *,
+    def __init__(self, task: Task, config: dict, run_dir: Path, train: ImageSet, evaluation: ImageSet, *,
                  content: dict | None = None, sanity: bool = False):
         self.task, self.config, self.run_dir, self.sanity = task, config, run_dir, sanity
         self.device = options.choose_device(config["device"])
         config["precision"] = options.choose_precision(config["precision"], self.device)
+        self.compiled = options.choose_compile(config["compile"], self.device)
         self.class_names = train.class_names
         self.eval_name = "val" if config["val_fraction"] else "test"
-        if config["val_fraction"]:
-            train, test = split_validation(train, config["val_fraction"], config["seed"])
         self.mean, self.std = (content["mean"], content["std"]) if content else channel_statistics(train)
         config["input_size"] = list(train.image_size)
         self.check_data(content)
-        self.train_set, self.eval_set = place_on(train, self.device), place_on(test, self.device)
+        self.train_set, self.eval_set = place_on(train, self.device), place_on(evaluation, self.device)
 
+        torch.backends.cudnn.benchmark = True  # the shapes of a run are few and fixed
         random.seed(config["seed"])
         torch.manual_seed(config["seed"])
         model = build(config, len(self.class_names))
@@ -95,7 +96,7 @@ class Run:
         batches = TrainBatches(self.train_set, config["batch_size"], seed=config["seed"], augmentation=augmentation,
                                device=self.device)
         self.trainer = Trainer(config, model, batches, self.device, precision=config["precision"],
-                               compiled=options.choose_compile(config["compile"], self.device))
+                               compiled=self.compiled)
         self.best: dict | None = None
         self.finished = False
         if content:
@@ -121,7 +122,11 @@ class Run:
     def start(self, command: str) -> None:
         """Open the report, after cutting back to the checkpoint what an earlier process has written."""
         epoch = self.trainer.position.epoch
-        report.cut_back(self.run_dir, epoch or -1)
+        try:
+            report.cut_back(self.run_dir, epoch or -1)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self.command = command
         self.write_config(command)
         self.report = report.Report(self.run_dir, eval_name=self.eval_name)
         if epoch == 0:
@@ -131,13 +136,14 @@ class Run:
         """Few, as TensorBoard ticks the first five by the alphabet; the whole configuration is there as text."""
         return {name: self.config[name] for name in ("batch_size", "epochs", "lr", "model", "recipe", "seed", "width")}
 
-    def write_config(self, command: str | None = None) -> None:
-        record = {"command": command, "config": self.config, "environment": options.environment(self.device),
+    def write_config(self, command: str) -> None:
+        record = {"command": command, "config": self.config,
+                  "resolved": {"device": str(self.device), "compile": self.compiled, "precision": self.config["precision"],
+                               "checkpoint_activations": self.config["checkpoint_activations"]},
+                  "environment": options.environment(self.device),
                   "data": {"train": self.train_set.source, "images": len(self.train_set),
                            f"{self.eval_name} images": len(self.eval_set), "classes": len(self.class_names)},
                   "sanity": self.sanity, "finished": self.finished}
-        if command is None:
-            record = checkpoint.read_config(self.run_dir) | {"finished": self.finished}
         checkpoint.write_config(self.run_dir, record)
 
     def train(self) -> Evaluation:
@@ -150,11 +156,11 @@ class Run:
             except Interrupted:
                 self.save()
                 raise Interrupted(signals.received) from None
-        last = last or self.evaluate()  # stopped between its last epoch and its end
-        self.finished = True
-        self.report.finish(self.hparams(), {"loss": last.loss, "top1": last.top1, "top5": last.top5})
-        self.save()
-        self.write_config()
+            last = last or self.evaluate()  # stopped between its last epoch and its end
+            self.finished = True
+            self.report.finish(self.hparams(), {"loss": last.loss, "top1": last.top1, "top5": last.top5})
+            self.save()
+            self.write_config(self.command)
         return last
 
     def epoch(self, signals: Callable[[], bool]) -> Evaluation:
@@ -167,6 +173,7 @@ class Run:
                 self.save_when_due()
             trainer.train_epoch(signals, on_check)
         row = trainer.epoch_metrics()
+        trainer.check_weights()
         result = self.evaluate(signals)
         row |= {"eval_loss": result.loss, "eval_top1": result.top1, "eval_top5": result.top5}
         self.show_attention(number)
@@ -183,7 +190,7 @@ class Run:
         return result
 
     def evaluate(self, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
-        return evaluate(self.trainer.best_model, eval_batches(self.eval_set, self.device, self.mean, self.std),
+        return evaluate(self.trainer.eval_model, eval_batches(self.eval_set, self.device, self.mean, self.std),
                         len(self.class_names), self.trainer.precision, should_stop)
 
     # ---- attention ----
@@ -191,7 +198,7 @@ class Run:
     @torch.no_grad()
     def show_attention(self, epoch: int) -> None:
         """Health (and, when they are due, overlays) of the same images every time; warnings are printed once."""
-        model, every = self.trainer.best_model, self.config["overlay_every"]
+        model, every = self.trainer.eval_model, self.config["overlay_every"]
         if not model.levels:
             return
         count = min(OVERLAY_IMAGES, len(self.eval_set))
@@ -226,15 +233,15 @@ class Run:
                 "finished": self.finished}
 
     def save(self) -> None:
-        if self.trainer.position.step:
-            self.trainer.checked_loss()  # never over a good checkpoint with weights that have diverged
+        self.trainer.check_weights()  # never weights that have diverged over a good checkpoint
         started = time.monotonic()
         checkpoint.save_checkpoint(self.run_dir, self.content())
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - started
 
     def save_when_due(self) -> None:
-        """In mid-epoch: at most a minute of work is ever at risk, however long an epoch takes."""
+        """In mid-epoch too: about a minute of work is at risk, however long an epoch takes (or fifty times what a save
+        takes, on a slow disk)."""
         if time.monotonic() - self.saved_at >= max(SAVE_EVERY, self.save_seconds / SAVE_SHARE):
             self.save()
 
@@ -264,6 +271,11 @@ class Progress:
             rate = (step - self.start) / (now - self.began)
             print(f"{self.title}  step {step}/{self.steps}  loss {loss:.3f}  {rate * self.batch_size:.0f} images/s  "
                   f"{clock((self.steps - step) / rate)} left in this epoch", flush=True)
+
+
+def split(config: dict, train: ImageSet, test: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """What is trained on and what is evaluated: the two sets, or with --val-fraction two parts of the first."""
+    return split_validation(train, config["val_fraction"], config["seed"]) if config["val_fraction"] else (train, test)
 
 
 def build(config: dict, num_classes: int) -> nn.Module:

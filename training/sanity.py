@@ -13,10 +13,10 @@ from attention_model import build_model
 from data import ImageSet
 from training import checkpoint, options
 from training.loop import Trainer, peak_memory_mib
-from training.optimise import learning_rate, parse_progressive
+from training.optimise import parse_progressive
 from training.options import UserError
 from training.report import DEAD_SD, read_metrics
-from training.run import Run, Task, clock
+from training.run import Run, Task, clock, split
 
 STEPS = 4               # optimizer steps of the pass
 CPU_SECONDS = 30.0      # that these steps may take on a CPU: the batch is cut to fit
@@ -34,10 +34,10 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
         table.append((what, outcome, now - clock_at[0]))
         clock_at[0] = now
 
-    real = config | {"sanity_steps": STEPS}
+    real = dict(config)
     sample = config["sample"] or not task.present(config["data_dir"])
-    train, test = task.sample() if sample else task.load(config)
-    sizes = (task.train_images, task.test_images) if sample else (len(train), len(test))
+    train, evaluation = split(config, *(task.sample() if sample else task.load(config)))
+    sizes = (task.train_images, task.test_images) if sample else (len(train), len(evaluation))
     row("data", f"{train.source}" + ("" if config["sample"] or not sample else
                                      f" (no {task.dataset} in {config['data_dir']})"))
 
@@ -50,14 +50,15 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
     if (run_dir / "config.json").exists():
         raise UserError(f"{run_dir} holds a run already: name another --run-dir", 2)
     with checkpoint.lock(run_dir):
-        run = Run(task, config, run_dir, spread(train, STEPS * batch), spread(test, max(2 * batch, 32)), sanity=True)
+        run = Run(task, config, run_dir, spread(train, STEPS * batch), spread(evaluation, max(2 * batch, 32)), sanity=True)
         run.start(command)
         run.train()
         trainer = run.trainer
         position = "progressive resizing, " if config["progressive"] != "none" else ""
         average = ", moving average" if trainer.average else ""
-        row("one epoch", f"{STEPS} steps of {batch} images ({config['precision']}): {position}forward, backward, "
-                         f"optimizer{average}, evaluation, checkpoint")
+        height, width = config["input_size"]
+        row("one epoch", f"{STEPS} steps of {batch} images (the real run: {real['batch_size']}) of {height}x{width} px, "
+                         f"{config['precision']}: {position}forward, backward, optimizer{average}, evaluation, checkpoint")
         missing, expected = missing_gradients(trainer)
         failures += [f"no gradient reached {', '.join(missing)}"] if missing else []
         row("gradients", f"{len(missing)} missing" + (f"; {expected} parameters have none by the mathematics of "
@@ -81,10 +82,10 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
         told = len(read_metrics(run_dir / "metrics.csv")) == 1 and any(run_dir.glob("*tfevents*"))
         failures += [] if told else ["metrics.csv or the TensorBoard events are missing"]
         row("report", "metrics.csv, TensorBoard scalars, pictures, text, hparams" if told else "FAILED")
-        cost = measure(real, trainer, images=batch)
+        cost = measure(trainer, images=min(batch, trainer.micro_batch or batch))
         run.report.close()
     print_table(table, failures)
-    print_estimate(real, cost, trainer, sizes, batch, config["batch_size"])
+    print_estimate(real, cost, trainer, sizes, batch)
     print(f"Everything it wrote is in {run_dir}")
     return 1 if failures else 0
 
@@ -130,7 +131,7 @@ def non_finite(trainer: Trainer) -> list[str]:
     """Names of weights, buffers and momenta that hold a NaN or an infinity."""
     tensors = dict(trainer.model.state_dict())
     tensors |= {f"gradient of {name}": p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
-    tensors |= {f"moving average of {name}": t for name, t in trainer.best_model.state_dict().items()}
+    tensors |= {f"moving average of {name}": t for name, t in trainer.eval_model.state_dict().items()}
     for number, state in enumerate(trainer.optimizer.state.values()):
         tensors |= {f"momentum {number}": value for value in state.values() if torch.is_tensor(value)}
     return [name for name, t in tensors.items() if not torch.isfinite(t).all()]
@@ -141,7 +142,7 @@ def reload_equal(run: Run, content: dict) -> bool:
     """Logits of the run's network and of one built from the checkpoint alone, on the same images."""
     images, _ = next(run.trainer.batches.epoch(0))
     fresh = checkpoint.load_model(content).to(run.device, memory_format=torch.channels_last)
-    mine = run.trainer.best_model
+    mine = run.trainer.eval_model
     mine.eval()
     with run.trainer.precision.context():
         a, b = mine(images).float(), fresh(images).float()
@@ -166,7 +167,7 @@ def resumed_step(run: Run, content: dict) -> float:
 
 # ---- what a run will take ---------------------------------------------------------------------------------------------
 
-def measure(config: dict, trainer: Trainer, images: int) -> tuple[float, float]:
+def measure(trainer: Trainer, images: int) -> tuple[float, float]:
     """Seconds an image of a training step and of an evaluation, at full input size. The run is left untouched: it works
     on a copy of the network and puts the random states back."""
     states = checkpoint.random_states()
@@ -183,7 +184,7 @@ def measure(config: dict, trainer: Trainer, images: int) -> tuple[float, float]:
     def step() -> None:
         F.cross_entropy(forward(net).float(), labels).backward()
 
-    net = torch.compile(model) if compiled else model
+    net = torch.compile(model, dynamic=False) if compiled else model
     net.train()
     if trainer.device.type == "cuda" or images < LEAST_BATCH * 2:
         step()  # the first step also sets up kernels
@@ -225,8 +226,8 @@ def print_table(table: list[tuple[str, str, float]], failures: list[str]) -> Non
     print(f"Sanity pass {'FAILED' if failures else 'passed'} in {total:.0f} s.\n")
 
 
-def print_estimate(config: dict, cost: tuple[float, float], trainer: Trainer, sizes: tuple[int, int], batch: int,
-                   used: int) -> None:
+def print_estimate(config: dict, cost: tuple[float, float], trainer: Trainer, sizes: tuple[int, int],
+                   batch: int) -> None:
     device = trainer.device
     epoch = epoch_seconds(config, cost, *sizes)
     cut = f" (measured with {batch} images a step instead of {config['batch_size']})" if batch != config["batch_size"] else ""
