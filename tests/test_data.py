@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import data
+import image_files
 from augmentation import Augmentation, TrainBatches, normalise, resize
 from data import DataError, ImageSet
 
@@ -26,7 +27,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 
 @pytest.fixture(autouse=True)
 def fresh_notices():
-    data._say_once.cache_clear()
+    image_files._say_once.cache_clear()
 
 
 def image_set(count=20, height=18, width=24, classes=3, seed=0):
@@ -282,7 +283,7 @@ def test_channel_statistics():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_class_folders(tmp_path, workers, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK", 4)
+    monkeypatch.setattr(image_files, "CHUNK", 4)
     pixels = make_folders(tmp_path)
     (tmp_path / "cifar100/train/.hidden").mkdir()
     (tmp_path / "cifar100/train/cat/notes.txt").write_text("no image")
@@ -404,7 +405,7 @@ def test_an_image_that_is_too_small(tmp_path):
 def dying_chunk(parent, paths, size, resize):
     if os.getpid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
-    return data._open_rgb(paths[0], size, resize)[None].repeat(len(paths), 0)
+    return image_files._open_rgb(paths[0], size, resize)[None].repeat(len(paths), 0)
 
 
 def failing_chunk(parent, paths, size, resize):
@@ -417,9 +418,9 @@ def failing_chunk(parent, paths, size, resize):
 def test_a_worker_that_dies_or_fails_is_replaced_by_the_main_process(tmp_path, monkeypatch, capsys, chunk):
     make_folders(tmp_path)
     paths = sorted(tmp_path.glob("cifar100/train/*/*.png"))
-    monkeypatch.setattr(data, "CHUNK", 1)
-    monkeypatch.setattr(data, "_decode_chunk", functools.partial(chunk, os.getpid()))
-    images = data.decode_images(paths, (16, 20), False, num_workers=1, progress=False)
+    monkeypatch.setattr(image_files, "CHUNK", 1)
+    monkeypatch.setattr(image_files, "_decode_chunk", functools.partial(chunk, os.getpid()))
+    images = image_files.decode_images(paths, (16, 20), False, num_workers=1, progress=False)
     assert (images == np.stack([np.asarray(Image.open(path)) for path in paths])).all()
     assert capsys.readouterr().out.count("going on in the main process") == 1
 
@@ -437,13 +438,13 @@ def test_no_processes_to_be_had(tmp_path, monkeypatch):
 
 def decoded_anew(root, monkeypatch, **options):
     """Load, and tell which splits were decoded rather than read from the cache."""
-    titles, decode = [], data.decode_images
+    titles, decode = [], image_files.decode_images
 
     def spy(paths, size, resize, num_workers, progress, title):
         titles.append(title)
         return decode(paths, size, resize, num_workers, progress, title)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "decode_images", spy)
+        patch.setattr(image_files, "decode_images", spy)
         loaded = load(root, **options)
     return titles, loaded
 
@@ -468,7 +469,7 @@ def test_cache(tmp_path, monkeypatch, capsys):
     assert len(decoded_anew(tmp_path, monkeypatch, image_size=16)[0]) == 2  # a size of its own, beside the other's
     assert decoded_anew(tmp_path, monkeypatch, image_size=16)[0] == []
     assert decoded_anew(tmp_path, monkeypatch)[0] == []
-    monkeypatch.setattr(data, "CACHE_VERSION", 10**6)
+    monkeypatch.setattr(image_files, "CACHE_VERSION", 10**6)
     assert len(decoded_anew(tmp_path, monkeypatch)[0]) == 2
     assert len(list((tmp_path / ".cache").iterdir())) == 4 and "damaged" not in capsys.readouterr().out
 

@@ -5,6 +5,7 @@ A checkpoint is one plain dict (see Trainer.state and run.checkpoint_of) that ``
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from attention_model import build_model
+from image_files import replace_file
 from training.options import CHECKPOINT_NAME, PREVIOUS_NAME, UserError
 
 FORMAT = 1
@@ -23,26 +25,13 @@ REQUIRED = ("format", "model", "ema", "config", "class_names", "input_size", "me
 
 
 def save_file(path: Path, content: dict, previous: Path | None = None) -> None:
-    """Write under a temporary name in the same folder, flush to the disk, then rename: never half a file, and at no
-    moment none. What ``path`` held stays under the name ``previous``, if one is given."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Save to ``path``, whole or not at all; what it held stays under the name ``previous``, if one is given.
+
+    Raises UserError when there is no room, or no way to write there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # a run folder that was moved away must not lose the run
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            previous.unlink(missing_ok=True)
-            try:
-                os.link(path, previous)
-            except OSError:  # a file system without links: for a moment there is only the one before
-                os.replace(path, previous)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        replace_file(path, functools.partial(torch.save, content), previous=previous)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise UserError(f"{path} could not be written: {reason}. What was saved before is untouched: make room there, "
                         f"then --resume {path.parent}") from error
@@ -51,16 +40,6 @@ def save_file(path: Path, content: dict, previous: Path | None = None) -> None:
 def save_checkpoint(run_dir: Path, content: dict) -> None:
     """The new last.pt; the one before stays as last.prev.pt."""
     save_file(run_dir / CHECKPOINT_NAME, content, previous=run_dir / PREVIOUS_NAME)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut (where the system can)."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def read_checkpoint(path: Path | str) -> dict:
@@ -120,9 +99,8 @@ def newest_unfinished(runs: Path) -> Path:
 
 
 def write_config(run_dir: Path, record: dict) -> None:
-    temporary = run_dir / ".config.json.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, run_dir / "config.json")
+    text = json.dumps(record, indent=2) + "\n"
+    replace_file(run_dir / "config.json", lambda file: file.write(text.encode()))
 
 
 def read_config(run_dir: Path) -> dict:

@@ -10,13 +10,15 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from image_files import replace_file
 
 METRIC_FIELDS = ("epoch", "lr", "train_loss", "train_top1", "eval_loss", "eval_top1", "eval_top5", "images_per_second",
                  "seconds", "peak_memory_mib")
@@ -42,23 +44,6 @@ def _append(path: Path, data: bytes) -> None:
         except OSError as error:
             file.truncate(size)
             raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def _replace(path: Path, temporary: Path, write: Callable[[io.BufferedIOBase], None]) -> None:
-    """Write a file under a temporary name in its folder, see it to the disk, and only then give it its name."""
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    if os.name == "posix":  # the new name itself is kept by the folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 def _event_files(run_dir: Path) -> list[Path]:
@@ -214,7 +199,8 @@ def cut_back(run_dir: Path, epoch: int) -> None:
     merged_before = [index for index, path in enumerate(files) if path.name.endswith(MERGED)]
     live = files[merged_before[-1]:] if merged_before else files
     if live:
-        _replace(_new_event_path(run_dir, MERGED), run_dir / EVENTS_TMP, lambda file: _merge(live, epoch, file))
+        replace_file(_new_event_path(run_dir, MERGED), lambda file: _merge(live, epoch, file),
+                     temporary=run_dir / EVENTS_TMP)
     for path in files:
         path.unlink(missing_ok=True)
 
@@ -225,7 +211,7 @@ def _cut_metrics(path: Path, epoch: int) -> None:
         return
     lines, rows = _finished_lines(path), read_metrics(path)
     kept = lines[:1] + [line for line, row in zip(lines[1:], rows) if row["epoch"] <= epoch]
-    _replace(path, path.parent / METRICS_TMP, lambda file: file.write("".join(kept).encode()))
+    replace_file(path, lambda file: file.write("".join(kept).encode()), temporary=path.parent / METRICS_TMP)
 
 
 def _merge(paths: list[Path], epoch: int, file: io.BufferedIOBase) -> None:
