@@ -424,6 +424,10 @@ def test_a_run_folder_that_cannot_be_made(cli):
 
 
 def test_config_json_says_what_was_run(cli, unhurt):
+    assert cli(*NARROW, "--model", "vgg", "--epochs", 1, "--run-dir", "r")[0] == 0
+    assert cli("--resume", "r", "--epochs", 2)[0] == 0
+    commands_run = json.loads(Path("r/config.json").read_text())["commands"]
+    assert len(commands_run) == 2 and "--epochs 1" in commands_run[0] and "--resume r --epochs 2" in commands_run[1]
     record = json.loads((unhurt / "config.json").read_text())
     assert record["finished"] and record["config"]["width"] == 0.0625 and record["config"]["dropout"] == 0.5
     assert record["environment"]["torch"] == torch.__version__ and record["environment"]["threads"] > 0

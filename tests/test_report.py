@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tensorboard_http import tensorboard_over
+from tests.tensorboard_http import tensorboard_over
 from training import report as report_module
 from training.report import (METRIC_FIELDS, LevelHealth, Report, attention_health, cut_back, health_warnings,
                              read_metrics)

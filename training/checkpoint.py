@@ -107,6 +107,14 @@ def read_config(run_dir: Path) -> dict:
     return json.loads((run_dir / "config.json").read_text())
 
 
+def earlier_commands(run_dir: Path) -> list[str]:
+    """The command lines that this run was started and resumed by so far."""
+    try:
+        return list(read_config(run_dir)["commands"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def clean(run_dir: Path) -> None:
     """Remove what a killed process left half-written."""
     for temporary in run_dir.glob(".*.tmp"):

@@ -126,8 +126,8 @@ class Run:
             report.cut_back(self.run_dir, epoch or -1)
         except ValueError as error:
             raise UserError(str(error)) from None
-        self.command = command
-        self.write_config(command)
+        self.commands = checkpoint.earlier_commands(self.run_dir) + [command]
+        self.write_config()
         self.report = report.Report(self.run_dir, eval_name=self.eval_name)
         if epoch == 0:
             self.report.start(command, self.config, self.hparams())
@@ -136,8 +136,8 @@ class Run:
         """Few, as TensorBoard ticks the first five by the alphabet; the whole configuration is there as text."""
         return {name: self.config[name] for name in ("batch_size", "epochs", "lr", "model", "recipe", "seed", "width")}
 
-    def write_config(self, command: str) -> None:
-        record = {"command": command, "config": self.config,
+    def write_config(self) -> None:
+        record = {"commands": self.commands, "config": self.config,
                   "resolved": {"device": str(self.device), "compile": self.compiled, "precision": self.config["precision"],
                                "checkpoint_activations": self.config["checkpoint_activations"]},
                   "environment": options.environment(self.device),
@@ -160,7 +160,7 @@ class Run:
             self.finished = True
             self.report.finish(self.hparams(), {"loss": last.loss, "top1": last.top1, "top5": last.top5})
             self.save()
-            self.write_config(self.command)
+            self.write_config()
         return last
 
     def epoch(self, signals: Callable[[], bool]) -> Evaluation:
