@@ -9,6 +9,7 @@ import torchvision
 
 from attention_model import (MODEL_NAMES, AdditiveCompatibility, AttentionGate, Classifier, DotProductCompatibility,
                              ParametrisedCompatibility, build_model)
+from training import options
 
 ATTENTION_NAMES = [name for name in MODEL_NAMES if "att" in name]
 NARROW = 1 / 16  # 4 to 32 channels: milliseconds a step
@@ -235,6 +236,7 @@ def test_checkpointed_activations_change_nothing(name):
             torch.testing.assert_close(a.grad, b.grad, msg=key)
 
 
+@pytest.mark.skipif(options.torch_version() < options.COMPILES_CHECKPOINTS, reason="wrong in this PyTorch; refused")
 def test_checkpointed_activations_under_the_compiler():
     """Through the compiler's tracing, without its code generator (which needs a C compiler)."""
     plain = narrow("vgg-att2-concat-gate", dropout=0.0)

@@ -166,6 +166,14 @@ def test_bf16_runs_and_its_maps_are_float32():
         torch.testing.assert_close(attention_map.sum((1, 2)), torch.ones(8))
 
 
+def test_compiling_and_checkpointing_where_the_statistics_would_be_wrong(monkeypatch):
+    assert not options.choose_compile("auto", CPU, False)
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+    assert options.choose_compile(True, CPU, False) and not options.choose_compile(False, CPU, True)
+    with pytest.raises(UserError, match="wrong batch-norm statistics in PyTorch 2.6.0"):
+        options.choose_compile(True, CPU, True)
+
+
 # ---- micro-batches ----------------------------------------------------------------------------------------------------
 
 def test_parts_are_near_equal_and_none_is_a_single_image():

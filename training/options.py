@@ -228,11 +228,25 @@ def cpu_has_bf16() -> bool:
     return any(check() for check in checks)
 
 
-def choose_compile(asked: bool | str, device: torch.device) -> bool:
-    """--compile; unless asked for, on where it pays: GPUs that Triton knows (compute capability 7.0)."""
-    if asked != "auto":
-        return bool(asked)
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+def choose_compile(asked: bool | str, device: torch.device, checkpoint_activations: bool) -> bool:
+    """--compile; unless asked for, on where it pays: GPUs that Triton knows (compute capability 7.0).
+
+    Not with --checkpoint-activations: PyTorch 2.6 then moves the batch-norm statistics twice; 2.15 does not (measured).
+    """
+    if asked == "auto":
+        return (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+                and not checkpoint_activations)
+    if asked and checkpoint_activations and torch_version() < COMPILES_CHECKPOINTS:
+        raise UserError(f"--compile with --checkpoint-activations gives wrong batch-norm statistics in PyTorch "
+                        f"{torch.__version__}: leave one of them out, or install PyTorch 2.15", 2)
+    return bool(asked)
+
+
+COMPILES_CHECKPOINTS = (2, 15)  # the first PyTorch version that we have seen do it right
+
+
+def torch_version() -> tuple[int, int]:
+    return tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 
 def device_name(device: torch.device) -> str:

@@ -77,7 +77,7 @@ class Run:
         self.task, self.config, self.run_dir, self.sanity = task, config, run_dir, sanity
         self.device = options.choose_device(config["device"])
         config["precision"] = options.choose_precision(config["precision"], self.device)
-        self.compiled = options.choose_compile(config["compile"], self.device)
+        self.compiled = options.choose_compile(config["compile"], self.device, config["checkpoint_activations"])
         self.class_names = train.class_names
         self.eval_name = "val" if config["val_fraction"] else "test"
         self.mean, self.std = (content["mean"], content["std"]) if content else channel_statistics(train)

@@ -44,7 +44,9 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
     device = options.choose_device(config["device"])
     batch = config["batch_size"] if device.type == "cuda" else cpu_batch(task, config, train)
     batch = min(batch, len(train) // STEPS)
-    config |= {"epochs": 1, "batch_size": batch, "sample": sample, "overlay_every": 1,
+    # The rate goes down with the batch, and a run of a few steps has no time to warm up to the whole of it.
+    config |= {"epochs": 1, "batch_size": batch, "lr": 0.1 * config["lr"] * batch / config["batch_size"],
+               "sample": sample, "overlay_every": 1,
                "progressive": "0.5:0.2" if config["progressive"] != "none" else "none"}
     run_dir.mkdir(parents=True, exist_ok=True)
     if (run_dir / "config.json").exists():
