@@ -206,37 +206,46 @@ def in_a_process(folder: str, words: list[str]) -> None:
     os._exit(commands.main(task, words))
 
 
-EPOCHS = 12  # of the run that is killed: more than ten times half a second of steps
+EPOCHS = 12  # of the run that is killed: six steps each, a checkpoint after every step
 
 
 def test_killed_ten_times_at_random_moments(tmp_path):
     """kill -9, each time at another moment, then --resume: in the end, equal to the run that was never hurt."""
     fork = multiprocessing.get_context("forkserver")  # forks from a process that has imported everything: no wait
-    fork.set_forkserver_preload(["tests.test_command_line"])
+    fork.set_forkserver_preload(["tests.test_command_line", "torch._dynamo", "torch.utils.tensorboard.summary"])
     new = [*NARROW, "--epochs", str(EPOCHS), "--set", "dropout=0.5", "--overlay-every", "2", "--run-dir"]
 
     def child(words):
         process = fork.Process(target=in_a_process, args=(str(tmp_path), words))
-        process.began = time.time()
         process.start()
         return process
     calm = child([*new, "calm"])
     calm.join(120)
     assert calm.exitcode == 0
-    rng, config, reached = random.Random(2), tmp_path / "hurt" / "config.json", []
-    for kill in range(10):
-        process = child(["--resume", "hurt"] if kill else [*new, "hurt"])
-        while not config.exists() or config.stat().st_mtime < process.began:  # it has begun to write
+    def written(path):
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+    def await_a_write(path, before):
+        while written(path) == before:
             assert process.exitcode is None
-            time.sleep(0.005)
-        process.join(rng.uniform(0.0, 0.5))
+            time.sleep(0.002)
+
+    rng, reached = random.Random(2), []
+    config, last_pt = tmp_path / "hurt" / "config.json", tmp_path / "hurt" / "last.pt"
+    for kill in range(10):
+        before = written(config)
+        process = child(["--resume", "hurt"] if kill else [*new, "hurt"])
+        await_a_write(config, before)  # it has begun
+        for _ in range(rng.randint(0, 5)):
+            await_a_write(last_pt, written(last_pt))
+        time.sleep(rng.uniform(0, 0.1))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL
         content = checkpoint.read_last(tmp_path / "hurt")
         reached.append(content["position"]["epoch"] * 6 + content["position"]["step"] if content else 0)
     print("killed ten times, with these steps saved:", reached)
-    assert reached == sorted(reached) and reached[-1] < 6 * EPOCHS
+    assert reached == sorted(reached) and len(set(reached)) > 4 and reached[-1] < 6 * EPOCHS
     last = child(["--resume", "hurt"])
     last.join(120)
     assert last.exitcode == 0
