@@ -206,7 +206,7 @@ def in_a_process(folder: str, words: list[str]) -> None:
     os._exit(commands.main(task, words))
 
 
-EPOCHS = 12  # of the run that is killed: six steps each, a checkpoint after every step
+EPOCHS = 8  # of the run that is killed: six steps each, a checkpoint after every step
 
 
 def test_killed_ten_times_at_random_moments(tmp_path):

@@ -31,8 +31,11 @@ def save_file(path: Path, content: dict, previous: Path | None = None) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # a run folder that was moved away must not lose the run
         replace_file(path, functools.partial(torch.save, content), previous=previous)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of its own out of a full disk
+        cause = error
+        while not isinstance(cause, OSError) and cause.__context__:
+            cause = cause.__context__
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
         raise UserError(f"{path} could not be written: {reason}. What was saved before is untouched: make room there, "
                         f"then --resume {path.parent}") from error
 
