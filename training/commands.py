@@ -176,7 +176,7 @@ def say_how_long(run: Run) -> None:
     cost = sanity.measure(run.trainer, images=8)
     left = run.config["epochs"] - run.trainer.position.epoch
     seconds = sanity.epoch_seconds(run.config, cost, len(run.train_set), len(run.eval_set)) * left
-    advice = "--width 0.25 is about ten times faster; " if run.config["width"] >= 0.5 else ""
+    advice = "--width 0.25 takes a sixteenth of the arithmetic; " if run.config["width"] >= 0.5 else ""
     print(f"No GPU: the epochs ahead ({left}) take about {clock(seconds)} here. {advice}--sanity gives a closer estimate.")
 
 
