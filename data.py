@@ -5,16 +5,10 @@ which. Batches of it are made in augmentation.py.
 """
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import http.client
-import io
 import os
 import pickle
-import shutil
-import socket
 import tarfile
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,18 +16,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from image_files import DataError, MIN_IMAGE_SIZE, decoded, one_line, remove_leftovers, resized, shows_progress
+from download import check_archive, check_data_dir, fetch
+from image_files import DataError, MIN_IMAGE_SIZE, decoded, one_line, resized
 
 # The official archive. md5 sums of the archive and of the three files in it that are read.
 CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 CIFAR100_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
+CIFAR100_MIB = 161
 CIFAR100_FILES = {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
                   "meta": "7973b15100ade9c7d40fb424638fde48"}
 CIFAR100_ARCHIVE = "cifar-100-python.tar.gz"
 CIFAR100_UNPACKED = "cifar-100-python"
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff")
-SOCKET_TIMEOUT = 30.0   # seconds without an answer until a server counts as dead
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +39,8 @@ class ImageSet:
     class_names: tuple[str, ...]
     source: str                         # for people: where the images came from
     boxes: torch.Tensor | None = None   # (N, 4) float32, x0 y0 x1 y1 in pixels, where the deciding object is known
+    parts: torch.Tensor | None = None   # (N, P, 3) float32, x y in pixels and 1 visible / 0 not (then x = y = 0)
+    part_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,8 +59,8 @@ class ImageSet:
         return self._with(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
     def _with(self, change) -> ImageSet:
-        boxes = None if self.boxes is None else change(self.boxes)
-        return replace(self, images=change(self.images), labels=change(self.labels), boxes=boxes)
+        boxes, parts = (None if known is None else change(known) for known in (self.boxes, self.parts))
+        return replace(self, images=change(self.images), labels=change(self.labels), boxes=boxes, parts=parts)
 
 
 # ---------------------------------------------------------------------------------------------- CIFAR-100: where from
@@ -93,7 +90,8 @@ def load_cifar100(data_dir: str | os.PathLike, *, image_size: int | None = None,
     unpacked, archive = root / CIFAR100_UNPACKED, root / CIFAR100_ARCHIVE
     if not unpacked.is_dir() and not archive.is_file():
         _check_data_dir(root, download)
-        _download_cifar100(root, progress)
+        fetch(CIFAR100_URL, CIFAR100_MD5, archive, size_mib=CIFAR100_MIB, what="CIFAR-100", by_hand=_by_hand(root),
+              progress=progress)
     files = _read_unpacked(unpacked) if unpacked.is_dir() else _read_archive(archive)
     source = f"official CIFAR-100 files in {unpacked if unpacked.is_dir() else archive}"
     class_names = tuple(pickle.loads(files["meta"], encoding="latin1")["fine_label_names"])
@@ -111,57 +109,13 @@ def _check_data_dir(root: Path, download: bool) -> None:
     if (root / "train").is_dir() and (root / "test").is_dir():
         raise DataError(f"{root} holds train/ and test/ itself: they belong in a folder named cifar100, and --data-dir"
                         f" is the folder that holds cifar100")
-    if root.exists() and not root.is_dir():
-        raise DataError(f"--data-dir {root} is a file, not a folder. Give the folder that holds cifar100/")
-    if not root.is_dir() and not (download and root.absolute().parent.is_dir()):
-        raise DataError(f"data folder {root} does not exist. Check --data-dir. {_by_hand(root)}")
-    if not download:
-        raise DataError(f"no CIFAR-100 in {root}. {_by_hand(root)}")
-
-
-def _download_cifar100(root: Path, progress: bool) -> None:
-    """Fetch the archive into `root`. It gets its name there only when it is whole: a broken download leaves nothing."""
-    from torchvision.datasets.utils import download_url     # not above: decoding workers import this file, often
-
-    folder = None
-    quiet = contextlib.nullcontext() if shows_progress(progress) else contextlib.redirect_stderr(io.StringIO())
-    timeout = socket.getdefaulttimeout()
-    try:
-        root.mkdir(exist_ok=True)
-        remove_leftovers(root, ".download-*")
-        folder = Path(tempfile.mkdtemp(prefix=".download-", dir=root))
-        print(f"downloading {CIFAR100_URL} (161 MiB) to {root}", flush=True)
-        socket.setdefaulttimeout(SOCKET_TIMEOUT)    # torchvision sets none: a silent server would hold us for ever
-        with quiet:
-            download_url(CIFAR100_URL, str(folder), CIFAR100_ARCHIVE, CIFAR100_MD5)
-        os.replace(folder / CIFAR100_ARCHIVE, root / CIFAR100_ARCHIVE)
-    except (OSError, http.client.HTTPException, RuntimeError, ValueError) as error:
-        partial = folder / CIFAR100_ARCHIVE if folder else None
-        if isinstance(error, RuntimeError) and partial and partial.is_file():   # torchvision's word for a wrong md5
-            error = (f"{partial.stat().st_size:,} bytes came, with md5 {_md5_of(partial)}: half a download, or"
-                     f" another file")
-        raise DataError(f"could not download CIFAR-100 to {root} ({one_line(error)}); nothing was kept. Try again, or:"
-                        f" {_by_hand(root)}") from None
-    finally:
-        socket.setdefaulttimeout(timeout)
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _md5_of(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    check_data_dir(root, download, "CIFAR-100", "cifar100", _by_hand(root))
 
 
 def _read_archive(path: Path) -> dict[str, bytes]:
     """The three pickles of the official archive, by name. They are read in memory: nothing is unpacked to disk, so
     nothing can be left half-unpacked, and no member's path matters."""
-    if _md5_of(path) != CIFAR100_MD5:
-        raise DataError(f"{path} is damaged or half a download ({path.stat().st_size:,} bytes, its md5 is not"
-                        f" {CIFAR100_MD5}). Delete it and start again, or fetch it from {CIFAR100_URL}")
+    check_archive(path, CIFAR100_MD5, CIFAR100_URL)
     try:
         with tarfile.open(path, "r:gz") as archive:
             return {name: archive.extractfile(f"{CIFAR100_UNPACKED}/{name}").read() for name in CIFAR100_FILES}
@@ -207,7 +161,7 @@ def _load_class_folders(folder: Path, cache_dir: Path, image_size: int | None, n
     for split, classes in listings.items():
         paths = [path for files in classes.values() for path in files]
         images = decoded(paths, cache_dir, f"cifar100-{split}", folder, size, image_size is not None, num_workers,
-                          progress)
+                         progress).images
         size = size or images.shape[1:3]    # the test images must be of the train images' size
         labels = torch.repeat_interleave(torch.tensor([len(files) for files in classes.values()]))
         sets.append(ImageSet(images, labels, train_names, source))

@@ -11,11 +11,12 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +24,10 @@ from PIL import Image
 from tqdm import tqdm
 
 MIN_IMAGE_SIZE = 16     # pixels
-CACHE_VERSION = 1       # raise it when decoding changes: caches of an older version are made again
-CHUNK = 512             # images decoded by one call of a worker
+CACHE_VERSION = 2       # raise it when decoding changes: caches of an older version are made again
+CHUNK = 512             # images decoded by one call of a worker, at most ...
+CHUNK_BYTES = 2**22     # ... and fewer when they are large: about so many bytes of pixels
+CHECKSUM_BYTES = 2**26  # of a tensor looked at in one go
 LEFTOVER_AGE = 3600.0   # seconds until a temporary file counts as left over by a run that was killed
 
 
@@ -32,50 +35,79 @@ class DataError(Exception):
     """One line for people: what is wrong, which file or folder, what to do next."""
 
 
+class Pictures(NamedTuple):
+    """Decoded images, and which part of the file's picture each one shows."""
+    images: torch.Tensor    # (N, H, W, 3) uint8
+    crops: torch.Tensor     # (N, 4) int32, x0 y0 x1 y1 in pixels of the file's picture
+    sizes: torch.Tensor     # (N, 2) int32, width and height of the file's picture
+
+
+Crop = tuple[int, int, int, int]    # x0 y0 x1 y1 in pixels of the file's picture; it may hang over the picture's edge
+
+
 def decoded(paths: list[Path], cache_dir: Path, name: str, root: Path, size: tuple[int, int] | None, resize: bool,
-             num_workers: int, progress: bool) -> torch.Tensor:
-    """The images of `paths` as one (N, H, W, 3) uint8 tensor, from the cache when it was made from the same files."""
+            num_workers: int, progress: bool, crops: list[Crop] | None = None) -> Pictures:
+    """The images of `paths`, from the cache when it was made from the same files and crops.
+
+    A cache is mapped into memory, not read: it costs no memory that the system could not take back.
+    """
     stem = f"{name}-{size[0]}px-" if resize else f"{name}-"
-    key = _cache_key(paths, root, size if resize else None)
+    key = _cache_key(paths, root, size if resize else None, crops)
     cache = cache_dir / f"{stem}{key}.pt"
-    images = _read_cache(cache, key, len(paths))
-    if images is None:
+    pictures = _read_cache(cache, key, len(paths))
+    if pictures is None:
         size = size or _size_of(paths[0])
-        images = torch.from_numpy(decode_images(paths, size, resize, num_workers, progress, name))
-        _write_cache(cache, stem, key, images)
-    elif size and tuple(images.shape[1:3]) != size:
-        _open_rgb(paths[0], size, False)    # raises, naming the file and both sizes
-    return images
+        pictures = decode_images(paths, size, resize, num_workers, progress, name, crops)
+        if _write_cache(cache, stem, key, pictures):
+            pictures = _read_cache(cache, key, len(paths)) or pictures
+    elif size and tuple(pictures.images.shape[1:3]) != size:
+        _open_rgb(paths[0], size, False, None)      # raises, naming the file and both sizes
+    return pictures
 
 
-def _cache_key(paths: list[Path], root: Path, size: tuple[int, int] | None) -> str:
-    """What the cache was made from: format, size, and every file's name, length in bytes and time of change."""
+def _cache_key(paths: list[Path], root: Path, size: tuple[int, int] | None, crops: list[Crop] | None) -> str:
+    """What the cache was made from: format, size, and every file's name, length in bytes, time of change and crop."""
     digest = hashlib.sha256(f"{CACHE_VERSION} {size}".encode())
-    for path in paths:
+    for path, crop in _with_crops(paths, crops):
         try:
             stat = path.stat()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({one_line(error)}). Replace or remove it") from None
-        line = f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+        line = f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\0{crop}\n"
         digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:20]
 
 
-def _read_cache(path: Path, key: str, count: int) -> torch.Tensor | None:
-    """The cached images, or None when there are none that can be believed."""
+def _with_crops(paths: list[Path], crops: list[Crop] | None) -> list[tuple[Path, Crop | None]]:
+    return [(path, None) for path in paths] if crops is None else list(zip(paths, crops, strict=True))
+
+
+def _read_cache(path: Path, key: str, count: int) -> Pictures | None:
+    """What the cache holds, mapped into memory, or None when there is nothing that can be believed."""
     if not path.is_file():
         return None
     try:
-        cached = torch.load(path, map_location="cpu", weights_only=True)
-        images = cached["images"]
-        right = cached["key"] == key and images.dtype == torch.uint8 and images.ndim == 4 and len(images) == count
-        if right and cached["crc32"] == zlib.crc32(images.numpy()):     # torch.load does not check the bytes itself
-            return images
+        cached = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+        pictures = Pictures(*(cached[name] for name in Pictures._fields))
+        right = (cached["key"] == key and [len(tensor) for tensor in pictures] == [count] * 3
+                 and [(tensor.dtype, tensor.ndim) for tensor in pictures]
+                 == [(torch.uint8, 4), (torch.int32, 2), (torch.int32, 2)])
+        if right and cached["crc32"] == _checksum(pictures):    # torch.load does not check the bytes itself
+            return pictures
         reason = "its content is not what was written"
     except Exception as error:      # a damaged file raises nearly anything
         reason = one_line(error)
     print(f"cache {path} is damaged ({reason[:80]}): decoding the images again", flush=True)
     return None
+
+
+def _checksum(tensors: Iterable[torch.Tensor]) -> int:
+    value = 0
+    for tensor in tensors:
+        content = memoryview(tensor.numpy()).cast("B")
+        for start in range(0, len(content), CHECKSUM_BYTES):
+            value = zlib.crc32(content[start:start + CHECKSUM_BYTES], value)
+    return value
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object], *, temporary: Path | None = None,
@@ -111,20 +143,22 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object], *, temporary: 
         raise
 
 
-def _write_cache(path: Path, stem: str, key: str, images: torch.Tensor) -> None:
+def _write_cache(path: Path, stem: str, key: str, pictures: Pictures) -> bool:
     """Write under a temporary name, flush to disk, rename; then remove what it replaces. Without a place to write,
-    go on without a cache."""
+    say so and go on without a cache (False)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(exist_ok=True)
         remove_leftovers(path.parent, ".*.pt.*.tmp")
-        content = {"key": key, "crc32": zlib.crc32(images.numpy()), "images": images}
+        content = {"key": key, "crc32": _checksum(pictures), **pictures._asdict()}
         replace_file(path, functools.partial(torch.save, content), temporary=temporary)
         for old in path.parent.glob(f"{stem}{'[0-9a-f]' * len(key)}.pt"):
             if old != path:
                 old.unlink()
+        return True
     except (OSError, RuntimeError) as error:    # torch.save makes a RuntimeError of a full disk
         _say_once(f"no cache in {path.parent} ({one_line(error)[:100]}): images are decoded anew at every start")
+        return False
 
 
 def remove_leftovers(folder: Path, pattern: str) -> None:
@@ -138,33 +172,40 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- decoding
 
 def decode_images(paths: list[Path], size: tuple[int, int], resize: bool, num_workers: int = 0, progress: bool = True,
-                  title: str = "images") -> np.ndarray:
-    """(N, H, W, 3) uint8 of `paths`; `size` is (H, W): resized to it, or (resize=False) an error where one differs.
+                  title: str = "images", crops: list[Crop] | None = None) -> Pictures:
+    """The images of `paths`; `size` is (H, W): resized to it, or (resize=False) an error where one differs. Of a
+    picture with a crop only that part is shown; a crop is clipped to the picture.
 
     A chunk whose worker raises or dies is decoded again in this process, so that the error a person sees is the real
     one, with the file's name.
     """
     images = np.empty((len(paths), *size, 3), np.uint8)
-    chunks = [paths[start:start + CHUNK] for start in range(0, len(paths), CHUNK)]
+    places = np.empty((len(paths), 6), np.int32)    # crop and size
+    files = _with_crops(paths, crops)
+    step = min(CHUNK, max(1, CHUNK_BYTES // (size[0] * size[1] * 3)))
+    chunks = [files[start:start + step] for start in range(0, len(files), step)]
     workers = min(num_workers, len(chunks))
     # spawn, because forking a process that runs torch's threads can hang the child
     pool = _attempt(lambda: ProcessPoolExecutor(workers, get_context("spawn"))) if workers > 0 else None
     bar = tqdm(total=len(paths), desc=f"decoding {title}", unit="img", leave=False,
                disable=not shows_progress(progress))
+    tasks, waiting, done = deque(), iter(chunks), 0
     try:
-        tasks = [pool and _attempt(lambda: pool.submit(_decode_chunk, chunk, size, resize)) for chunk in chunks]
-        done = 0
-        for i, chunk in enumerate(chunks):
-            decoded = _attempt(tasks[i].result) if tasks[i] else None
-            images[done:done + len(chunk)] = _decode_chunk(chunk, size, resize) if decoded is None else decoded
-            tasks[i] = None     # lets go of its pixels
-            done += len(chunk)
+        for chunk in chunks:
+            while pool and len(tasks) < 2 * workers and (later := next(waiting, None)):  # never all: pixels add up
+                tasks.append(_attempt(lambda: pool.submit(_decode_chunk, later, size, resize)))
+            task = tasks.popleft() if tasks else None
+            part = _attempt(task.result) if task else None
+            end = done + len(chunk)
+            images[done:end], places[done:end] = _decode_chunk(chunk, size, resize) if part is None else part
             bar.update(len(chunk))
+            done = end
     finally:
         bar.close()
         if pool:
             pool.shutdown(wait=True, cancel_futures=True)
-    return images
+    places = torch.from_numpy(places)
+    return Pictures(torch.from_numpy(images), places[:, :4].contiguous(), places[:, 4:].contiguous())
 
 
 def _attempt(call):
@@ -173,18 +214,23 @@ def _attempt(call):
         return call()
     except Exception as error:
         if not isinstance(error, DataError):
-            _say_once(f"a decoding worker failed ({one_line(error)[:100]}): going on in the main process")
+            reason = "it was killed" if isinstance(error, BrokenExecutor) else one_line(error)[:100]
+            _say_once(f"a decoding worker failed ({reason}): going on in the main process")
         return None
 
 
-def _decode_chunk(paths: list[Path], size: tuple[int, int], resize: bool) -> np.ndarray:
+def _decode_chunk(files: list[tuple[Path, Crop | None]], size: tuple[int, int],
+                  resize: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (n, H, W, 3) uint8, and (n, 6) int32: crop, width and height."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return np.stack([_open_rgb(path, size, resize) for path in paths])
+        pixels, places = zip(*(_open_rgb(path, size, resize, crop) for path, crop in files))
+    return np.stack(pixels), np.array(places, np.int32)
 
 
-def _open_rgb(path: Path, size: tuple[int, int], resize: bool) -> np.ndarray:
-    """One image as (H, W, 3) uint8. DataError when it cannot be read or, without `resize`, is not of `size`."""
+def _open_rgb(path: Path, size: tuple[int, int], resize: bool, crop: Crop | None) -> tuple[np.ndarray, tuple[int, ...]]:
+    """One image as (H, W, 3) uint8, and its crop, width and height. DataError when it cannot be read or, without
+    `resize`, is not of `size`."""
     with _opened(path) as image:
         if image.mode[0] in "IF":   # 16 or 32 bits a pixel: PIL would clip them to white
             raise ValueError(f"pixels of type {image.mode}, more than 8 bits a channel")
@@ -194,7 +240,17 @@ def _open_rgb(path: Path, size: tuple[int, int], resize: bool) -> np.ndarray:
         if "transparency" in image.info:    # a palette's transparent colours; PIL warns without this step
             image = image.convert("RGBA")
         image = image.convert("RGB")
-        return resized(image, size[0]) if resize else np.asarray(image)
+        whole = (0, 0, *image.size)
+        shown = _clipped(crop, *image.size) if crop else whole
+        pixels = resized(image.crop(shown), size[0]) if resize else np.asarray(image)
+        return pixels, (*shown, *image.size)
+
+
+def _clipped(crop: Crop, width: int, height: int) -> Crop:
+    """The part of a crop that is in the picture; of a crop beyond its edge, the pixel next to it."""
+    x0, y0, x1, y1 = crop
+    x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
+    return x0, y0, min(max(x1, x0 + 1), width), min(max(y1, y0 + 1), height)
 
 
 @contextlib.contextmanager

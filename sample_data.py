@@ -64,15 +64,15 @@ def words_per_picture(size: int) -> int:
 def draw_pictures(words: np.ndarray, labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Pictures from random words (N, words_per_picture(size)) uint64 and labels (N,): images (N, size, size, 3) uint8
     and boxes (N, 4) float32. The label has a say in the pixels of the box only."""
-    draw = _Words(words)
-    images = _background(draw, size)
+    draw = Words(words)
+    images = background(draw, size)
     for _ in range(DISTRACTORS):
-        _distractor(draw, images)
+        distractor(draw, images)
     boxes = _mark(draw, images, labels)
     return np.ascontiguousarray(images.clip(0, 255), dtype=np.uint8), boxes
 
 
-class _Words:
+class Words:
     """Hands out the columns of `words` one after the other, as integers of a range."""
 
     def __init__(self, words: np.ndarray):
@@ -92,7 +92,7 @@ class _Words:
         return shifted.reshape(len(columns), -1)[:, :count].astype(np.int64)
 
 
-def _background(draw: _Words, size: int) -> np.ndarray:
+def background(draw: Words, size: int) -> np.ndarray:
     """(N, size, size, 3) int64: a colour, smooth blotches (a coarse grid, interpolated) and grain on it."""
     n = len(draw.words)
     colour = draw.integers(70, 186, 3).reshape(n, 1, 1, 3)
@@ -107,7 +107,7 @@ def _background(draw: _Words, size: int) -> np.ndarray:
     return colour + blotches // size**2 + grain * strength // 128
 
 
-def _distractor(draw: _Words, images: np.ndarray) -> None:
+def distractor(draw: Words, images: np.ndarray) -> None:
     """Paint one disc, diamond or rectangle of one colour into each picture, in place; it may hang over the edge."""
     n, size = images.shape[:2]
     kind = draw.integers(0, 3)[:, :, None]
@@ -121,19 +121,23 @@ def _distractor(draw: _Words, images: np.ndarray) -> None:
     np.copyto(images, colour[:, None, None, :], where=inside[..., None])
 
 
-def _mark(draw: _Words, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _mark(draw: Words, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Paint the marks of the labels, in place; returns their boxes, (N, 4) float32 x0 y0 x1 y1."""
     n, size = images.shape[:2]
     cell = max(1, size // 32)           # pixels
     side, margin = CELLS * cell, size // 8      # a margin, so that a shifted crop keeps the mark
     top, left = (draw.integers(margin, size - margin - side + 1)[:, 0] for _ in range(2))
+    steps = np.arange(side)
+    rows, columns = top[:, None, None] + steps[:, None], left[:, None, None] + steps
+    images[np.arange(n)[:, None, None], rows, columns] = mark_tiles(draw, labels, cell)
+    return np.stack([left, top, left + side, top + side], 1).astype(np.float32)
+
+
+def mark_tiles(draw: Words, labels: np.ndarray, cell: int) -> np.ndarray:
+    """(N, side, side, 3) int64: the marks of the labels in two colours far apart; a cell is `cell` pixels wide."""
     light, dark = draw.integers(176, 256, 3), draw.integers(0, 80, 3)
     swap = draw.integers(0, 2) == 1
     ink, paper = np.where(swap, dark, light), np.where(swap, light, dark)
     patterns = np.array([[list(row) for row in text.split()] for text in MARKS.values()]) == "#"
     tiles = np.pad(patterns, ((0, 0), (1, 1), (1, 1))).repeat(cell, 1).repeat(cell, 2)[labels]
-    pixels = np.where(tiles[..., None], ink[:, None, None, :], paper[:, None, None, :])
-    steps = np.arange(side)
-    rows, columns = top[:, None, None] + steps[:, None], left[:, None, None] + steps
-    images[np.arange(n)[:, None, None], rows, columns] = pixels
-    return np.stack([left, top, left + side, top + side], 1).astype(np.float32)
+    return np.where(tiles[..., None], ink[:, None, None, :], paper[:, None, None, :])

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import data
+import download
 import image_files
 from augmentation import Augmentation, TrainBatches, normalise, resize
 from data import DataError, ImageSet
@@ -77,7 +78,7 @@ def test_augmentation_equals_a_loop_over_single_images(height, width, pad, cutou
     assert batch.dtype == torch.float32 and batch.shape == (40, 3, height, width)
     assert batch.is_contiguous(memory_format=torch.channels_last)
     for i, image in enumerate(images.numpy()):
-        top, left, flipped, y, x = (int(value[i]) for value in draw)
+        top, left, flipped, y, x = (int(value[i]) for value in draw[:5])
         expected = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="reflect")[top:top + height, left:left + width]
         if flip and flipped:
             expected = expected[:, ::-1]
@@ -402,16 +403,17 @@ def test_an_image_that_is_too_small(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------ workers
 
-def dying_chunk(parent, paths, size, resize):
+def dying_chunk(parent, files, size, resize):
     if os.getpid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
-    return image_files._open_rgb(paths[0], size, resize)[None].repeat(len(paths), 0)
+    pixels, place = image_files._open_rgb(files[0][0], size, resize, None)
+    return pixels[None], np.array([place])
 
 
-def failing_chunk(parent, paths, size, resize):
+def failing_chunk(parent, files, size, resize):
     if os.getpid() != parent:
         raise MemoryError("a worker's")
-    return dying_chunk(parent, paths, size, resize)
+    return dying_chunk(parent, files, size, resize)
 
 
 @pytest.mark.parametrize("chunk", [dying_chunk, failing_chunk])
@@ -420,8 +422,8 @@ def test_a_worker_that_dies_or_fails_is_replaced_by_the_main_process(tmp_path, m
     paths = sorted(tmp_path.glob("cifar100/train/*/*.png"))
     monkeypatch.setattr(image_files, "CHUNK", 1)
     monkeypatch.setattr(image_files, "_decode_chunk", functools.partial(chunk, os.getpid()))
-    images = image_files.decode_images(paths, (16, 20), False, num_workers=1, progress=False)
-    assert (images == np.stack([np.asarray(Image.open(path)) for path in paths])).all()
+    images = image_files.decode_images(paths, (16, 20), False, num_workers=1, progress=False).images
+    assert (images.numpy() == np.stack([np.asarray(Image.open(path)) for path in paths])).all()
     assert capsys.readouterr().out.count("going on in the main process") == 1
 
 
@@ -440,9 +442,9 @@ def decoded_anew(root, monkeypatch, **options):
     """Load, and tell which splits were decoded rather than read from the cache."""
     titles, decode = [], image_files.decode_images
 
-    def spy(paths, size, resize, num_workers, progress, title):
+    def spy(paths, size, resize, num_workers, progress, title, crops):
         titles.append(title)
-        return decode(paths, size, resize, num_workers, progress, title)
+        return decode(paths, size, resize, num_workers, progress, title, crops)
     with monkeypatch.context() as patch:
         patch.setattr(image_files, "decode_images", spy)
         loaded = load(root, **options)
@@ -486,10 +488,10 @@ def flip_a_byte(path):
     lambda path: torch.save({"key": path.stem[-20:], "images": torch.zeros(6, 16, 20, 3)}, path)])
 def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch, capsys, spoil):
     make_folders(tmp_path, size=(64, 64))
-    first = load(tmp_path)
+    first = load(tmp_path)[0].images.clone()    # what is loaded is mapped from the file
     spoil(next((tmp_path / ".cache").glob("cifar100-train-*.pt")))
     titles, second = decoded_anew(tmp_path, monkeypatch)
-    assert titles == ["cifar100-train"] and torch.equal(first[0].images, second[0].images)
+    assert titles == ["cifar100-train"] and torch.equal(first, second[0].images)
     assert capsys.readouterr().out.count("is damaged") == 1
     assert decoded_anew(tmp_path, monkeypatch)[0] == []
 
@@ -542,8 +544,8 @@ def archive(tmp_path, monkeypatch):
     with tarfile.open(path, "w:gz") as tar:
         tar.add(folder, data.CIFAR100_UNPACKED)
         tar.add(folder / "meta", "../escaped")      # a member that would leave the folder, if anything were unpacked
-    monkeypatch.setattr(data, "CIFAR100_MD5", data._md5_of(path))
-    monkeypatch.setattr(data, "CIFAR100_FILES", {name: data._md5_of(folder / name) for name in contents})
+    monkeypatch.setattr(data, "CIFAR100_MD5", download.md5_of(path))
+    monkeypatch.setattr(data, "CIFAR100_FILES", {name: download.md5_of(folder / name) for name in contents})
     return path, contents
 
 
@@ -603,6 +605,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     """Starts a server on the loopback interface that answers with the given bytes, and points data.py at it."""
     servers = []
+    monkeypatch.setattr(download, "PAUSE", 0.0)
 
     def start(content, declared=None, status=200):
         handler = type("Handler", (Server,), {"content": content, "declared": declared, "status": status})
@@ -663,7 +666,7 @@ def test_dead_server(tmp_path, monkeypatch, server):
 def test_silent_server(tmp_path, monkeypatch, server):
     import socket
     server(b"")
-    monkeypatch.setattr(data, "SOCKET_TIMEOUT", 0.2)
+    monkeypatch.setattr(download, "SOCKET_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(data, "CIFAR100_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/c.tar.gz")
         download_fails(tmp_path / "a", "timed out")
