@@ -1,9 +1,10 @@
 """Augmentation of whole batches of uint8 images on the device they are on, and the training set as such batches.
 
-No worker processes: a batch is an index into the set, cropped, flipped, cut out and normalised in one go.
+No worker processes: a batch is an index into the set, cropped, flipped, recoloured and normalised in one go.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,38 +21,85 @@ class Draw(NamedTuple):
     flip: torch.Tensor      # bool
     cut_y: torch.Tensor     # int64, centre of the cutout square in the crop, in pixels
     cut_x: torch.Tensor
+    area: torch.Tensor      # float, 0 to 1: how much of the picture the zoom shows, from the least to all
+    aspect: torch.Tensor    # float, 0 to 1: its shape, from 3:4 to 4:3
+    place_y: torch.Tensor   # float, 0 to 1: its place, from the top edge to the bottom edge
+    place_x: torch.Tensor
+    light: torch.Tensor     # float (N, 3), 0 to 1: brightness, contrast and saturation, from the least to the most
 
 
 class Augmentation:
-    """Random crop of the reflect-padded image, horizontal flip, cutout and normalisation of a whole batch, each image
+    """Random zoom or random crop, horizontal flip, colour jitter, cutout and normalisation of a whole batch, each image
     with values of its own, on the device it is on, without waiting for that device.
 
-    mean, std: of each channel, in [0, 1] units. pad: pixels. cutout: side of the square in pixels, 0 for none; it is
-    clipped at the border and filled with 0, the mean.
+    mean, std: of each channel, in [0, 1] units.
+    pad: pixels of reflection around the image for the random crop, 0 for none.
+    zoom: least share of the picture that a random resized crop shows (scale and aspect as in arXiv 1409.4842), 0 for none.
+    jitter: brightness, contrast and saturation are multiplied by 1 - jitter to 1 + jitter, 0 for none.
+    cutout: side of the square in pixels, 0 for none; it is clipped at the border and filled with 0, the mean.
+    size: (height, width) of what comes out; None for the images' own.
     """
 
-    def __init__(self, *, mean, std, pad: int = 4, flip: bool = True, cutout: int = 0):
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.pad, self.flip, self.cutout = pad, flip, cutout
+    def __init__(self, *, mean, std, pad: int = 4, flip: bool = True, cutout: int = 0, zoom: float = 0.0,
+                 jitter: float = 0.0, size: tuple[int, int] | None = None):
+        self.mean, self.std, self.size = tuple(mean), tuple(std), size and tuple(size)
+        self.pad, self.flip, self.cutout, self.zoom, self.jitter = pad, flip, cutout, zoom, jitter
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Draw:
         """Everything is drawn, used or not, so that crops stay the same when the cutout is switched off."""
         def integers(end: int) -> torch.Tensor:
             return torch.randint(end, (count,), generator=generator, device=generator.device)
+
+        def shares(*shape: int) -> torch.Tensor:
+            return torch.rand(count, *shape, generator=generator, device=generator.device)
         return Draw(integers(2 * self.pad + 1), integers(2 * self.pad + 1), integers(2).bool(),
-                    integers(height), integers(width))
+                    integers(height), integers(width), shares(), shares(), shares(), shares(), shares(3))
 
     def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in channels_last memory. `generator` is on the images' device."""
-        draw = self.draw(*images.shape[:3], generator)
+        """(N, H, W, 3) uint8 to (N, 3, *size) float32 in channels_last memory. `generator` is on the images' device."""
+        height, width = self.size or images.shape[1:3]
+        draw = self.draw(len(images), height, width, generator)
         if self.pad:
             images = _crop(images, draw.top, draw.left, self.pad)
         if self.flip:
             images = _flip(images, draw.flip)
         batch = normalise(images, self.mean, self.std)
+        batch = _zoom(batch, draw, self.zoom, (height, width)) if self.zoom else resize(batch, (height, width))
+        if self.jitter:
+            batch = _jitter(batch, draw.light, self.jitter, self.mean, self.std)
         if self.cutout:
             _cut_out(batch, draw.cut_y, draw.cut_x, self.cutout)
         return batch
+
+
+def _zoom(batch: torch.Tensor, draw: Draw, least: float, size: tuple[int, int]) -> torch.Tensor:
+    """(N, 3, H, W) to (N, 3, *size): a part of each picture that holds `least` to all of its area, bilinear."""
+    area = least + (1 - least) * draw.area
+    aspect = torch.exp((2 * draw.aspect - 1) * math.log(4 / 3))
+    wide, high = ((area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1))
+    # affine_grid counts from -1 to 1 over the picture
+    middle_x, middle_y = ((1 - part) * (2 * place - 1) for part, place in ((wide, draw.place_x), (high, draw.place_y)))
+    none = torch.zeros_like(wide)
+    theta = torch.stack([wide, none, middle_x, none, high, middle_y], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, (len(batch), 3, *size), align_corners=False)
+    batch = F.grid_sample(batch, grid, padding_mode="border", align_corners=False)
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+def _jitter(batch: torch.Tensor, light: torch.Tensor, most: float, mean, std) -> torch.Tensor:
+    """Brightness, contrast and saturation of a normalised batch (N, 3, H, W), in this order, as torchvision defines
+    them. On values in [0, 1], to which each step clips."""
+    mean, std = (batch.new_tensor(values)[:, None, None] for values in (mean, std))
+    brightness, contrast, saturation = (1 + most * (2 * light[:, :, None, None, None] - 1)).unbind(1)
+    batch = ((batch * std + mean) * brightness).clamp_(0, 1)
+    batch = torch.lerp(_grey(batch).mean((2, 3), keepdim=True), batch, contrast).clamp_(0, 1)
+    batch = torch.lerp(_grey(batch), batch, saturation).clamp_(0, 1)
+    return (batch - mean) / std
+
+
+def _grey(batch: torch.Tensor) -> torch.Tensor:
+    """(N, 3, H, W) to (N, 1, H, W): luma after ITU-R BT.601."""
+    return (batch * batch.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
 
 
 def _crop(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, pad: int) -> torch.Tensor:
@@ -100,7 +148,7 @@ def normalise(images: torch.Tensor, mean, std) -> torch.Tensor:
 
 def resize(batch: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
     """(N, 3, H, W) to (N, 3, *size) in channels_last memory, bilinear and antialiased; None leaves it as it is."""
-    if size is None or size == tuple(batch.shape[2:]):
+    if size is None or tuple(size) == tuple(batch.shape[2:]):
         return batch
     batch = F.interpolate(batch, size, mode="bilinear", antialias=True)
     return batch.contiguous(memory_format=torch.channels_last)
