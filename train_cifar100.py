@@ -31,9 +31,14 @@ PAPER = {
     "crop_pad": 4,              # pixels of reflection for the random crop. The authors flip only; crops are ours
     "flip": True,               # authors' code
     "cutout": 0,                # side in pixels; 0: none
+    "zoom": 0.0,                # least share of the image that a random resized crop shows; 0: none
+    "jitter": 0.0,              # brightness, contrast, saturation times 1 - jitter to 1 + jitter; 0: none
     "progressive": "none",      # progressive resizing: see training/optimise.py
     "trunk": "",                # full or pooled; "": what suits the model (the paper's)
     "pool4": 2,                 # side of the pooling in front of block 4
+    "init_from": "none",        # weights to start from
+    "freeze_epochs": 0.0,       # epochs for which a transferred trunk stays as it is
+    "transfer_lr": 1.0,         # factor on the learning rate of transferred layers
 }
 FAST = PAPER | {
     "epochs": 30,
@@ -60,7 +65,7 @@ TASK = Task(
     model="vgg-att3-concat-pc",
     load=lambda config: load_cifar100(config["data_dir"], image_size=config["image_size"],
                                       num_workers=config["num_workers"]),
-    sample=cifar_sample,
+    sample=lambda config: cifar_sample(),
     present=cifar100_present,
     train_images=50_000,
     test_images=10_000,

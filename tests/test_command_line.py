@@ -202,7 +202,7 @@ def in_a_process(folder: str, words: list[str]) -> None:
     from sample_data import cifar_sample
     os.chdir(folder)
     task = dataclasses.replace(train_cifar100.TASK,
-                               sample=lambda: cifar_sample(classes=4, train_per_class=24, test_per_class=8))
+                               sample=lambda config: cifar_sample(classes=4, train_per_class=24, test_per_class=8))
     run_module.SAVE_EVERY, run_module.SAVE_SHARE = 0.0, 1e9
     os._exit(commands.main(task, words))
 
@@ -353,7 +353,8 @@ def test_evaluate_repeats_the_last_epochs_numbers(cli, unhurt):
 
 def test_init_from_a_checkpoint(cli, unhurt):
     status, out, _ = cli(*NARROW, "--epochs", 1, "--model", "vgg-att2-concat-gate", "--init-from", unhurt / "last.pt")
-    assert status == 0 and re.search(r"--init-from: \d+ of \d+ tensors loaded; starting fresh: classifier", out)
+    assert status == 0 and re.search(r"--init-from .*last.pt \(vgg-att3-concat-pc, width 0.0625, "
+                                     r"cifar100\): \d+ of \d+ tensors loaded; starting fresh: classifier", out)
 
 
 def test_same_seed_same_run_and_another_seed_another(cli, unhurt):
@@ -420,9 +421,9 @@ def test_changed_data_is_noticed(cli, small_task, unhurt):
     from sample_data import cifar_sample
     import shutil
     shutil.copytree(unhurt, "r")
-    for sample, message in ((lambda: cifar_sample(classes=5, train_per_class=24, test_per_class=8), "its classes are not"),
-                            (lambda: cifar_sample(classes=4, train_per_class=20, test_per_class=8), "an epoch had 6 steps")):
-        task = dataclasses.replace(small_task, sample=sample)
+    for classes, each, message in ((5, 24, "its classes are not"), (4, 20, "an epoch had 6 steps")):
+        sets = cifar_sample(classes=classes, train_per_class=each, test_per_class=8)
+        task = dataclasses.replace(small_task, sample=lambda config: sets)
         status, _, err = cli("--resume", "r", "--epochs", 6, task=task)
         assert status == 1 and "the data set has changed" in err and message in err
 

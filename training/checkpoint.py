@@ -20,7 +20,9 @@ from attention_model import build_model
 from image_files import replace_file
 from training.options import CHECKPOINT_NAME, PREVIOUS_NAME, UserError
 
-FORMAT = 1
+FORMAT = 2
+# What a config of format 1 did not have, with the values that mean what its code did.
+SINCE_FORMAT_2 = {"zoom": 0.0, "jitter": 0.0, "transfer_lr": 1.0, "freeze_epochs": 0.0}
 REQUIRED = ("format", "model", "ema", "config", "class_names", "input_size", "mean", "std", "position")
 
 
@@ -68,6 +70,9 @@ def read_checkpoint(path: Path | str) -> dict:
     missing = [name for name in REQUIRED if not isinstance(content, dict) or name not in content]
     if missing:
         raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}")
+    if content["format"] == 1:
+        content["config"] = SINCE_FORMAT_2 | content["config"] | {"init_from": content["config"]["init_from"] or "none"}
+        content |= {"format": 2, "transferred": []}
     if content["format"] != FORMAT:
         raise UserError(f"{path} has checkpoint format {content['format']}, and this code reads format {FORMAT}")
     return content
@@ -177,18 +182,3 @@ def load_model(content: dict) -> nn.Module:
                         trunk=config["trunk"] or None, dropout=config["dropout"], pool4=config["pool4"])
     model.load_state_dict(best_weights(content))
     return model.eval()
-
-
-def transfer(model: nn.Module, content: dict) -> str:
-    """Copy every weight that has the same name and shape, and say what was and wasn't.
-
-    Raises UserError when nothing fits."""
-    own, given = model.state_dict(), best_weights(content)
-    fits = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
-    if not fits:
-        raise UserError("--init-from: no weight of that checkpoint fits this network (another --width?)")
-    model.load_state_dict(fits, strict=False)
-    fresh = sorted({name.rsplit(".", 1)[0] for name in own if name not in fits})
-    unused = sorted({name.rsplit(".", 1)[0] for name in given if name not in fits})
-    return (f"--init-from: {len(fits)} of {len(own)} tensors loaded; starting fresh: {', '.join(fresh) or 'nothing'}; "
-            f"not used: {', '.join(unused) or 'nothing'}")

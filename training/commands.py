@@ -14,8 +14,8 @@ import torch
 
 from data import DataError, ImageSet
 from training import checkpoint, options, sanity
-from training.loop import Interrupted, Precision, evaluate
-from training.optimise import parse_progressive
+from training.loop import Interrupted, Precision, SMALLEST_FOR_STATISTICS, Trainer, evaluate
+from training.optimise import SCHEDULES, learning_rate, parse_progressive
 from training.options import UserError
 from training.run import Run, Task, build, clock, eval_batches, split
 
@@ -60,7 +60,7 @@ def run_dir_of(task: Task, args, suffix: str) -> Path:
 
 def load(task: Task, config: dict) -> tuple[ImageSet, ImageSet]:
     """Training and test set of a config: the sample, or the data set (downloaded when it is not there)."""
-    return task.sample() if config["sample"] else task.load(config)
+    return task.sample(config) if config["sample"] else task.load(config)
 
 
 # ---- training ---------------------------------------------------------------------------------------------------------
@@ -71,6 +71,7 @@ def train(task: Task, args, argv: list[str]) -> int:
     if args.resume is None:
         config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
         check_recipe(config)
+        check_start(config)
         run_dir = run_dir_of(task, args, config["model"])
         if (run_dir / "config.json").exists() or (run_dir / options.CHECKPOINT_NAME).exists():
             raise UserError(f"{run_dir} holds a run already: go on with it by --resume {run_dir}, or name another "
@@ -114,13 +115,17 @@ def train_here(task: Task, config: dict, run_dir: Path, sets: tuple[ImageSet, Im
     run = Run(task, config, run_dir, *sets, content=content)
     trainer = run.trainer
     run.start(options.command_line(argv))
-    where = f"from epoch {trainer.position.epoch + 1}, step {trainer.position.step + 1}" if content else "from scratch"
+    where = f"from epoch {trainer.position.epoch + 1}, step {trainer.position.step + 1}" if content else (
+        "from transferred weights" if trainer.transferred else "from scratch")
     del content  # the network, its average and the momentum a second time
     print(f"{config['model']}, width {config['width']:g}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters, "
           f"{config['recipe']} recipe, {where} to epoch {config['epochs']}\n"
           f"{len(run.train_set):,} training and {len(run.eval_set):,} {run.eval_name} images ({run.train_set.source})\n"
           f"{options.device_name(run.device)}, {config['precision']}, PyTorch {torch.__version__}\n"
+          f"{rate_in_words(trainer)}\n"
           f"Run directory {run_dir}; curves: tensorboard --logdir {run_dir.parent}")
+    if trainer.micro_batch and trainer.micro_batch < SMALLEST_FOR_STATISTICS:
+        print(trainer.what_batch_norm_does())
     if run.device.type == "cpu":
         say_how_long(run)
     try:
@@ -138,6 +143,19 @@ def train_here(task: Task, config: dict, run_dir: Path, sets: tuple[ImageSet, Im
         print(f"Best on the validation images: epoch {run.best['epoch']}, {run.best['top1']:.2f} %: {run_dir / 'best.pt'}. "
               f"The test set has not been looked at: --evaluate does.")
     return 0
+
+
+def rate_in_words(trainer: Trainer) -> str:
+    """The peak learning rate, for an image too: what a step does to the weights depends on both rate and batch."""
+    config, steps = trainer.config, len(trainer.batches)
+    peak = max(learning_rate(config, epoch * steps + step, steps) for epoch in range(config["epochs"])
+               for step in (0, steps // 2, steps - 1))
+    words = f"Peak learning rate {peak:.3g} for batches of {config['batch_size']}: {peak / config['batch_size']:.2g} an image"
+    if trainer.transferred:
+        words += f"; {config['transfer_lr']:g} of it for the transferred layers"
+    if config["freeze_epochs"]:
+        words += f", whose trunk trains after {config['freeze_epochs']:g} epochs"
+    return words
 
 
 def stored_config(run_dir: Path) -> dict:
@@ -159,9 +177,11 @@ def check_recipe(config: dict) -> None:
         parse_progressive(config["progressive"])
     except ValueError as error:
         raise UserError(f"--set progressive: {error}", 2) from None
-    if config["schedule"] not in ("linear", "halve"):
-        raise UserError(f"--set schedule={config['schedule']}: choose linear or halve", 2)
-    below = {"momentum": 1, "label_smoothing": 1, "ema_decay": 1, "warmup": 1, "crop_pad": 16}
+    choices = {"schedule": SCHEDULES, "crop": ("box", "whole")}
+    for name in choices.keys() & config.keys():
+        if config[name] not in choices[name]:
+            raise UserError(f"--set {name}={config[name]}: choose {' or '.join(choices[name])}", 2)
+    below = {"momentum": 1, "label_smoothing": 1, "ema_decay": 1, "warmup": 1, "crop_pad": 16, "zoom": 1, "jitter": 1}
     for name, limit in below.items():
         if config[name] >= limit:
             raise UserError(f"--set {name}={config[name]}: expected a number below {limit}", 2)
@@ -169,6 +189,21 @@ def check_recipe(config: dict) -> None:
         raise UserError("--set momentum=0: Nesterov needs a momentum; add --set nesterov=false", 2)
     if config["halve_every"] < 1:
         raise UserError("--set halve_every=0: expected 1 epoch or more", 2)
+    if config["freeze_epochs"] >= config["epochs"]:
+        raise UserError(f"--freeze-epochs {config['freeze_epochs']:g}: fewer than the {config['epochs']} epochs of the run "
+                        f"are needed, or the trunk would never train", 2)
+
+
+def check_start(config: dict) -> None:
+    """--init-from of a new run, before an image is read. Raises UserError."""
+    if not config["init_from"]:
+        raise UserError("this recipe starts from a CIFAR-100 network, which train_cifar100.py trains: give --init-from "
+                        "RUN_DIR/last.pt. Else --init-from imagenet (--set trunk=pooled), or --init-from none", 2)
+    if config["init_from"] == "none" and config["freeze_epochs"]:
+        raise UserError("--freeze-epochs keeps a transferred trunk as it is, and --init-from none transfers none: leave one "
+                        "of them out", 2)
+    if config["init_from"] not in ("none", "imagenet"):
+        checkpoint.read_checkpoint(config["init_from"])
 
 
 def say_how_long(run: Run) -> None:
@@ -197,8 +232,8 @@ def evaluate_checkpoint(task: Task, args, argv: list[str]) -> int:
     if tuple(content["class_names"]) != test.class_names:
         raise UserError(f"{args.evaluate} was trained on other classes than those of {test.source}")
     started = time.perf_counter()
-    result = evaluate(model, eval_batches(test, device, content["mean"], content["std"]), len(test.class_names),
-                      Precision(precision, device))
+    batches = eval_batches(test, device, content["mean"], content["std"], content["input_size"])
+    result = evaluate(model, batches, len(test.class_names), Precision(precision, device))
     seconds = time.perf_counter() - started
     print(f"{args.evaluate}: {config['model']}, width {config['width']:g}, after epoch {content['position']['epoch']} of "
           f"{config['epochs']}" + (", moving average of the weights" if content["ema"] else ""))

@@ -12,10 +12,14 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from augmentation import resize
 from training.optimise import MovingAverage, Precision, grad_norm, input_size_at, learning_rate, make_optimizer
 from training.options import UserError
+
+
+SMALLEST_FOR_STATISTICS = 8     # images; batch norm's mean and variance of fewer are mostly noise
 
 
 class Interrupted(Exception):
@@ -42,17 +46,21 @@ class Evaluation:
 
 
 class Trainer:
-    """A network, its optimizer and its moving average, and the position in the run."""
+    """A network, its optimizer and its moving average, and the position in the run.
+
+    ``transferred`` names the weights that came from another network (see transfer.py): they train at a rate of their own,
+    and those of them in the trunk not before ``freeze_epochs``."""
 
     CHECK_EVERY = {"cpu": 1, "cuda": 20}  # steps between looks at the loss; on a GPU a look waits for the device
 
     def __init__(self, config: dict, model: nn.Module, batches, device: torch.device, *, precision: str,
-                 compiled: bool = False):
+                 compiled: bool = False, transferred: frozenset[str] = frozenset()):
         self.config, self.batches, self.device = config, batches, device
         self.model = model.to(device, memory_format=torch.channels_last)
         self.model.checkpoint_activations = config["checkpoint_activations"]
         self.run_model = torch.compile(self.model, dynamic=False) if compiled else self.model
-        self.optimizer = make_optimizer(self.model, config, precision)
+        self.transferred = transferred
+        self.optimizer = make_optimizer(self.model, config, precision, transferred)
         self.precision = Precision(precision, device)
         self.average = MovingAverage(self.model, config["ema_decay"]) if config["ema_decay"] else None
         self.position = Position()
@@ -60,6 +68,7 @@ class Trainer:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.micro_batch = None if config["micro_batch"] == "auto" else config["micro_batch"]
+        self.mode: tuple | None = None  # see set_mode; None: to be set
 
     @property
     def eval_model(self) -> nn.Module:
@@ -74,7 +83,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict(),
                 "position": dataclasses.asdict(self.position) | {"sums": self.sums.tolist()},
                 "schedule": {"epochs": self.config["epochs"], "steps_an_epoch": len(self.batches)},
-                "micro_batch": self.micro_batch}
+                "micro_batch": self.micro_batch, "transferred": sorted(self.transferred)}
 
     def load_state(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
@@ -102,7 +111,7 @@ class Trainer:
 
         Raises Interrupted (after a whole step), UserError for a non-finite loss or when memory runs out."""
         position, steps, check_every = self.position, len(self.batches), self.CHECK_EVERY[self.device.type]
-        self.model.train()
+        self.mode = None
         started, before = time.perf_counter(), position.seconds
         for images, labels in self.batches.epoch(position.epoch, position.step):
             self.step(images, labels)
@@ -125,8 +134,12 @@ class Trainer:
         done = self.position.epoch * steps + self.position.step
         images = resize(images, input_size_at(config, done / (config["epochs"] * steps)))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, done, steps)
+            group["lr"] = learning_rate(config, done, steps) * group.get("scale", 1.0)
+        frozen_steps = math.ceil(config["freeze_epochs"] * steps)
+        if done == frozen_steps > 0:
+            print(f"The trunk trains from here on (epoch {self.position.epoch + 1}, step {self.position.step + 1}).")
         while True:
+            self.set_mode(frozen=done < frozen_steps)
             try:
                 self.gradients(images, labels)
                 break
@@ -139,6 +152,24 @@ class Trainer:
         self.precision.scaler.update()
         if self.average:
             self.average.update(done)
+
+    def set_mode(self, frozen: bool) -> None:
+        """Put the network into training mode for this step. ``frozen``: the transferred trunk neither trains nor moves its
+        batch-norm statistics. Batch norm that sees fewer than SMALLEST_FOR_STATISTICS images at a time uses its running
+        statistics, as they are, where these came with transferred weights, and everywhere when it sees one image."""
+        few = self.micro_batch is not None and self.micro_batch < SMALLEST_FOR_STATISTICS
+        mode = frozen, self.micro_batch if few else None
+        if mode == self.mode:
+            return
+        self.mode = mode
+        self.model.train()
+        for name, p in self.model.trunk.named_parameters(prefix="trunk"):
+            p.requires_grad_(not (frozen and name in self.transferred))
+        for name, module in self.model.named_modules():
+            if isinstance(module, BatchNorm):
+                known = f"{name}.running_mean" in self.transferred
+                still = known and frozen and name.startswith("trunk.")
+                module.train(not (still or few and (known or self.micro_batch == 1)))
 
     def gradients(self, images: Tensor, labels: Tensor) -> None:
         """Fresh gradients of the batch's mean loss on the parameters; the batch's sums are added when all is well."""
@@ -160,15 +191,38 @@ class Trainer:
         """After out-of-memory: half the micro-batch, or a UserError when that is not wanted or not possible."""
         self.optimizer.zero_grad(set_to_none=True)
         now = min(self.micro_batch or batch, batch)
-        if self.config["micro_batch"] != "auto" or now <= 2:
+        if self.config["micro_batch"] != "auto" or now <= 1:
             peak = f"peak {peak_memory_mib(self.device):.0f} MiB"
-            raise UserError(f"out of memory at {now} images at once ({peak}): {reason}\nTry, in this order: "
-                            f"--micro-batch auto, --checkpoint-activations, a smaller --image-size")
-        self.micro_batch = max(2, now // 2)
+            raise UserError(f"out of memory at {now} image{'s' * (now > 1)} at once ({peak}): {reason}\n"
+                            f"Try, in this order: {', '.join(self.what_saves_memory())}")
+        self.micro_batch = now // 2
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        print(f"Out of memory with {now} images at once: going on with --micro-batch {self.micro_batch} "
-              f"(the batch stays {batch}; gradients add up over the parts, batch norm sees one part at a time).")
+        print(f"Out of memory with {now} images at once: going on with --micro-batch {self.micro_batch} (the batch stays "
+              f"{batch}: gradients add up over the parts). {self.what_batch_norm_does()}")
+
+    def what_saves_memory(self) -> list[str]:
+        """Options that would help and aren't in use, the cheapest first."""
+        options = {"--micro-batch auto": self.config["micro_batch"] != "auto",
+                   "--checkpoint-activations": not self.config["checkpoint_activations"],
+                   "--precision auto": self.precision.name == "fp32" and self.device.type == "cuda",
+                   "--set trunk=pooled": "block2" not in self.model.trunk.pools,
+                   "a smaller --image-size": True, "a smaller --width": True, "another GPU (nvidia-smi: who uses this one?)":
+                   True}
+        return [option for option, helps in options.items() if helps][:3]
+
+    def what_batch_norm_does(self) -> str:
+        """In words, for the micro-batch of now."""
+        count = self.micro_batch
+        if count >= SMALLEST_FOR_STATISTICS:
+            return f"Batch norm sees {count} images at a time."
+        if count == 1:
+            return ("Batch norm uses its running statistics as they are, since one image has none worth using: fit to "
+                    "fine-tune with, not to train from scratch.")
+        if self.transferred:
+            return "Batch norm uses the running statistics that came with the transferred weights, as they are."
+        return (f"Batch norm sees {count} images at a time, whose statistics are noisy: --checkpoint-activations or a "
+                f"smaller --image-size would allow more.")
 
     def checked_loss(self) -> float:
         """The epoch's mean loss so far. Raises UserError when a loss was not finite."""
@@ -207,9 +261,11 @@ class Trainer:
 
 def parts_of(images: Tensor, labels: Tensor, micro_batch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
     """The batch in near-equal parts of at most ``micro_batch`` images, none of a single one (batch norm cannot train on
-    it) unless the batch is."""
+    it) unless the batch or ``micro_batch`` is."""
     count = len(images)
-    pieces = 1 if not micro_batch else min(math.ceil(count / micro_batch), max(1, count // 2))
+    pieces = 1 if not micro_batch else math.ceil(count / micro_batch)
+    if micro_batch != 1:
+        pieces = min(pieces, max(1, count // 2))
     yield from zip(images.tensor_split(pieces), labels.tensor_split(pieces))
 
 

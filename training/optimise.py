@@ -14,35 +14,50 @@ from torch import nn
 from attention_model import SMALLEST_IMAGE
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> list[dict]:
+def parameter_groups(model: nn.Module, config: dict, transferred: frozenset[str] = frozenset()) -> list[dict]:
     """Weight decay on everything (the paper's), or on the matrices and filters alone: not on biases, batch norms, nor on
-    a gate's vector u, which decay pulls towards a uniform map."""
-    def decays(name: str, p: nn.Parameter) -> bool:
-        return decay_all or (p.ndim > 1 and not name.endswith(".u.weight"))
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for name, p in trained if decays(name, p)], "weight_decay": weight_decay},
-              {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0}]
+    a gate's vector u, which decay pulls towards a uniform map. The weights named in ``transferred`` have groups of their
+    own, whose rate is ``transfer_lr`` times the schedule's ("scale"); those of the trunk apart from the others, as all
+    weights of a group must get their first gradient in the same step (the fused SGD asks for that)."""
+    def kind(name: str, p: nn.Parameter) -> tuple[str, bool]:
+        decays = config["decay_all"] or (p.ndim > 1 and not name.endswith(".u.weight"))
+        return "new" if name not in transferred else "trunk" if name.startswith("trunk.") else "other", decays
+    groups = []
+    for origin in ("new", "trunk", "other"):
+        for decays in (True, False):
+            params = [p for name, p in model.named_parameters() if p.requires_grad and kind(name, p) == (origin, decays)]
+            groups.append({"params": params, "weight_decay": config["weight_decay"] if decays else 0.0,
+                           "scale": 1.0 if origin == "new" else config["transfer_lr"]})
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, config: dict, precision: str) -> torch.optim.SGD:
+def make_optimizer(model: nn.Module, config: dict, precision: str,
+                   transferred: frozenset[str] = frozenset()) -> torch.optim.SGD:
     """SGD; the learning rate is set at every step by the schedule.
 
     The fused kernel makes one pass over the weights instead of one for each operation. Not with fp16: when the loss
     scaler skips the very first step, it leaves a momentum that was never written."""
-    groups = parameter_groups(model, config["weight_decay"], config["decay_all"])
+    groups = parameter_groups(model, config, transferred)
     return torch.optim.SGD(groups, lr=config["lr"], momentum=config["momentum"], nesterov=config["nesterov"],
                            fused=precision != "fp16")
+
+
+SCHEDULES = ("linear", "halve", "double-halve")
 
 
 def learning_rate(config: dict, step: int, steps_an_epoch: int) -> float:
     """Learning rate of optimizer step ``step`` (from 0, over the whole run).
 
     "linear": a linear warm-up over the first ``warmup`` of the run (0 to 1), then linearly down to 0 at its end.
-    "halve": the paper's, ``lr`` halved every ``halve_every`` epochs.
+    "halve": the paper's for CIFAR, ``lr`` halved every ``halve_every`` epochs.
+    "double-halve": the authors' for CUB, ``lr`` doubled after ``halve_every`` epochs and after twice as many, from then on
+    halved every ``halve_every``.
     """
+    periods = step // steps_an_epoch // config["halve_every"]
     if config["schedule"] == "halve":
-        return config["lr"] * 0.5 ** (step // steps_an_epoch // config["halve_every"])
+        return config["lr"] * 0.5 ** periods
+    if config["schedule"] == "double-halve":
+        return config["lr"] * 2.0 ** (periods if periods <= 2 else 4 - periods)
     total = config["epochs"] * steps_an_epoch
     rising = config["warmup"] * total
     if step + 1 < rising:

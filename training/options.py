@@ -21,7 +21,7 @@ SHORT_RUN = 10  # epochs; below, a recipe's changes for short runs hold
 CHECKPOINT_NAME, PREVIOUS_NAME = "last.pt", "last.prev.pt"
 
 # Options with a command-line word of their own whose value is part of the recipe.
-RECIPE_OPTIONS = ("epochs", "batch_size", "lr", "image_size")
+RECIPE_OPTIONS = ("epochs", "batch_size", "lr", "image_size", "init_from", "freeze_epochs")
 # What a resumed run may change: where and how it runs, and how long. All else decides the mathematics.
 MAY_CHANGE = ("data_dir", "device", "num_workers", "compile", "micro_batch", "checkpoint_activations", "overlay_every",
               "epochs")
@@ -69,7 +69,11 @@ def make_parser(description: str, recipes: dict[str, dict], *, model: str, datas
     what.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                       help="change a constant of the recipe; may be repeated; names: " + ", ".join(
                           name for name in next(iter(recipes.values())) if name not in RECIPE_OPTIONS))
-    what.add_argument("--init-from", metavar="CHECKPOINT", default=quiet, help="start from the weights of a checkpoint")
+    what.add_argument("--init-from", metavar="{imagenet,none,CHECKPOINT}", default=quiet,
+                      help="weights to start from: torchvision's vgg16_bn, none, or a last.pt (default: the recipe's)")
+    what.add_argument("--freeze-epochs", type=at_least_0, default=quiet, metavar="N",
+                      help="train head and gates alone, on the transferred trunk as it is, for so many epochs "
+                           "(default: the recipe's)")
 
     how = parser.add_argument_group("speed and memory")
     how.add_argument("--compile", action=argparse.BooleanOptionalAction, default=quiet,
@@ -106,6 +110,13 @@ def positive(text: str) -> float:
     return value
 
 
+def at_least_0(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
 def fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
@@ -131,12 +142,14 @@ def resolve(args: argparse.Namespace, recipes: dict[str, dict], short: dict[str,
     if given.get("epochs", base["epochs"]) < SHORT_RUN:
         base |= short.get(recipe, {})
     config = {"dataset": dataset, "recipe": recipe, "model": model, "width": 1.0, "seed": 0, "val_fraction": 0.0,
-              "image_size": None, "precision": "auto", "sample": False, "init_from": None}
+              "image_size": None, "precision": "auto", "sample": False}
     config |= base | parse_set(args.set, base)
     config |= {name: given[name] for name in config if name in given}
     config |= {name: given[name] for name in ("data_dir", "device", "num_workers", "micro_batch", "checkpoint_activations",
                                               "overlay_every")}
     config["compile"] = given.get("compile", "auto")
+    if config["init_from"] == "none" and "freeze_epochs" not in given:
+        config["freeze_epochs"] = 0.0  # nothing to keep as it is
     return config
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from attention_model import build_model
-from augmentation import Augmentation, TrainBatches, normalise
+from augmentation import Augmentation, TrainBatches, normalise, resize
 from data import ImageSet, channel_statistics, place_on, split_validation
-from training import checkpoint, options, report
+from training import checkpoint, options, report, transfer
 from training.loop import Evaluation, Interrupted, Trainer, evaluate
 from training.options import UserError
 from training.pictures import attention_sheet
@@ -37,8 +37,8 @@ class Task:
     recipes: dict[str, dict]                        # the first is the default
     short: dict[str, dict]                          # what a recipe changes for runs under options.SHORT_RUN epochs
     model: str                                      # default network
-    load: Callable[..., tuple[ImageSet, ImageSet]]  # (config, download=True) -> train, test
-    sample: Callable[[], tuple[ImageSet, ImageSet]]
+    load: Callable[[dict], tuple[ImageSet, ImageSet]]   # (config) -> train, test; downloads what isn't there
+    sample: Callable[[dict], tuple[ImageSet, ImageSet]]     # (config) -> the built-in one
     present: Callable[[str], bool]                  # are there images in this data folder?
     train_images: int                               # of the full data set, for estimates without it
     test_images: int
@@ -80,8 +80,7 @@ class Run:
         self.compiled = options.choose_compile(config["compile"], self.device, config["checkpoint_activations"])
         self.class_names = train.class_names
         self.eval_name = "val" if config["val_fraction"] else "test"
-        self.mean, self.std = (content["mean"], content["std"]) if content else channel_statistics(train)
-        config["input_size"] = list(train.image_size)
+        config["input_size"] = input_size(config, train)
         self.check_data(content)
         self.train_set, self.eval_set = place_on(train, self.device), place_on(evaluation, self.device)
 
@@ -89,14 +88,17 @@ class Run:
         random.seed(config["seed"])
         torch.manual_seed(config["seed"])
         model = build(config, len(self.class_names))
-        if config["init_from"] and not content:
-            print(checkpoint.transfer(model, checkpoint.read_checkpoint(config["init_from"])))
+        if content:
+            self.mean, self.std, transferred = content["mean"], content["std"], frozenset(content["transferred"])
+        else:
+            self.mean, self.std, transferred = self.weights_and_statistics(model, train)
         augmentation = Augmentation(mean=self.mean, std=self.std, pad=config["crop_pad"], flip=config["flip"],
-                                    cutout=config["cutout"])
+                                    cutout=config["cutout"], zoom=config["zoom"], jitter=config["jitter"],
+                                    size=config["input_size"])
         batches = TrainBatches(self.train_set, config["batch_size"], seed=config["seed"], augmentation=augmentation,
                                device=self.device)
         self.trainer = Trainer(config, model, batches, self.device, precision=config["precision"],
-                               compiled=self.compiled)
+                               compiled=self.compiled, transferred=transferred)
         self.best: dict | None = None
         self.finished = False
         if content:
@@ -107,6 +109,17 @@ class Run:
         self.health: dict[str, report.LevelHealth] = {}  # of the last epoch, per attention level
         self.warned: set[str] = set()
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
+
+    def weights_and_statistics(self, model: nn.Module, train: ImageSet) -> tuple[tuple, tuple, frozenset[str]]:
+        """Load what --init-from names. Returns the mean and std to normalise with, the source's where there is one (its
+        first layers know no other input), and the names of the weights that went over."""
+        source = transfer.source_of(self.config["init_from"], model)
+        if source:
+            return source.mean, source.std, transfer.transfer(model, source, self.class_names)
+        # A sanity pass without the weights takes the frozen stage all the same.
+        pretended = self.sanity and self.config["freeze_epochs"] > 0
+        names = frozenset(name for name in model.state_dict() if pretended and name.startswith("trunk."))
+        return *channel_statistics(train), names
 
     def check_data(self, content: dict | None) -> None:
         """Raises UserError when a checkpoint was made with other classes or another image size than these."""
@@ -190,8 +203,8 @@ class Run:
         return result
 
     def evaluate(self, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
-        return evaluate(self.trainer.eval_model, eval_batches(self.eval_set, self.device, self.mean, self.std),
-                        len(self.class_names), self.trainer.precision, should_stop)
+        batches = eval_batches(self.eval_set, self.device, self.mean, self.std, self.config["input_size"])
+        return evaluate(self.trainer.eval_model, batches, len(self.class_names), self.trainer.precision, should_stop)
 
     # ---- attention ----
 
@@ -207,7 +220,8 @@ class Run:
         was_training = model.training
         model.eval()
         with self.trainer.precision.context():
-            logits, scores = model.logits_and_scores(normalise(images.to(self.device), self.mean, self.std))
+            logits, scores = model.logits_and_scores(resize(normalise(images.to(self.device), self.mean, self.std),
+                                                            self.config["input_size"]))
         model.train(was_training)
         self.health = report.attention_health(scores, self.trainer.position.gate_gradients, model.sigmoid_levels)
         self.report.health(epoch, self.health)
@@ -287,13 +301,18 @@ def build(config: dict, num_classes: int) -> nn.Module:
         raise UserError(str(error), 2) from None
 
 
-def eval_batches(image_set: ImageSet, device: torch.device, mean, std) -> Iterator[tuple[Tensor, Tensor]]:
-    """The set in order, as large normalised batches on the device."""
-    height, width = image_set.image_size
-    size = max(1, EVAL_PIXELS[device.type] // (height * width))
-    for first in range(0, len(image_set), size):
-        images, labels = (t[first:first + size].to(device, non_blocking=True) for t in (image_set.images, image_set.labels))
-        yield normalise(images, mean, std), labels
+def input_size(config: dict, train: ImageSet) -> list[int]:
+    """[height, width] that the network sees: --image-size, or that of the images."""
+    return [config["image_size"]] * 2 if config["image_size"] else list(train.image_size)
+
+
+def eval_batches(image_set: ImageSet, device: torch.device, mean, std, size) -> Iterator[tuple[Tensor, Tensor]]:
+    """The set in order, as large normalised batches on the device; the whole picture, resized to `size`."""
+    height, width = size
+    count = max(1, EVAL_PIXELS[device.type] // (height * width))
+    for first in range(0, len(image_set), count):
+        images, labels = (t[first:first + count].to(device, non_blocking=True) for t in (image_set.images, image_set.labels))
+        yield resize(normalise(images, mean, std), size), labels
 
 
 def clock(seconds: float) -> str:

@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from attention_model import build_model
 from data import ImageSet
-from training import checkpoint, options
-from training.loop import Trainer, peak_memory_mib
+from training import checkpoint, options, transfer
+from training.loop import BatchNorm, Trainer, peak_memory_mib
 from training.optimise import parse_progressive
 from training.options import UserError
 from training.report import DEAD_SD, read_metrics
-from training.run import Run, Task, clock, split
+from training.run import Run, Task, build, clock, input_size, split
 
 STEPS = 4               # optimizer steps of the pass
 CPU_SECONDS = 30.0      # that these steps may take on a CPU: the batch is cut to fit
-LEAST_BATCH = 8
+LEAST_BATCH = 4
+MOST_TRIED = 1024       # images at once, when the largest micro-batch is looked for
 
 
 def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
@@ -36,17 +36,24 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
 
     real = dict(config)
     sample = config["sample"] or not task.present(config["data_dir"])
-    train, evaluation = split(config, *(task.sample() if sample else task.load(config)))
+    train, evaluation = split(config, *(task.sample(config) if sample else task.load(config)))
     sizes = (task.train_images, task.test_images) if sample else (len(train), len(evaluation))
     row("data", f"{train.source}" + ("" if config["sample"] or not sample else
                                      f" (no {task.dataset} in {config['data_dir']})"))
 
+    if not config["init_from"]:
+        config["init_from"], start = "none", "from scratch; the real run needs --init-from"
+    elif config["init_from"] == "imagenet" and not transfer.imagenet_file().is_file():
+        config["init_from"], start = "none", (f"from scratch: no ImageNet weights in {transfer.imagenet_file()}; the real "
+                                              f"run downloads them")
+    else:
+        start = f"--init-from {config['init_from']}"
     device = options.choose_device(config["device"])
     batch = config["batch_size"] if device.type == "cuda" else cpu_batch(task, config, train)
     batch = min(batch, len(train) // STEPS)
     # The rate goes down with the batch, and a run of a few steps has no time to warm up to the whole of it.
     config |= {"epochs": 1, "batch_size": batch, "lr": 0.1 * config["lr"] * batch / config["batch_size"],
-               "sample": sample, "overlay_every": 1,
+               "sample": sample, "overlay_every": 1, "freeze_epochs": 0.5 if config["freeze_epochs"] else 0.0,
                "progressive": "0.5:0.2" if config["progressive"] != "none" else "none"}
     run_dir.mkdir(parents=True, exist_ok=True)
     if (run_dir / "config.json").exists():
@@ -56,7 +63,9 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
         run.start(command)
         run.train()
         trainer = run.trainer
+        table.append(("start", start, 0.0))
         position = "progressive resizing, " if config["progressive"] != "none" else ""
+        position += "frozen trunk and all, " if config["freeze_epochs"] else ""
         average = ", moving average" if trainer.average else ""
         height, width = config["input_size"]
         row("one epoch", f"{STEPS} steps of {batch} images (the real run: {real['batch_size']}) of {height}x{width} px, "
@@ -85,9 +94,11 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
         failures += [] if told else ["metrics.csv or the TensorBoard events are missing"]
         row("report", "metrics.csv, TensorBoard scalars, pictures, text, hparams" if told else "FAILED")
         cost = measure(trainer, images=min(batch, trainer.micro_batch or batch))
+        peak = peak_memory_mib(device)  # before the search below, which fills the card
+        most = most_that_fit(trainer, batch) if device.type == "cuda" else None
         run.report.close()
     print_table(table, failures)
-    print_estimate(real, cost, trainer, sizes, batch)
+    print_estimate(real, cost, trainer, sizes, batch, peak, most)
     print(f"Everything it wrote is in {run_dir}")
     return 1 if failures else 0
 
@@ -100,10 +111,8 @@ def spread(images: ImageSet, count: int) -> ImageSet:
 
 def cpu_batch(task: Task, config: dict, train: ImageSet) -> int:
     """The largest power of two, at most the real batch, whose STEPS steps fit CPU_SECONDS, from a first small step."""
-    height, width = train.image_size
-    model = build_model(config["model"], len(train.class_names), width=config["width"], trunk=config["trunk"] or None,
-                        dropout=config["dropout"], pool4=config["pool4"]).to(memory_format=torch.channels_last)
-    images = torch.rand(LEAST_BATCH, 3, height, width).contiguous(memory_format=torch.channels_last)
+    model = build(config, len(train.class_names)).to(memory_format=torch.channels_last)
+    images = torch.rand(LEAST_BATCH, 3, *input_size(config, train)).contiguous(memory_format=torch.channels_last)
     started = time.perf_counter()
     precision = options.choose_precision(config["precision"], torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -161,7 +170,7 @@ def resumed_step(run: Run, content: dict) -> float:
     results = []
     for each in (trainer, resumed):
         checkpoint.restore_random_states(content["rng"])
-        each.model.train()
+        each.mode = None
         each.step(*batch)
         results.append(each.model.state_dict())
     return max((a.double() - b.double()).abs().max().item() for a, b in zip(results[0].values(), results[1].values()))
@@ -188,7 +197,7 @@ def measure(trainer: Trainer, images: int) -> tuple[float, float]:
 
     net = torch.compile(model, dynamic=False) if compiled else model
     net.train()
-    if trainer.device.type == "cuda" or images < LEAST_BATCH * 2:
+    if trainer.device.type == "cuda" or images <= LEAST_BATCH:
         step()  # the first step also sets up kernels
     training = timed(step, trainer.device)
     model.eval()
@@ -197,6 +206,42 @@ def measure(trainer: Trainer, images: int) -> tuple[float, float]:
         evaluating = timed(lambda: forward(model), trainer.device)
     checkpoint.restore_random_states(states)
     return training / images, evaluating / images
+
+
+def most_that_fit(trainer: Trainer, start: int) -> int:
+    """Images whose forward and backward pass fit in memory at once, found by doubling (or halving) ``start`` up to
+    MOST_TRIED; 0 when not even one fits. On a copy of the network, not compiled."""
+    states = checkpoint.random_states()
+    model = copy.deepcopy(trainer.model).train()
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.eval()   # so that a single image can be tried
+    count, most = start, 0
+    while 0 < count <= MOST_TRIED:
+        if fits(trainer, model, count):
+            most, count = count, 2 * count
+        elif most:
+            break
+        else:
+            count //= 2
+    checkpoint.restore_random_states(states)
+    return most
+
+
+def fits(trainer: Trainer, model: torch.nn.Module, count: int) -> bool:
+    """Whether a step on so many images has enough memory."""
+    try:
+        batch = torch.zeros(count, 3, *trainer.config["input_size"], device=trainer.device)
+        with trainer.precision.context():
+            logits = model(batch.contiguous(memory_format=torch.channels_last))
+        logits.float().sum().backward()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        if trainer.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def timed(work, device: torch.device) -> float:
@@ -229,11 +274,13 @@ def print_table(table: list[tuple[str, str, float]], failures: list[str]) -> Non
 
 
 def print_estimate(config: dict, cost: tuple[float, float], trainer: Trainer, sizes: tuple[int, int],
-                   batch: int) -> None:
+                   batch: int, peak: float, most: int | None) -> None:
     device = trainer.device
     epoch = epoch_seconds(config, cost, *sizes)
     cut = f" (measured with {batch} images a step instead of {config['batch_size']})" if batch != config["batch_size"] else ""
     print(f"On {options.device_name(device)}, {trainer.config['precision']}: about {clock(epoch)} an epoch of {sizes[0]:,} "
           f"images, {clock(epoch * config['epochs'])} for {config['epochs']} epochs{cut}.\n"
-          f"Peak memory {peak_memory_mib(device):,.0f} MiB ({'GPU' if device.type == 'cuda' else 'resident'}); "
-          f"peak learning rate {config['lr']:g}.")
+          f"Peak memory {peak:,.0f} MiB ({'GPU' if device.type == 'cuda' else 'resident'}).")
+    if most is not None:
+        hint = "" if config["checkpoint_activations"] else "; --checkpoint-activations allows more"
+        print(f"Largest micro-batch that fits, by doubling: {most}{' or more' if 2 * most > MOST_TRIED else ''}{hint}.")

@@ -1,0 +1,93 @@
+"""Train a VGG with attention gates on CUB-200-2011, 200 kinds of birds ("Learn to Pay Attention", Jetley et al., ICLR
+2018, arXiv 1804.02391).
+
+    python train_cub.py --sanity        every path of a run, on a small slice
+    python train_cub.py                 the default recipe: vgg-att3-concat-pc at 224 px, from ImageNet weights
+    python train_cub.py --recipe paper --init-from runs/cifar100/RUN/last.pt
+    python train_cub.py --help          all options
+"""
+from __future__ import annotations
+
+import sys
+
+from cub import cub_present, load_cub
+from cub_sample import cub_sample
+from training.commands import main
+from training.run import Task
+
+# Every default, with its unit and source. --set NAME=VALUE changes one that has no option of its own.
+PAPER = {
+    "epochs": 320,              # authors' code
+    "batch_size": 128,          # images; authors' code
+    "lr": 0.01,                 # authors' 0.1 in Torch7, whose SGD dampens by the momentum: 0.01 here
+    "momentum": 0.9,            # authors' code
+    "nesterov": False,          # authors' code
+    "weight_decay": 5e-4,       # authors' code
+    "decay_all": True,          # on every parameter; authors' code
+    "schedule": "double-halve", # lr doubled after halve_every epochs and after twice as many, then halved ...
+    "halve_every": 30,          # ... every so many epochs; authors' code
+    "warmup": 0.0,              # share of the run; "linear" schedule only
+    "label_smoothing": 0.0,     # authors' code
+    "dropout": 1.0,             # factor on the authors' rates (0.3 to 0.5)
+    "ema_decay": 0.0,           # moving average of the weights, a step; 0: none
+    "image_size": 80,           # pixels; authors' code
+    "crop": "box",              # to the bounding box (authors' code), or the whole image
+    "margin": 0.0,              # grows the box on each side, by this share of its longer side
+    "zoom": 0.0,                # least share of the image that a random resized crop shows; 0: none
+    "crop_pad": 0,              # pixels of reflection for the random crop; 0: none
+    "flip": True,               # authors' code
+    "jitter": 0.0,              # brightness, contrast, saturation times 1 - jitter to 1 + jitter; 0: none
+    "cutout": 0,                # side in pixels; 0: none
+    "progressive": "none",      # progressive resizing: see training/optimise.py
+    "trunk": "",                # full or pooled; "": what suits the model (no pooling before conv7: authors' code)
+    "pool4": 5,                 # side of the pooling in front of block 4, so that its maps stay 16x16; authors' code
+    "init_from": "",            # a CIFAR-100 network of ours, which has to be named: authors' code
+    "freeze_epochs": 0.0,       # nothing is frozen: authors' code
+    "transfer_lr": 1.0,         # one rate for all: authors' code
+}
+DEFAULT = PAPER | {
+    "epochs": 60,
+    "batch_size": 32,
+    "lr": 0.02,                 # of the new layers
+    "nesterov": True,
+    "decay_all": False,         # filters and matrices only: decay pulls a gate's u towards a flat map
+    "schedule": "linear",       # up, then down to 0
+    "warmup": 0.1,
+    "label_smoothing": 0.1,
+    "dropout": 0.0,
+    "ema_decay": 0.99,
+    "image_size": 224,          # what the ImageNet weights were trained at
+    "margin": 0.1,
+    "zoom": 0.5,
+    "jitter": 0.2,
+    "trunk": "pooled",          # a pooling after every block: ImageNet weights fit, and 224 px a small card
+    "pool4": 2,
+    "init_from": "imagenet",
+    "freeze_epochs": 2.0,       # new layers give the trunk useless gradients until they have learned something
+    "transfer_lr": 0.2,
+}
+ZOOM_ROOM = 8 / 7   # with a zoom, pictures are kept so much larger than the network sees them (256 px for 224)
+
+
+def stored(config: dict) -> dict:
+    """How the pictures are to be cut out and kept, for load_cub and cub_sample."""
+    side = config["image_size"]
+    return {"image_size": round(side * ZOOM_ROOM) if config["zoom"] else side, "crop": config["crop"],
+            "margin": config["margin"], "num_workers": config["num_workers"]}
+
+
+TASK = Task(
+    dataset="cub",
+    description="Train a VGG with attention gates on CUB-200-2011 (arXiv 1804.02391).",
+    recipes={"fast": DEFAULT, "paper": PAPER},
+    short={},
+    model="vgg-att3-concat-pc",
+    load=lambda config: load_cub(config["data_dir"], **stored(config)),
+    sample=lambda config: cub_sample(**stored(config)),
+    present=cub_present,
+    train_images=5_994,
+    test_images=5_794,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(TASK))
