@@ -17,7 +17,7 @@ from training.loop import Trainer
 from training.report import read_metrics
 
 SMALL = ["--width", "0.0625", "--image-size", "32", "--batch-size", "8", "--device", "cpu", "--precision", "fp32"]
-STAGED = [*SMALL, "--epochs", "4", "--freeze-epochs", "2"]
+STAGED = [*SMALL, "--epochs", "4", "--freeze-epochs", "2", "--overlay-every", "0"]
 
 
 @pytest.fixture(scope="module")

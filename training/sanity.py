@@ -59,7 +59,7 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
     if (run_dir / "config.json").exists():
         raise UserError(f"{run_dir} holds a run already: name another --run-dir", 2)
     with checkpoint.lock(run_dir):
-        run = Run(task, config, run_dir, spread(train, STEPS * batch), spread(evaluation, max(2 * batch, 32)), sanity=True)
+        run = Run(task, config, run_dir, spread(train, STEPS * batch), spread(evaluation, max(2 * batch, 16)), sanity=True)
         run.start(command)
         run.train()
         trainer = run.trainer
