@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from image_files import replace_file
@@ -138,8 +139,14 @@ class Report:
                        for name in ("score_sd", "entropy", "gate_gradient")}, epoch)
 
     def overlays(self, epoch: int, sheet: np.ndarray) -> None:
-        """A contact sheet, (H, W, 3) uint8, as a lossless image at step `epoch`."""
-        self._write([self._summary.image(f"attention/{self.eval_name} images", sheet, dataformats="HWC")], epoch)
+        """A contact sheet, (H, W, 3) uint8, at step `epoch`: a JPEG of high quality, as TensorBoard takes its checksums in
+        Python, up to half a second for a megabyte, and a lossless file has several."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        encoded = io.BytesIO()
+        Image.fromarray(sheet).save(encoded, "JPEG", quality=92, subsampling=0)
+        image = Summary.Image(height=sheet.shape[0], width=sheet.shape[1], colorspace=3,
+                              encoded_image_string=encoded.getvalue())
+        self._write([Summary(value=[Summary.Value(tag=f"attention/{self.eval_name} images", image=image)])], epoch)
 
     def finish(self, hparams: Mapping, metrics: Mapping[str, float]) -> None:
         """The end of a run: the hparams tab shows it as finished, with `metrics` and the last curves as its columns.
