@@ -14,6 +14,7 @@ import torch
 
 from data import DataError, ImageSet
 from training import checkpoint, options, sanity
+from training.benchmark import benchmark
 from training.loop import Interrupted, Precision, SMALLEST_FOR_STATISTICS, Trainer, evaluate
 from training.optimise import SCHEDULES, learning_rate, parse_progressive
 from training.options import UserError
@@ -25,6 +26,8 @@ def main(task: Task, argv: list[str] | None = None) -> int:
     parser = options.make_parser(task.description, task.recipes, model=task.model, dataset=task.dataset)
     try:
         args = parser.parse_args(argv)
+        if args.json and not args.benchmark:
+            parser.error("--json goes with --benchmark")
     except SystemExit as stop:  # argparse has printed the help (0) or what is wrong (2)
         return stop.code
     try:
@@ -34,6 +37,10 @@ def main(task: Task, argv: list[str] | None = None) -> int:
             config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
             check_recipe(config)
             return sanity.sanity_pass(task, config, run_dir_of(task, args, "sanity"), options.command_line(argv))
+        if args.benchmark:
+            config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
+            check_recipe(config)
+            return benchmark(task, config, args.benchmark, args.json, options.command_line(argv))
         return train(task, args, argv)
     except Interrupted as stop:  # in the sanity pass; a run catches its own
         return 128 + stop.args[0]

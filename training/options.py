@@ -88,6 +88,9 @@ def make_parser(description: str, recipes: dict[str, dict], *, model: str, datas
     modes.add_argument("--resume", nargs="?", const="", metavar="RUN_DIR", help="go on with a run; no folder: the newest "
                                                                                "unfinished one")
     modes.add_argument("--evaluate", metavar="CHECKPOINT", help="loss, top-1, top-5 and each class of a checkpoint")
+    modes.add_argument("--benchmark", nargs="?", const=25, type=whole(1), metavar="STEPS",
+                       help="speed of the training step, its parts, and of the plain way to write it")
+    parser.add_argument("--json", metavar="FILE", help="write what --benchmark measures to this file too")
     parser.add_argument("--overlay-every", type=whole(0), default=1, metavar="EPOCHS",
                         help="attention pictures every so many epochs; 0: none")
     return parser

@@ -24,6 +24,7 @@ FLAT = 1e-4  # a map whose values differ by less than this part of the largest i
 
 PAPER, INK, FAINT_INK, FRAME = (246, 246, 244), (28, 28, 30), (92, 92, 96), (205, 205, 203)
 MARGIN, GAP, BLOCK_GAP = 20, 6, 28  # pixels: around the sheet, between the pictures of an image, between images
+HEAD_LINE = 20  # pixels from one line of a heading to the next
 
 
 def colourise(values: np.ndarray, name: str = "inferno") -> np.ndarray:
@@ -81,9 +82,11 @@ def enlarge(image: np.ndarray, least_side: int = 128) -> np.ndarray:
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def _shown(image: np.ndarray, least_side: int, greatest_side: int) -> np.ndarray:
-    """An image at the size a sheet shows it: small ones enlarged, big ones shrunk to `greatest_side`."""
-    image = enlarge(image, least_side)
+def shown(image: np.ndarray, least_side: int, greatest_side: int) -> np.ndarray:
+    """An image (H, W, 3) at a size to look at: small ones enlarged by a whole factor towards `least_side` pixels on the
+    shorter side, but no longer than `greatest_side`; big ones shrunk to that."""
+    room = greatest_side // max(image.shape[:2])
+    image = enlarge(image, min(least_side, max(1, room) * min(image.shape[:2])))
     scale = greatest_side / max(image.shape[:2])
     if scale >= 1:
         return image
@@ -125,7 +128,8 @@ def attention_sheet(images: np.ndarray, maps: Mapping[str, np.ndarray], titles: 
                     name: str = "inferno") -> np.ndarray:
     """A contact sheet: for each image a title, the input, and an overlay for every map.
 
-    images (N, H, W, 3) uint8, maps {level: (N, h, w) floats}, titles N texts -> (sheet height, sheet width, 3) uint8.
+    images (N, H, W, 3) uint8, maps {heading: (N, h, w) floats}, titles N texts -> (sheet height, sheet width, 3) uint8.
+    A heading, such as a level's name, may have several lines.
     As many images stand side by side as fit in `sheet_width` pixels, at least one; sides are in pixels too.
     Raises ValueError when the counts differ.
     """
@@ -136,20 +140,21 @@ def attention_sheet(images: np.ndarray, maps: Mapping[str, np.ndarray], titles: 
             raise ValueError(f"{count} images, but {length} of {what}: a sheet needs as many, and at least one")
     title_font, head_font = ImageFont.load_default(size=14), ImageFont.load_default(size=15)
 
-    shown = [_shown(np.ascontiguousarray(image), least_side, greatest_side) for image in images]
-    height, width = shown[0].shape[:2]
-    heads = ["input", *maps]
+    inputs = [shown(np.ascontiguousarray(image), least_side, greatest_side) for image in images]
+    height, width = inputs[0].shape[:2]
+    heads = [head.split("\n") for head in ("input", *maps)]
+    lines = max(len(head) for head in heads)
     block = len(heads) * (width + GAP) - GAP
     columns = min(count, max(1, (sheet_width - 2 * MARGIN + BLOCK_GAP) // (block + BLOCK_GAP)))
     columns = math.ceil(count / math.ceil(count / columns))  # the same number of rows, filled more evenly
     title_height = 0 if titles is None else 22
-    top, row = MARGIN + 26, title_height + height + 14
+    top, row = MARGIN + 6 + HEAD_LINE * lines, title_height + height + 14
     size = (max(320, 2 * MARGIN + columns * (block + BLOCK_GAP) - BLOCK_GAP),  # 320: the legend has to fit
             top + math.ceil(count / columns) * row + 14 + MARGIN)
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
 
-    for index, image in enumerate(shown):
+    for index, image in enumerate(inputs):
         left = MARGIN + index % columns * (block + BLOCK_GAP)
         upper = top + index // columns * row
         if titles is not None:
@@ -161,7 +166,8 @@ def attention_sheet(images: np.ndarray, maps: Mapping[str, np.ndarray], titles: 
             draw.rectangle((x - 1, upper + title_height - 1, x + width, upper + title_height + height), outline=FRAME)
             sheet.paste(Image.fromarray(picture), (x, upper + title_height))
             if index < columns:
-                head = shorten(heads[place], head_font, width)
-                draw.text((x + width / 2, MARGIN + 14), head, FAINT_INK, head_font, "ms")
+                for line, text in enumerate(heads[place], start=lines - len(heads[place])):
+                    draw.text((x + width / 2, MARGIN + 14 + HEAD_LINE * line), shorten(text, head_font, width), FAINT_INK,
+                              head_font, "ms")
     _legend(draw, sheet, size[1] - MARGIN - 14, title_font, name)
     return np.asarray(sheet).copy()

@@ -1,0 +1,66 @@
+"""--benchmark: the table's numbers add up, the arithmetic is counted, and what it writes can be read."""
+import json
+import time
+
+import pytest
+import torch
+
+from attention_model import build_model
+from tests.test_command_line import cli  # noqa: F401 (a fixture)
+from tests.test_training import trainer
+from training import benchmark
+
+
+def test_benchmark_prints_a_table_and_writes_it(cli, tmp_path):  # noqa: F811
+    status, out, err = cli("--benchmark", 5, "--sample", "--width", 0.0625, "--batch-size", 8, "--device", "cpu",
+                           "--precision", "fp32", "--num-workers", 0, "--json", "b.json")
+    assert status == 0, err
+    result = json.loads((tmp_path / "b.json").read_text())
+    for word in ("training step", "the plain way", f"{result['ratio']:.2f}", "fp32, channels_last"):
+        assert word in out
+    assert result["ratio"] == pytest.approx(result["images_per_second"] / result["baseline_images_per_second"])
+    assert result["step_ms"] == pytest.approx(8000 / result["images_per_second"])
+    assert set(result["parts_ms"]) == set(benchmark.PARTS) and min(result["parts_ms"].values()) > 0
+    assert result["flop_per_second"] == pytest.approx(result["flop_an_image"] * result["images_per_second"])
+    assert 0 < result["share_of_matrix_rate"] < 1
+    assert not list(tmp_path.glob("runs/*/*"))
+    status, _, err = cli("--json", "b.json")
+    assert status == 2 and "--json goes with --benchmark" in err
+
+
+def test_the_arithmetic_is_that_of_the_convolutions():
+    """vgg-gap, by hand: 2 operations a multiply-add; forward, and twice that backward, but for the image's gradient."""
+    ours = trainer(model="vgg-gap", width=1 / 16)
+    side, macs, first = 32, 0, None
+    for number, block in enumerate(((4, 4), (8, 8), (16,) * 3, (32,) * 3, (32,) * 3), start=1):
+        side //= 2 if number > 3 else 1
+        for wide in block:
+            before = 3 if first is None else channels
+            first = first or before * wide * 9 * side**2
+            macs, channels = macs + before * wide * 9 * side**2, wide
+    macs += 32 * 4
+    assert benchmark.flop_an_image(ours) == 2 * (3 * macs - first)
+
+
+def test_full_width_is_what_the_paper_file_says():
+    """3.8 GMAC an image forward (PAPER: 1804.02391's VGG-att3 at 32x32)."""
+    with torch.device("meta"):
+        model = build_model("vgg-att3-concat-pc", 100)
+        images = torch.empty(1, 3, 32, 32)
+    with benchmark.FlopCounterMode(display=False) as counter:
+        model.eval()(images)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(3.8, abs=0.1)
+
+
+def test_parts_are_told_apart():
+    ours = trainer()
+    step, nap = ours.optimizer.step, 0.02
+
+    def slow(*args, **kwargs):
+        time.sleep(nap)
+        return step(*args, **kwargs)
+    ours.optimizer.step = slow
+    ours.precision.scaler.step = lambda optimizer: optimizer.step()
+    found = benchmark.parts(ours, iter(ours.batches.all), 3)
+    assert 1000 * nap <= found["optimizer"] < 1000 * nap + found["backward"]
+    assert found["data"] < found["forward"] and ours.gradients.__name__ == "gradients"

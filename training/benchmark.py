@@ -1,0 +1,220 @@
+"""--benchmark: how fast the real training step is, where its time goes, and what the plain way of writing it takes."""
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from data import ImageSet
+from training import options
+from training.loop import Trainer, peak_memory_mib
+from training.run import Run, Task, input_size, split
+from training.sanity import cpu_batch
+
+WINDOWS = 5             # of steps; the median of their rates is reported
+WARM_UP = 3             # steps that are not counted: kernels are chosen, graphs compiled
+MATRIX = {"cpu": 2048, "cuda": 8192}    # side of the matrices whose product tells what the device can reach
+PARTS = ("data", "forward", "backward", "optimizer")
+
+
+def benchmark(task: Task, config: dict, steps: int, json_path: str | None, command: str) -> int:
+    """Measure, print the table, write it to ``json_path`` if one is given. Nothing is downloaded or trained for good."""
+    sample = config["sample"] or not task.present(config["data_dir"])
+    if config["init_from"] != "none":
+        print(f"--benchmark starts from nothing, not from {config['init_from'] or 'a checkpoint'}: the speed is the same.")
+    config |= {"sample": sample, "progressive": "none", "init_from": "none", "freeze_epochs": 0.0}
+    train, evaluation = split(config, *(task.sample(config) if sample else task.load(config)))
+    device = options.choose_device(config["device"])
+    asked = config["batch_size"]
+    config["batch_size"] = min(asked if device.type == "cuda" else cpu_batch(task, config, train), len(train))
+    run = Run(task, config, Path("."), train, evaluation)
+    trainer = run.trainer
+    result = {"command": command, "device": options.device_name(device), "torch": torch.__version__,
+              "precision": config["precision"], "model": config["model"], "width": config["width"],
+              "input_size": config["input_size"], "batch_size": config["batch_size"], "compiled": run.compiled,
+              "checkpoint_activations": config["checkpoint_activations"], "images": train.source}
+    result |= ours(trainer, steps)
+    result["flop_an_image"] = flop_an_image(trainer)
+    result["flop_per_second"] = result["flop_an_image"] * result["images_per_second"]
+    result["matrix_flop_per_second"] = matrix_rate(device, trainer.precision.dtype)
+    result["share_of_matrix_rate"] = result["flop_per_second"] / result["matrix_flop_per_second"]
+    result["baseline_images_per_second"] = baseline(trainer, train, config, steps, run.mean, run.std)
+    result["ratio"] = result["images_per_second"] / result["baseline_images_per_second"]
+    print_table(result, asked)
+    if json_path:
+        Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
+        print(f"Written to {json_path}")
+    return 0
+
+
+# ---- our step ---------------------------------------------------------------------------------------------------------
+
+def ours(trainer: Trainer, steps: int) -> dict:
+    """Images a second (median of WINDOWS windows of the real loop), and the parts of a step in ms, from as many steps
+    again in which the device is waited for after each part."""
+    batches = endless(trainer)
+    for _ in range(WARM_UP):
+        trainer.step(*next(batches))
+    rates = rates_of(lambda: trainer.step(*next(batches)), trainer.device, steps, trainer.config["batch_size"])
+    peak = peak_memory_mib(trainer.device)
+    return {"images_per_second": statistics.median(rates), "slowest_window": min(rates), "fastest_window": max(rates),
+            "step_ms": 1000 * trainer.config["batch_size"] / statistics.median(rates),
+            "parts_ms": parts(trainer, batches, max(2, steps // WINDOWS)), "peak_memory_mib": peak}
+
+
+def endless(trainer: Trainer) -> Iterator[tuple[Tensor, Tensor]]:
+    """The training batches, one epoch after the other."""
+    epoch = 0
+    while True:
+        yield from trainer.batches.epoch(epoch)
+        epoch += 1
+
+
+def rates_of(step: Callable[[], object], device: torch.device, steps: int, images: int) -> list[float]:
+    """Images a second of each of WINDOWS windows, ``steps`` steps together (at least one a window)."""
+    each = max(1, steps // WINDOWS)
+    rates = []
+    for _ in range(WINDOWS):
+        started = now(device)
+        for _ in range(each):
+            step()
+        rates.append(each * images / (now(device) - started))
+    return rates
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def parts(trainer: Trainer, batches: Iterator, steps: int) -> dict[str, float]:
+    """Milliseconds a step of PARTS: the batch's preparation; the forward pass with the loss; the backward pass; and the
+    optimizer with the moving average."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+    forward, gradients = trainer.run_model, trainer.gradients
+
+    def timed(part: str, work: Callable) -> Callable:
+        def call(*args):
+            started = now(trainer.device)
+            result = work(*args)
+            seconds[part] += now(trainer.device) - started
+            return result
+        return call
+    trainer.run_model, trainer.gradients = timed("forward", forward), timed("backward", gradients)
+    try:
+        for _ in range(steps):
+            batch = timed("data", next)(batches)
+            timed("optimizer", trainer.step)(*batch)
+    finally:
+        trainer.run_model, trainer.gradients = forward, gradients
+    seconds["optimizer"] -= seconds["backward"]     # step holds gradients, which holds the forward pass
+    seconds["backward"] -= seconds["forward"]
+    return {part: 1000 * value / steps for part, value in seconds.items()}
+
+
+def flop_an_image(trainer: Trainer) -> int:
+    """Floating-point operations of one image's forward and backward pass, two for a multiply-add: counted on the network
+    as it runs without recomputation."""
+    model = copy.deepcopy(trainer.model).train()
+    model.checkpoint_activations = False
+    images = torch.randn(2, 3, *trainer.config["input_size"], device=trainer.device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    with FlopCounterMode(display=False) as counter:
+        with trainer.precision.context():
+            logits = model(images)
+        logits.float().sum().backward()
+    return counter.get_total_flops() // 2
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype | None) -> float:
+    """Floating-point operations a second of a large matrix product in this precision: what the device can reach."""
+    side = MATRIX[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=dtype or torch.float32) for _ in range(2))
+    return statistics.median(2 * side**2 * rate for rate in rates_of(lambda: a @ b, device, 2 * WINDOWS, side))
+
+
+# ---- the plain way ----------------------------------------------------------------------------------------------------
+
+class PlainImages(Dataset):
+    """Images one by one, through torchvision's transforms."""
+
+    def __init__(self, images: ImageSet, transform: Callable):
+        self.images, self.labels, self.transform = images.images.cpu().numpy(), images.labels.tolist(), transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+def baseline(trainer: Trainer, train: ImageSet, config: dict, steps: int, mean, std) -> float:
+    """Images a second of the same network and batch in fp32 and NCHW, with a DataLoader of two workers and torchvision's
+    transforms for each image, torch's SGD, and the loss read at every step."""
+    from torchvision import transforms
+
+    height, width = input_size(config, train)
+    crop = (transforms.RandomResizedCrop((height, width), (config["zoom"], 1.0)) if config["zoom"] else
+            transforms.RandomCrop((height, width), padding=config["crop_pad"] or None, padding_mode="reflect"))
+    transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+                                    transforms.Normalize(mean, std)])
+    loader = DataLoader(PlainImages(train, transform), config["batch_size"], shuffle=True, drop_last=True,
+                        num_workers=min(2, config["num_workers"]), pin_memory=trainer.device.type == "cuda")
+    model: nn.Module = copy.deepcopy(trainer.model).to(memory_format=torch.contiguous_format).train()
+    model.checkpoint_activations = False
+    optimizer = torch.optim.SGD(model.parameters(), config["lr"], momentum=config["momentum"],
+                                weight_decay=config["weight_decay"])
+    total, batches = 0.0, forever(loader)
+
+    def step() -> None:
+        nonlocal total
+        images, labels = (tensor.to(trainer.device, non_blocking=True) for tensor in next(batches))
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    for _ in range(WARM_UP):
+        step()
+    return statistics.median(rates_of(step, trainer.device, steps, config["batch_size"]))
+
+
+def forever(loader: DataLoader) -> Iterator:
+    while True:
+        yield from loader
+
+
+# ---- report -----------------------------------------------------------------------------------------------------------
+
+def print_table(result: dict, asked: int) -> None:
+    height, width = result["input_size"]
+    cut = f" (cut from {asked} for this CPU)" if result["batch_size"] != asked else ""
+    in_use = [result["precision"], "channels_last"] + [name for name in ("compiled", "checkpoint_activations") if result[name]]
+    print(f"\n{result['model']}, width {result['width']:g}, {height}x{width} px, batches of {result['batch_size']}{cut}\n"
+          f"{result['device']}, PyTorch {result['torch']}; {result['images']}\n")
+    share = 100 / sum(result["parts_ms"].values())
+    rows = [("training step", f"{result['images_per_second']:,.1f} images/s", f"median of {WINDOWS} windows, "
+             f"{result['slowest_window']:,.1f} to {result['fastest_window']:,.1f}; {', '.join(in_use)}"),
+            ("one step", f"{result['step_ms']:,.1f} ms", "")]
+    rows += [(f"  {part}", f"{ms:,.1f} ms", f"{ms * share:.1f} %") for part, ms in result["parts_ms"].items()]
+    rows += [("arithmetic", f"{result['flop_an_image'] / 1e9:,.2f} GFLOP/image", "forward and backward, counted"),
+             ("achieved", f"{result['flop_per_second'] / 1e9:,.1f} GFLOP/s",
+              f"{result['share_of_matrix_rate']:.2f} of a large matrix product's {result['matrix_flop_per_second'] / 1e9:,.1f}"),
+             ("peak memory", f"{result['peak_memory_mib']:,.0f} MiB", ""),
+             ("the plain way", f"{result['baseline_images_per_second']:,.1f} images/s",
+              "fp32, NCHW, DataLoader with torchvision's transforms, loss read at every step"),
+             ("ratio", f"{result['ratio']:.2f}", "")]
+    for name, value, note in rows:
+        print(f"{name:<15} {value:>18}   {note}".rstrip())
