@@ -26,6 +26,28 @@ SINCE_FORMAT_2 = {"zoom": 0.0, "jitter": 0.0, "transfer_lr": 1.0, "freeze_epochs
 REQUIRED = ("format", "model", "ema", "config", "class_names", "input_size", "mean", "std", "position")
 
 
+def numbers(value: object, count: int, above: float, below: float) -> bool:
+    """Is this a list of so many numbers between the two?"""
+    return (isinstance(value, (list, tuple)) and len(value) == count
+            and all(isinstance(number, (int, float)) and above < number < below for number in value))
+
+
+def weights(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) and torch.is_tensor(t) for name, t in value.items())
+
+
+# What the values that every reader uses look like; a file can be whole and still hold anything.
+EXPECTED = {
+    "model": weights,
+    "ema": lambda value: value is None or weights(value),
+    "config": lambda value: isinstance(value, dict) and isinstance(value.get("model"), str),
+    "class_names": lambda value: isinstance(value, (list, tuple)) and value and all(isinstance(n, str) for n in value),
+    "input_size": lambda value: numbers(value, 2, 0, 10_000),
+    "mean": lambda value: numbers(value, 3, -100, 100),
+    "std": lambda value: numbers(value, 3, 0, 100),
+}
+
+
 def save_file(path: Path, content: dict, previous: Path | None = None) -> None:
     """Save to ``path``, whole or not at all; what it held stays under the name ``previous``, if one is given.
 
@@ -70,11 +92,15 @@ def read_checkpoint(path: Path | str) -> dict:
     missing = [name for name in REQUIRED if not isinstance(content, dict) or name not in content]
     if missing:
         raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}")
-    if content["format"] == 1:
-        content["config"] = SINCE_FORMAT_2 | content["config"] | {"init_from": content["config"]["init_from"] or "none"}
+    if content["format"] == 1 and isinstance(content["config"], dict):
+        content["config"] = SINCE_FORMAT_2 | content["config"] | {
+            "init_from": content["config"].get("init_from") or "none"}
         content |= {"format": 2, "transferred": []}
     if content["format"] != FORMAT:
         raise UserError(f"{path} has checkpoint format {content['format']}, and this code reads format {FORMAT}")
+    wrong = [name for name, is_right in EXPECTED.items() if not is_right(content[name])]
+    if wrong:
+        raise UserError(f"{path} is not a checkpoint of this project: its {', '.join(wrong)} is not what it should be")
     return content
 
 
@@ -176,9 +202,13 @@ def best_weights(content: dict) -> dict:
 
 
 def load_model(content: dict) -> nn.Module:
-    """The trained network, in evaluation mode on the CPU, from a checkpoint alone."""
+    """The trained network, in evaluation mode on the CPU, from a checkpoint alone. Raises UserError."""
     config = content["config"]
-    model = build_model(config["model"], len(content["class_names"]), width=config["width"],
-                        trunk=config["trunk"] or None, dropout=config["dropout"], pool4=config["pool4"])
-    model.load_state_dict(best_weights(content))
+    try:
+        model = build_model(config["model"], len(content["class_names"]), width=config["width"],
+                            trunk=config["trunk"] or None, dropout=config["dropout"], pool4=config["pool4"])
+        model.load_state_dict(best_weights(content))
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"the checkpoint does not hold the network that its settings describe: "
+                        f"{' '.join(str(error).split())[:200]}") from None
     return model.eval()

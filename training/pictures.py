@@ -124,12 +124,12 @@ def _legend(draw: ImageDraw.ImageDraw, sheet: Image.Image, top: int, font: Image
 
 
 def attention_sheet(images: np.ndarray, maps: Mapping[str, np.ndarray], titles: Sequence[str] | None = None, *,
-                    opacity: float = 0.5, least_side: int = 128, greatest_side: int = 160, sheet_width: int = 1400,
-                    name: str = "inferno") -> np.ndarray:
+                    headings: Mapping[str, str] | None = None, opacity: float = 0.5, least_side: int = 128,
+                    greatest_side: int = 160, sheet_width: int = 1400, name: str = "inferno") -> np.ndarray:
     """A contact sheet: for each image a title, the input, and an overlay for every map.
 
-    images (N, H, W, 3) uint8, maps {heading: (N, h, w) floats}, titles N texts -> (sheet height, sheet width, 3) uint8.
-    A heading, such as a level's name, may have several lines.
+    images (N, H, W, 3) uint8, maps {level: (N, h, w) floats}, titles N texts -> (sheet height, sheet width, 3) uint8.
+    headings: what to write over a level's pictures, on one or more lines, instead of its name.
     As many images stand side by side as fit in `sheet_width` pixels, at least one; sides are in pixels too.
     Raises ValueError when the counts differ.
     """
@@ -142,7 +142,7 @@ def attention_sheet(images: np.ndarray, maps: Mapping[str, np.ndarray], titles: 
 
     inputs = [shown(np.ascontiguousarray(image), least_side, greatest_side) for image in images]
     height, width = inputs[0].shape[:2]
-    heads = [head.split("\n") for head in ("input", *maps)]
+    heads = [head.split("\n") for head in ("input", *((headings or {}).get(level, level) for level in maps))]
     lines = max(len(head) for head in heads)
     block = len(heads) * (width + GAP) - GAP
     columns = min(count, max(1, (sheet_width - 2 * MARGIN + BLOCK_GAP) // (block + BLOCK_GAP)))

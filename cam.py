@@ -1,0 +1,471 @@
+"""See where a network looks, as pictures and in numbers: the attention maps of our networks, class activation maps and
+Grad-CAM of ours and of torchvision's.
+
+    python cam.py --checkpoint runs/cifar100/RUN/last.pt photo.jpg folder/
+    python cam.py --checkpoint runs/cifar100/RUN/last.pt --dataset cifar100 --index 0-15
+    python cam.py --checkpoint runs/cub/RUN/last.pt --dataset cub --measure
+    python cam.py --arch resnet50 --weights DEFAULT --top-k 3 photo.jpg
+    python cam.py --help
+
+The methods as functions: attention_maps(model, images), class_activation_map(model, images, targets) and
+grad_cam(model, images, targets, layer=None), which training/explain.py documents.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import difflib
+import http.client
+import io
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+import train_cifar100
+import train_cub
+from augmentation import normalise, resize
+from data import IMAGE_ENDINGS, DataError, ImageSet
+from image_files import one_line, replace_file
+from training import checkpoint, options
+from training.explain import attention_maps, class_activation_map, default_layer, feature_layers, grad_cam
+from training.localise import THRESHOLDS, Measures
+from training.options import UserError
+from training.pictures import COLOUR_MAPS, attention_sheet, overlay, shown
+from training.run import EVAL_PIXELS
+
+METHODS = ("attention", "cam", "gradcam")
+TASKS = {task.dataset: task for task in (train_cifar100.TASK, train_cub.TASK)}
+FIRST_IMAGES = "0-15"       # of a data set, when pictures are made and --index is not given
+PRINTED = 3                 # predictions told for an image, at least
+LEAST_SIDE, GREATEST_SIDE = 224, 1024       # pixels of an overlay: smaller images are enlarged, larger ones shrunk
+SHEET_SIDE = 288            # pixels of the longer side of a picture on an image's own sheet, at most
+OVERVIEW = 64               # images on the sheet of a whole selection, at most
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Where a network looks, as pictures and as localisation measures.",
+                                     allow_abbrev=False)
+    which = parser.add_argument_group("network")
+    which.add_argument("--checkpoint", metavar="FILE", help="a last.pt of train_cifar100.py or train_cub.py")
+    which.add_argument("--arch", metavar="NAME", help="a torchvision classifier (resnet50, ...), for cam and gradcam")
+    which.add_argument("--weights", metavar="{DEFAULT,NAME,FILE}",
+                       help="of --arch: torchvision's by name (downloaded), or a state dict of yours")
+    what = parser.add_argument_group("images")
+    what.add_argument("images", nargs="*", metavar="IMAGE", help="files, and folders of files")
+    what.add_argument("--dataset", choices=(*TASKS, "sample"), help="instead: images of a data set, or of the built-in sample")
+    what.add_argument("--split", choices=("test", "train"), default="test", help="(default: test)")
+    what.add_argument("--index", metavar="LIST", help=f"which of them, as 3,7,9-12 (default: {FIRST_IMAGES}; all for "
+                                                      f"--measure)")
+    what.add_argument("--crop", choices=("box", "whole"), help="birds: the box or the whole picture (default: as trained; "
+                                                               "whole for --measure)")
+    what.add_argument("--data-dir", default="data", help="folder that holds the data set (default: data)")
+    what.add_argument("--num-workers", type=options.whole(0), default=2,
+                      help="processes that decode a data set's images into the cache (default: 2)")
+    how = parser.add_argument_group("maps")
+    how.add_argument("--method", choices=(*METHODS, "all"), default="all", help="(default: all that the network has)")
+    how.add_argument("--layer", metavar="NAME", help="of gradcam (default: the last with an extent)")
+    how.add_argument("--list-layers", action="store_true", help="print the layers that gradcam can be made at")
+    target = how.add_mutually_exclusive_group()
+    target.add_argument("--target", metavar="CLASS", help="name or number (default: the one that the network sees)")
+    target.add_argument("--top-k", type=options.whole(1), default=1, metavar="K", help="the best K classes, side by side")
+    out = parser.add_argument_group("output")
+    out.add_argument("--out", default="runs/cam", metavar="FOLDER", help="(default: runs/cam)")
+    out.add_argument("--raw", action="store_true", help="also the maps as .npy")
+    out.add_argument("--measure", action="store_true", help="no pictures but how well the maps find the object, as a table "
+                                                            "and CSV; for a data set with boxes or marks")
+    out.add_argument("--colours", choices=tuple(COLOUR_MAPS), default="inferno", help="(default: inferno)")
+    out.add_argument("--opacity", type=opacity, default=0.5, help="of the map over the image, 0 to 1 (default: 0.5)")
+    out.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N (default: auto)")
+    return parser
+
+
+def opacity(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 0 done, 1 a failure or an image that could not be read, 2 bad use, 130 stopped."""
+    try:
+        args = make_parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has printed the help (0) or what is wrong (2)
+        return stop.code
+    try:
+        check_use(args)
+        network = from_checkpoint(args.checkpoint) if args.checkpoint else from_torchvision(args.arch, args.weights)
+        network.place_on(options.choose_device(args.device))
+        print(network.what)
+        if args.list_layers:
+            return list_layers(network)
+        methods, layer = applicable(network, args.method, args.layer)
+        if args.measure:
+            return measure(args, network, methods, layer)
+        return make_pictures(args, network, methods, layer)
+    except (UserError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "status", 1)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory: {str(error).splitlines()[0]}\nIs another program using the GPU (nvidia-smi)? Else "
+              f"--device cpu.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped. What was written so far is whole.", file=sys.stderr)
+        return 130
+
+
+def check_use(args: argparse.Namespace) -> None:
+    """What argparse does not see. Raises UserError."""
+    if bool(args.checkpoint) == bool(args.arch):
+        raise UserError("name one network: --checkpoint FILE, or --arch NAME with --weights", 2)
+    if args.weights and not args.arch:
+        raise UserError("--weights goes with --arch; a checkpoint has its own", 2)
+    if args.arch and not args.weights:
+        raise UserError(f"--arch {args.arch} needs weights: --weights DEFAULT for torchvision's, or a FILE of yours", 2)
+    if args.layer and args.method not in ("gradcam", "all"):
+        raise UserError(f"--layer is for gradcam, not for --method {args.method}", 2)
+    if args.list_layers:
+        return
+    if bool(args.images) == bool(args.dataset):
+        raise UserError("name images (files or folders), or a --dataset" + (", not both" if args.images else ""), 2)
+    if args.measure and not args.dataset:
+        raise UserError("--measure needs --dataset cub or --dataset sample, where the place of the object is known", 2)
+    if args.measure and args.dataset == "cifar100":
+        raise UserError("--measure needs boxes or marks, and cifar100 has none: --dataset cub or --dataset sample", 2)
+    if args.measure and (args.target or args.top_k > 1):
+        raise UserError("--measure takes the true class: leave --target and --top-k out", 2)
+    if args.dataset is None and (args.index or args.crop):
+        raise UserError("--index and --crop are for a --dataset", 2)
+
+
+# ---- networks ---------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Classifier:
+    """A trained network with all that is needed to show it a picture."""
+    model: nn.Module
+    class_names: tuple[str, ...]
+    size: tuple[int, int]       # (height, width) in pixels that it sees
+    mean: tuple[float, ...]     # of each channel, in [0, 1] units
+    std: tuple[float, ...]
+    what: str                   # for people
+    config: dict = field(default_factory=dict)      # of the run, for our networks
+    device: torch.device = torch.device("cpu")
+
+    def place_on(self, device: torch.device) -> None:
+        self.device = device
+        self.model.to(device, memory_format=torch.channels_last)
+
+    def batch(self, images: Tensor) -> Tensor:
+        """(N, H, W, 3) uint8 -> (N, 3, *size) as the network takes it: the whole picture, squashed to its size."""
+        return resize(normalise(images.to(self.device), self.mean, self.std), self.size)
+
+    @property
+    def batch_size(self) -> int:
+        return max(1, EVAL_PIXELS[self.device.type] // (self.size[0] * self.size[1]))
+
+    @torch.no_grad()
+    def probabilities(self, batch: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, classes), on the CPU."""
+        return self.model(batch).float().softmax(1).cpu()
+
+
+def from_checkpoint(path: str) -> Classifier:
+    """Raises UserError for a file that is not a checkpoint of ours."""
+    content = checkpoint.read_checkpoint(path)
+    config = content["config"]
+    return Classifier(checkpoint.load_model(content), tuple(content["class_names"]), tuple(content["input_size"]),
+                      tuple(content["mean"]), tuple(content["std"]),
+                      f"{path}: {config['model']}, width {config['width']:g}, {len(content['class_names'])} classes, "
+                      f"{content['input_size'][0]}x{content['input_size'][1]} px", config)
+
+
+def from_torchvision(arch: str, weights: str) -> Classifier:
+    """A classifier of torchvision's with its weights of that name, or with a state dict from a file, whose input is taken
+    to be that of torchvision's own weights. Raises UserError."""
+    from torchvision import models  # here, not above: it takes a second, and our own networks do without
+    known = models.list_models(module=models)
+    if arch not in known:
+        raise UserError(f"--arch {arch}: torchvision has no such classifier; near it: {nearest(arch, known)}", 2)
+    kinds = models.get_model_weights(arch)
+    named = weights in kinds.__members__
+    kind = kinds[weights] if named else kinds["DEFAULT"]
+    categories, preset = tuple(kind.meta["categories"]), kind.transforms()
+    if named:
+        fetch_weights(kind.url)
+        model = models.get_model(arch, weights=kind)
+    elif not Path(weights).exists():
+        raise UserError(f"--weights {weights}: neither a file nor weights of torchvision's {arch}, which are "
+                        f"{', '.join(kinds.__members__)}", 2)
+    else:
+        state = read_state(weights)
+        classes = len(list(state.values())[-1])
+        if classes != len(categories):
+            categories = tuple(f"class {i}" for i in range(classes))
+        try:
+            model = models.get_model(arch, weights=None, num_classes=classes)
+            model.load_state_dict(state)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"--weights {weights} does not fit torchvision's {arch}: {one_line(error)[:150]}") from None
+    side = preset.crop_size[0]
+    return Classifier(model.eval(), categories, (side, side), tuple(preset.mean), tuple(preset.std),
+                      f"torchvision's {arch}, weights {weights}, {len(categories)} classes, {side}x{side} px")
+
+
+def fetch_weights(url: str) -> None:
+    """See to it that torch's cache holds the file, and that reading it runs no code. Raises UserError."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    try:
+        torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True,
+                                           progress=sys.stderr is not None and sys.stderr.isatty())
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError,
+            http.client.HTTPException) as error:
+        raise UserError(f"{url} could not be had as {path} ({one_line(error)[:100]}). Delete that file if it is there, or "
+                        f"fetch it yourself and put it there; --weights FILE takes weights of yours") from None
+
+
+def read_state(path: str) -> dict[str, Tensor]:
+    """A state dict, also one inside a checkpoint under "state_dict" or "model". Raises UserError; code never runs."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is refused: it holds more than plain numbers and tensors, and reading it could run "
+                        f"code") from None
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} could not be read as weights: {one_line(error)[:150]}") from None
+    for name in ("state_dict", "model"):
+        content = content.get(name, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not content or not all(
+            torch.is_tensor(value) and value.ndim for value in list(content.values())[-1:]):
+        raise UserError(f"{path} holds no state dict: save model.state_dict()")
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def nearest(word: str, words) -> str:
+    """The most similar of the words, whatever their case, for an error message."""
+    plain = {each.casefold(): each for each in reversed(list(words))}
+    found = difflib.get_close_matches(word.casefold(), plain, 3, 0.4) or list(plain)[-3:]
+    return ", ".join(plain[each] for each in found)
+
+
+def find_class(text: str, names: tuple[str, ...]) -> int:
+    """--target as a class index: a name, in whatever case, or else a number. Raises UserError with the nearest names."""
+    plain = text.strip().casefold().replace("_", " ")
+    found = [i for i, name in enumerate(names) if name.casefold().replace("_", " ") == plain]
+    if found:
+        return found[0]
+    if plain.isascii() and plain.isdigit():
+        if int(plain) < len(names):
+            return int(plain)
+        raise UserError(f"--target {text}: the classes are numbered 0 to {len(names) - 1}", 2)
+    raise UserError(f"--target {text}: there is no such class; near it: {nearest(text, names)}", 2)
+
+
+def probe(network: Classifier) -> Tensor:
+    """(1, 3, H, W): noise, to ask what a network can do before any image is read."""
+    return torch.randn(1, 3, *network.size, generator=torch.Generator().manual_seed(0)).to(network.device)
+
+
+def list_layers(network: Classifier) -> int:
+    default = default_layer(network.model, probe(network))
+    for name, (channels, height, width) in feature_layers(network.model, probe(network)).items():
+        print(f"{name:<32} {channels:>5} x {height} x {width}{'   (default)' if name == default else ''}")
+    return 0
+
+
+def applicable(network: Classifier, asked: str, layer: str | None) -> tuple[list[str], str | None]:
+    """The methods to use, and the layer of gradcam. Raises UserError for one that was asked for and cannot be."""
+    methods = []
+    for method in METHODS if asked == "all" else (asked,):
+        try:
+            if method == "gradcam":
+                layer = layer or default_layer(network.model, probe(network))
+            maps_of(network, method, probe(network), torch.zeros(1, 1, dtype=torch.int64), layer)
+            methods.append(method)
+        except ValueError as error:
+            if asked != "all" or method == "gradcam" and layer:
+                raise UserError(f"--method {method}: {error}" if method == asked else f"--layer {layer}: {error}", 2) from None
+            print(f"{method} skipped: {error}")
+    if not methods:
+        raise UserError("no method applies to this network")
+    if "gradcam" in methods:
+        print(f"gradcam at {layer}")
+    return methods, layer
+
+
+def maps_of(network: Classifier, method: str, batch: Tensor, classes: Tensor,
+            layer: str | None) -> dict[str, tuple[np.ndarray, int | None]]:
+    """The maps that a method makes of a batch (N, 3, H, W) and of its classes (N, K): {"conv7": (maps (N, H, W), None)}
+    for attention, which knows no class, and {"cam": (maps, 0), "cam-2": (maps, 1)} with the column for the others."""
+    if method == "attention":
+        return {level: (maps.cpu().numpy(), None) for level, maps in attention_maps(network.model, batch).items()}
+    found = {}
+    for rank, targets in enumerate(classes.T.to(batch.device)):
+        maps = (class_activation_map(network.model, batch, targets) if method == "cam"
+                else grad_cam(network.model, batch, targets, layer))
+        found[f"{method}-{rank + 1}" if rank else method] = maps.cpu().numpy(), rank
+    return found
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+def batches_of_files(network: Classifier, paths: list[Path], bad: list[str]) -> Iterator[tuple[list[Picture], Tensor]]:
+    """Pictures, and the batch that the network sees of them. What cannot be read is told, noted in ``bad``, and left out."""
+    height, width = network.size
+    for first in range(0, len(paths), network.batch_size):
+        pictures, small = [], []
+        for path in paths[first:first + network.batch_size]:
+            try:
+                pixels = open_photo(path)
+            except DataError as error:
+                complain(str(error))
+                bad.append(str(path))
+                continue
+            pictures.append(Picture(printable(path.name), path.stem[:60], pixels))
+            small.append(np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)))
+        if pictures:
+            yield pictures, network.batch(torch.from_numpy(np.stack(small)))
+
+
+def batches_of_set(network: Classifier, images: ImageSet, indices: list[int],
+                   name: str) -> Iterator[tuple[list[Picture], Tensor]]:
+    for first in range(0, len(indices), network.batch_size):
+        part = indices[first:first + network.batch_size]
+        some = images.subset(part)
+        yield [Picture(f"{name} {i}", f"{name.replace(' ', '-')}-{i:05d}", pixels, images.class_names[label])
+               for i, pixels, label in zip(part, some.images.numpy(), some.labels.tolist())], network.batch(some.images)
+
+
+def load_set(args: argparse.Namespace, network: Classifier) -> ImageSet:
+    """The split of --dataset, loaded and cut out as the network was trained with it (whole pictures to measure on)."""
+    trained_on = network.config.get("dataset", "cifar100")
+    task = TASKS[trained_on if args.dataset == "sample" else args.dataset]
+    config = task.recipes["fast"] | {"crop": "whole", "image_size": None if task.dataset == "cifar100" else max(network.size)}
+    if network.config.get("dataset") == task.dataset:
+        config |= network.config
+    config |= {"data_dir": args.data_dir, "num_workers": args.num_workers}
+    config["crop"] = args.crop or ("whole" if args.measure else config["crop"])
+    train, test = task.sample(config) if args.dataset == "sample" else task.load(config)
+    return {"train": train, "test": test}[args.split]
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------------------
+
+def make_pictures(args: argparse.Namespace, network: Classifier, methods: list[str], layer: str | None) -> int:
+    """An overlay for each map and a sheet for each image, and of a data set's images one sheet of all."""
+    target = None if args.target is None else find_class(args.target, network.class_names)
+    failed: list[str] = []
+    if args.dataset:
+        images = load_set(args, network)
+        indices = parse_index(args.index, len(images)) if args.index else list(range(len(images)))[:16]
+        name = f"{args.dataset} {args.split}"
+        writer, batches = Writer(args, []), batches_of_set(network, images, indices, name)
+        print(f"{len(indices)} of {len(images):,} {args.split} images ({images.source})")
+    else:
+        paths, empty = list_files(args.images)
+        failed += [""] * empty
+        writer, batches = Writer(args, paths), batches_of_files(network, paths, failed)
+    overview = Overview()
+    done = 0
+    for pictures, batch in batches:
+        chances = network.probabilities(batch)
+        best = chances.topk(min(args.top_k, chances.shape[1]), dim=1).indices
+        classes = best if target is None else torch.full((len(pictures), 1), target)
+        maps = {name: each for method in methods for name, each in maps_of(network, method, batch, classes, layer).items()}
+        for i, picture in enumerate(pictures):
+            print(f"{picture.name}: {told(network, chances[i], classes[i])}")
+            own = {name: (each[i], heading(network, name, None if rank is None else classes[i, rank], chances[i]))
+                   for name, (each, rank) in maps.items()}
+            writer.image(picture, own, title_of(network, picture, chances[i]))
+            if args.dataset and done + i < OVERVIEW:
+                overview.add(picture, {name: each[i] for name, (each, rank) in maps.items() if not rank},
+                             title_of(network, picture, chances[i]))
+        done += len(pictures)
+    if len(overview.pixels) > 1:
+        writer.overview(name.replace(" ", "-"), overview)
+    print(f"{done} image{'s' * (done != 1)} done: {writer.written} files in {printable(args.out)}")
+    if failed:
+        complain(f"{len(failed)} of what was named could not be used")
+    return 1 if failed else 0
+
+
+def told(network: Classifier, chances: Tensor, classes: Tensor) -> str:
+    """The best classes with their probabilities, and those asked for."""
+    best = chances.topk(min(max(PRINTED, len(classes)), len(chances))).indices.tolist()
+    rest = [c for c in classes.tolist() if c not in best]
+    return ", ".join(f"{network.class_names[c]} {100 * chances[c]:.1f} %" for c in best + rest)
+
+
+def heading(network: Classifier, name: str, target: Tensor | None, chances: Tensor) -> str:
+    """Over a picture: the level or method, with its class. The probability comes first, as long names are cut off."""
+    if target is None:
+        return name
+    return f"{name.split('-')[0]}\n{100 * chances[target]:.0f} % {network.class_names[target]}"
+
+
+def title_of(network: Classifier, picture: Picture, chances: Tensor) -> str:
+    chance, seen = chances.max(0)
+    return f"{picture.truth or picture.name}, seen: {network.class_names[seen]} {100 * chance:.0f} %"
+
+
+# ---- measures ---------------------------------------------------------------------------------------------------------
+
+def measure(args: argparse.Namespace, network: Classifier, methods: list[str], layer: str | None) -> int:
+    """How well the maps find the object, as a table and as measures.csv (and parts.csv) in --out."""
+    images = load_set(args, network)
+    chosen = images.subset(parse_index(args.index, len(images))) if args.index else images
+    same_classes = chosen.class_names == network.class_names
+    scale = torch.tensor([side / stored for side, stored in zip(network.size, chosen.image_size)]).flip(0)     # x, y
+    measures = Measures()
+    for first in range(0, len(chosen), network.batch_size):
+        part = chosen.subset(range(first, min(first + network.batch_size, len(chosen))))
+        batch = network.batch(part.images)
+        classes = (part.labels if same_classes else network.probabilities(batch).argmax(1))[:, None]
+        maps = {name: each for method in methods
+                for name, (each, _) in maps_of(network, method, batch, classes, layer).items()}
+        places = None
+        if part.parts is not None:
+            places = torch.cat([part.parts[..., :2] * scale, part.parts[..., 2:]], -1).numpy()
+        measures.add(maps, (part.boxes * scale.repeat(2)).numpy(), places)
+    which = "the true class" if same_classes else "the class that the network sees (its classes are others)"
+    print(f"{len(chosen):,} {args.split} images ({chosen.source}); cam and gradcam of {which}")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = measures.table()
+    write_csv(out / "measures.csv", rows)
+    print_measures(rows)
+    parts = measures.part_table(chosen.part_names)
+    if parts:
+        write_csv(out / "parts.csv", parts)
+        print_parts(parts, chosen.part_names)
+    print(f"Written to {printable(out / 'measures.csv')}" + (" and parts.csv" if parts else ""))
+    return 0
+
+
+def print_measures(rows: list[dict]) -> None:
+    print(f"\n{'%':<22} {'pointing':>8} {'energy':>7} {'MaxBox-':>7}  {'box at IoU 0.3':>16} {'0.5':>16} {'0.7':>16}\n"
+          f"{'':<22} {'game':>8} {'in box':>7} {'AccV2':>7}  " + f"{'(at threshold)':>16} " * 3)
+    for row in rows:
+        boxes = " ".join(f"{f'{100 * row[f'box_acc_iou_{least}']:.1f} ({row[f'threshold_iou_{least}']:g})':>16}"
+                         for least in (0.3, 0.5, 0.7))
+        print(f"{row['map']:<22} {100 * row['pointing_game']:8.1f} {100 * row['energy_in_box']:7.1f} "
+              f"{100 * row['max_box_acc_v2']:7.1f}  {boxes}")
+
+
+def print_parts(rows: list[dict], part_names: tuple[str, ...]) -> None:
+    """A line for each part, as there are more parts than maps."""
+    width = max(len(name) for name in part_names)
+    print()
