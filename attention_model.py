@@ -18,6 +18,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # what BatchNorm2d and SyncBatchNorm have in common
 from torch.utils.checkpoint import checkpoint
 
 MODEL_NAMES = ("vgg", "vgg-gap", "vgg-pan") + tuple(
@@ -495,7 +496,7 @@ def run_layers(layers: list[nn.Module], x: Tensor, save_memory: bool) -> Tensor:
 @contextlib.contextmanager
 def frozen_statistics(layers: list[nn.Module]):
     """Batch norm normalises as it would, but its running statistics stay: the second pass must not count twice."""
-    norms = [m for layer in layers for m in layer.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for layer in layers for m in layer.modules() if isinstance(m, BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0

@@ -5,7 +5,7 @@ No worker processes: a batch is an index into the set, cropped, flipped, recolou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -55,10 +55,14 @@ class Augmentation:
         return Draw(integers(2 * self.pad + 1), integers(2 * self.pad + 1), integers(2).bool(),
                     integers(height), integers(width), shares(), shares(), shares(), shares(), shares(3))
 
-    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """(N, H, W, 3) uint8 to (N, 3, *size) float32 in channels_last memory. `generator` is on the images' device."""
+    def __call__(self, images: torch.Tensor, generator: torch.Generator, part: slice | None = None,
+                 total: int | None = None) -> torch.Tensor:
+        """(N, H, W, 3) uint8 to (N, 3, *size) float32 in channels_last memory. `generator` is on the images' device.
+        Where the images are a `part` of a batch of `total`, they look as they would in the whole batch."""
         height, width = self.size or images.shape[1:3]
-        draw = self.draw(len(images), height, width, generator)
+        draw = self.draw(total or len(images), height, width, generator)
+        if part:
+            draw = Draw(*(values[part] for values in draw))
         if self.pad:
             images = _crop(images, draw.top, draw.left, self.pad)
         if self.flip:
@@ -162,13 +166,19 @@ class TrainBatches:
     """
 
     def __init__(self, image_set: ImageSet, batch_size: int, *, seed: int, augmentation: Augmentation,
-                 device: torch.device | str):
+                 device: torch.device | str, share: Callable[[int], slice] = lambda total: slice(0, total)):
+        self.share = share      # which of so many images of a batch this process gets
         self.image_set, self.batch_size, self.seed, self.augmentation = image_set, batch_size, seed, augmentation
         self.device = torch.empty(0, device=device).device      # "cuda" becomes "cuda:0"
 
     def __len__(self) -> int:
         """Steps in an epoch, a last partial batch dropped; one, with all images, when there are fewer than a batch."""
         return max(1, len(self.image_set) // self.batch_size)
+
+    @property
+    def images_a_step(self) -> int:
+        """Of all processes together."""
+        return min(self.batch_size, len(self.image_set))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(images (N, 3, H, W) float32 channels_last, labels (N,) int64) of the steps from `start_step` on."""
@@ -178,9 +188,11 @@ class TrainBatches:
         generator = torch.Generator(self.device)
         for step in range(start_step, len(self)):
             indices = order[step * self.batch_size:(step + 1) * self.batch_size]
+            part, total = self.share(len(indices)), len(indices)
+            indices = indices[part]
             images, labels = (self._take(tensor, indices) for tensor in (self.image_set.images, self.image_set.labels))
             generator.manual_seed(stable_seed("augmentation", self.seed, epoch, step))
-            yield self.augmentation(images, generator), labels
+            yield self.augmentation(images, generator, part, total), labels
 
     def _take(self, tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         if tensor.device == self.device:

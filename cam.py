@@ -17,38 +17,37 @@ import csv
 import difflib
 import http.client
 import io
-import os
 import pickle
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 import train_cifar100
 import train_cub
 from augmentation import normalise, resize
-from data import IMAGE_ENDINGS, DataError, ImageSet
+from data import DataError, ImageSet
 from image_files import one_line, replace_file
 from training import checkpoint, options
 from training.explain import attention_maps, class_activation_map, default_layer, feature_layers, grad_cam
-from training.localise import THRESHOLDS, Measures
+from training.gallery import (GREATEST_SIDE, Overview, Picture, Writer, complain, list_files, open_photo, parse_index,
+                              printable)
+from training.localise import Measures, part_lines, table_lines
 from training.options import UserError
-from training.pictures import COLOUR_MAPS, attention_sheet, overlay, shown
+from training.pictures import COLOUR_MAPS, shown
 from training.run import EVAL_PIXELS
 
 METHODS = ("attention", "cam", "gradcam")
 TASKS = {task.dataset: task for task in (train_cifar100.TASK, train_cub.TASK)}
-FIRST_IMAGES = "0-15"       # of a data set, when pictures are made and --index is not given
-PRINTED = 3                 # predictions told for an image, at least
-LEAST_SIDE, GREATEST_SIDE = 224, 1024       # pixels of an overlay: smaller images are enlarged, larger ones shrunk
-SHEET_SIDE = 288            # pixels of the longer side of a picture on an image's own sheet, at most
+FIRST_IMAGES = 16           # of a data set, when pictures are made and --index is not given
 OVERVIEW = 64               # images on the sheet of a whole selection, at most
+PHOTOS_AT_ONCE = 16         # of files: they wait in memory, large as they are shown
+PREDICTIONS = 3             # told for an image, at least
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -61,12 +60,12 @@ def make_parser() -> argparse.ArgumentParser:
                        help="of --arch: torchvision's by name (downloaded), or a state dict of yours")
     what = parser.add_argument_group("images")
     what.add_argument("images", nargs="*", metavar="IMAGE", help="files, and folders of files")
-    what.add_argument("--dataset", choices=(*TASKS, "sample"), help="instead: images of a data set, or of the built-in sample")
+    what.add_argument("--dataset", choices=(*TASKS, "sample"), help="instead: images of a data set, or the sample")
     what.add_argument("--split", choices=("test", "train"), default="test", help="(default: test)")
-    what.add_argument("--index", metavar="LIST", help=f"which of them, as 3,7,9-12 (default: {FIRST_IMAGES}; all for "
-                                                      f"--measure)")
-    what.add_argument("--crop", choices=("box", "whole"), help="birds: the box or the whole picture (default: as trained; "
-                                                               "whole for --measure)")
+    what.add_argument("--index", metavar="LIST", help=f"which of them, as 3,7,9-12 (default: the first {FIRST_IMAGES}; "
+                                                      f"for --measure all)")
+    what.add_argument("--crop", choices=("box", "whole"), help="of birds: the box or the whole picture (default: as "
+                                                               "trained; whole for --measure)")
     what.add_argument("--data-dir", default="data", help="folder that holds the data set (default: data)")
     what.add_argument("--num-workers", type=options.whole(0), default=2,
                       help="processes that decode a data set's images into the cache (default: 2)")
@@ -76,12 +75,12 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--list-layers", action="store_true", help="print the layers that gradcam can be made at")
     target = how.add_mutually_exclusive_group()
     target.add_argument("--target", metavar="CLASS", help="name or number (default: the one that the network sees)")
-    target.add_argument("--top-k", type=options.whole(1), default=1, metavar="K", help="the best K classes, side by side")
+    target.add_argument("--top-k", type=options.whole(1), default=1, metavar="K", help="the K best, side by side")
     out = parser.add_argument_group("output")
     out.add_argument("--out", default="runs/cam", metavar="FOLDER", help="(default: runs/cam)")
     out.add_argument("--raw", action="store_true", help="also the maps as .npy")
-    out.add_argument("--measure", action="store_true", help="no pictures but how well the maps find the object, as a table "
-                                                            "and CSV; for a data set with boxes or marks")
+    out.add_argument("--measure", action="store_true", help="no pictures but how well the maps find the object, as a "
+                                                            "table and CSV: for birds and the sample")
     out.add_argument("--colours", choices=tuple(COLOUR_MAPS), default="inferno", help="(default: inferno)")
     out.add_argument("--opacity", type=opacity, default=0.5, help="of the map over the image, 0 to 1 (default: 0.5)")
     out.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N (default: auto)")
@@ -116,8 +115,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "status", 1)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory: {str(error).splitlines()[0]}\nIs another program using the GPU (nvidia-smi)? Else "
-              f"--device cpu.", file=sys.stderr)
+        print(f"error: out of memory: {str(error).splitlines()[0]}\nIs another program using the GPU (nvidia-smi)? "
+              f"Else --device cpu.", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
@@ -151,7 +150,7 @@ def check_use(args: argparse.Namespace) -> None:
         raise UserError("--index and --crop are for a --dataset", 2)
 
 
-# ---- networks ---------------------------------------------------------------------------------------------------------
+# ---- networks --------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Classifier:
@@ -187,15 +186,16 @@ def from_checkpoint(path: str) -> Classifier:
     """Raises UserError for a file that is not a checkpoint of ours."""
     content = checkpoint.read_checkpoint(path)
     config = content["config"]
-    return Classifier(checkpoint.load_model(content), tuple(content["class_names"]), tuple(content["input_size"]),
+    height, width = map(int, content["input_size"])
+    return Classifier(checkpoint.load_model(content), tuple(content["class_names"]), (height, width),
                       tuple(content["mean"]), tuple(content["std"]),
                       f"{path}: {config['model']}, width {config['width']:g}, {len(content['class_names'])} classes, "
-                      f"{content['input_size'][0]}x{content['input_size'][1]} px", config)
+                      f"{height}x{width} px", config)
 
 
 def from_torchvision(arch: str, weights: str) -> Classifier:
-    """A classifier of torchvision's with its weights of that name, or with a state dict from a file, whose input is taken
-    to be that of torchvision's own weights. Raises UserError."""
+    """A classifier of torchvision's with its weights of that name, or with a state dict from a file; the input is as of
+    torchvision's own weights. Raises UserError."""
     from torchvision import models  # here, not above: it takes a second, and our own networks do without
     known = models.list_models(module=models)
     if arch not in known:
@@ -233,8 +233,8 @@ def fetch_weights(url: str) -> None:
                                            progress=sys.stderr is not None and sys.stderr.isatty())
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError,
             http.client.HTTPException) as error:
-        raise UserError(f"{url} could not be had as {path} ({one_line(error)[:100]}). Delete that file if it is there, or "
-                        f"fetch it yourself and put it there; --weights FILE takes weights of yours") from None
+        raise UserError(f"{url} could not be had as {path} ({one_line(error)[:100]}). Delete that file if it is there, "
+                        f"or fetch it yourself and put it there; --weights FILE takes weights of yours") from None
 
 
 def read_state(path: str) -> dict[str, Tensor]:
@@ -262,7 +262,7 @@ def nearest(word: str, words) -> str:
 
 
 def find_class(text: str, names: tuple[str, ...]) -> int:
-    """--target as a class index: a name, in whatever case, or else a number. Raises UserError with the nearest names."""
+    """--target as a class index: a name in whatever case, or else a number. Raises UserError with the nearest names."""
     plain = text.strip().casefold().replace("_", " ")
     found = [i for i, name in enumerate(names) if name.casefold().replace("_", " ") == plain]
     if found:
@@ -297,7 +297,8 @@ def applicable(network: Classifier, asked: str, layer: str | None) -> tuple[list
             methods.append(method)
         except ValueError as error:
             if asked != "all" or method == "gradcam" and layer:
-                raise UserError(f"--method {method}: {error}" if method == asked else f"--layer {layer}: {error}", 2) from None
+                option = f"--method {method}" if method == asked else f"--layer {layer}"
+                raise UserError(f"{option}: {error}", 2) from None
             print(f"{method} skipped: {error}")
     if not methods:
         raise UserError("no method applies to this network")
@@ -322,95 +323,99 @@ def maps_of(network: Classifier, method: str, batch: Tensor, classes: Tensor,
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 
-def batches_of_files(network: Classifier, paths: list[Path], bad: list[str]) -> Iterator[tuple[list[Picture], Tensor]]:
-    """Pictures, and the batch that the network sees of them. What cannot be read is told, noted in ``bad``, and left out."""
+def batches_of_files(network: Classifier, paths: list[Path], bad: list[Path]) -> Iterator[tuple[list[Picture], Tensor]]:
+    """Pictures, and the batch that the network sees of them. What cannot be read is told, put in ``bad``, left out."""
     height, width = network.size
-    for first in range(0, len(paths), network.batch_size):
+    at_once = min(network.batch_size, PHOTOS_AT_ONCE)
+    for first in range(0, len(paths), at_once):
         pictures, small = [], []
-        for path in paths[first:first + network.batch_size]:
+        for path in paths[first:first + at_once]:
             try:
                 pixels = open_photo(path)
             except DataError as error:
                 complain(str(error))
-                bad.append(str(path))
+                bad.append(path)
                 continue
-            pictures.append(Picture(printable(path.name), path.stem[:60], pixels))
             small.append(np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)))
+            pictures.append(Picture(printable(path.name), path.stem[:60], shown(pixels, 1, GREATEST_SIDE)))
         if pictures:
             yield pictures, network.batch(torch.from_numpy(np.stack(small)))
 
 
 def batches_of_set(network: Classifier, images: ImageSet, indices: list[int],
                    name: str) -> Iterator[tuple[list[Picture], Tensor]]:
+    """The same of a data set's images."""
     for first in range(0, len(indices), network.batch_size):
         part = indices[first:first + network.batch_size]
         some = images.subset(part)
-        yield [Picture(f"{name} {i}", f"{name.replace(' ', '-')}-{i:05d}", pixels, images.class_names[label])
+        yield [Picture(f"{name} {i}", f"{name}-{i:05d}", pixels, images.class_names[label])
                for i, pixels, label in zip(part, some.images.numpy(), some.labels.tolist())], network.batch(some.images)
 
 
 def load_set(args: argparse.Namespace, network: Classifier) -> ImageSet:
     """The split of --dataset, loaded and cut out as the network was trained with it (whole pictures to measure on)."""
-    trained_on = network.config.get("dataset", "cifar100")
-    task = TASKS[trained_on if args.dataset == "sample" else args.dataset]
-    config = task.recipes["fast"] | {"crop": "whole", "image_size": None if task.dataset == "cifar100" else max(network.size)}
-    if network.config.get("dataset") == task.dataset:
-        config |= network.config
+    own = network.config.get("dataset", "cifar100")
+    task = TASKS[own if args.dataset == "sample" else args.dataset]
+    image_size = None if task.dataset == "cifar100" else max(network.size)     # None: as they are
+    config = task.recipes["fast"] | {"crop": "whole", "image_size": image_size}
+    if own == task.dataset:
+        config |= network.config    # empty for torchvision's
     config |= {"data_dir": args.data_dir, "num_workers": args.num_workers}
     config["crop"] = args.crop or ("whole" if args.measure else config["crop"])
     train, test = task.sample(config) if args.dataset == "sample" else task.load(config)
     return {"train": train, "test": test}[args.split]
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------------------
+# ---- pictures --------------------------------------------------------------------------------------------------------
 
 def make_pictures(args: argparse.Namespace, network: Classifier, methods: list[str], layer: str | None) -> int:
     """An overlay for each map and a sheet for each image, and of a data set's images one sheet of all."""
     target = None if args.target is None else find_class(args.target, network.class_names)
-    failed: list[str] = []
+    paths, bad = list_files(args.images)
+    name = f"{args.dataset}-{args.split}"
     if args.dataset:
         images = load_set(args, network)
-        indices = parse_index(args.index, len(images)) if args.index else list(range(len(images)))[:16]
-        name = f"{args.dataset} {args.split}"
-        writer, batches = Writer(args, []), batches_of_set(network, images, indices, name)
+        indices = parse_index(args.index, len(images)) if args.index else list(range(min(FIRST_IMAGES, len(images))))
         print(f"{len(indices)} of {len(images):,} {args.split} images ({images.source})")
+        batches = batches_of_set(network, images, indices, name)
     else:
-        paths, empty = list_files(args.images)
-        failed += [""] * empty
-        writer, batches = Writer(args, paths), batches_of_files(network, paths, failed)
-    overview = Overview()
-    done = 0
+        batches = batches_of_files(network, paths, bad)
+    writer = Writer(Path(args.out), paths, raw=args.raw, opacity=args.opacity, colours=args.colours)
+    overview, done = Overview(), 0
     for pictures, batch in batches:
         chances = network.probabilities(batch)
-        best = chances.topk(min(args.top_k, chances.shape[1]), dim=1).indices
-        classes = best if target is None else torch.full((len(pictures), 1), target)
-        maps = {name: each for method in methods for name, each in maps_of(network, method, batch, classes, layer).items()}
+        classes = chances.topk(min(args.top_k, chances.shape[1])).indices
+        if target is not None:
+            classes = torch.full((len(pictures), 1), target)
+        maps = {}
+        for method in methods:
+            maps |= maps_of(network, method, batch, classes, layer)
         for i, picture in enumerate(pictures):
-            print(f"{picture.name}: {told(network, chances[i], classes[i])}")
-            own = {name: (each[i], heading(network, name, None if rank is None else classes[i, rank], chances[i]))
-                   for name, (each, rank) in maps.items()}
-            writer.image(picture, own, title_of(network, picture, chances[i]))
+            title = title_of(network, picture, chances[i])
+            print(f"{picture.name}: {predictions(network, chances[i], classes[i])}")
+            writer.image(picture, {name: each[i] for name, (each, _) in maps.items()},
+                         {name: heading(network, name, chances[i], None if rank is None else classes[i, rank])
+                          for name, (_, rank) in maps.items()}, title)
             if args.dataset and done + i < OVERVIEW:
-                overview.add(picture, {name: each[i] for name, (each, rank) in maps.items() if not rank},
-                             title_of(network, picture, chances[i]))
+                overview.add(picture, {name: each[i] for name, (each, rank) in maps.items() if not rank}, title)
         done += len(pictures)
     if len(overview.pixels) > 1:
-        writer.overview(name.replace(" ", "-"), overview)
-    print(f"{done} image{'s' * (done != 1)} done: {writer.written} files in {printable(args.out)}")
-    if failed:
-        complain(f"{len(failed)} of what was named could not be used")
-    return 1 if failed else 0
+        writer.overview(name, overview)
+    print(f"{done} image{'s' * (done != 1)} done, {writer.written} files in {printable(args.out)}")
+    if bad:
+        complain(f"{len(bad)} of the inputs could not be used: see above")
+    return 1 if bad else 0
 
 
-def told(network: Classifier, chances: Tensor, classes: Tensor) -> str:
-    """The best classes with their probabilities, and those asked for."""
-    best = chances.topk(min(max(PRINTED, len(classes)), len(chances))).indices.tolist()
-    rest = [c for c in classes.tolist() if c not in best]
-    return ", ".join(f"{network.class_names[c]} {100 * chances[c]:.1f} %" for c in best + rest)
+def predictions(network: Classifier, chances: Tensor, classes: Tensor) -> str:
+    """The best classes with their probabilities, and those that were asked for."""
+    best = chances.topk(min(max(PREDICTIONS, len(classes)), len(chances))).indices.tolist()
+    asked = [c for c in classes.tolist() if c not in best]
+    return ", ".join(f"{network.class_names[c]} {100 * chances[c]:.1f} %" for c in best + asked)
 
 
-def heading(network: Classifier, name: str, target: Tensor | None, chances: Tensor) -> str:
-    """Over a picture: the level or method, with its class. The probability comes first, as long names are cut off."""
+def heading(network: Classifier, name: str, chances: Tensor, target: Tensor | None) -> str:
+    """What stands over a map: level, or method and class. The probability comes first, as long names are cut off."""
     if target is None:
         return name
     return f"{name.split('-')[0]}\n{100 * chances[target]:.0f} % {network.class_names[target]}"
@@ -421,10 +426,10 @@ def title_of(network: Classifier, picture: Picture, chances: Tensor) -> str:
     return f"{picture.truth or picture.name}, seen: {network.class_names[seen]} {100 * chance:.0f} %"
 
 
-# ---- measures ---------------------------------------------------------------------------------------------------------
+# ---- measures --------------------------------------------------------------------------------------------------------
 
 def measure(args: argparse.Namespace, network: Classifier, methods: list[str], layer: str | None) -> int:
-    """How well the maps find the object, as a table and as measures.csv (and parts.csv) in --out."""
+    """How well the maps find the object, as a table, and as measures.csv (and parts.csv) in --out."""
     images = load_set(args, network)
     chosen = images.subset(parse_index(args.index, len(images))) if args.index else images
     same_classes = chosen.class_names == network.class_names
@@ -434,38 +439,35 @@ def measure(args: argparse.Namespace, network: Classifier, methods: list[str], l
         part = chosen.subset(range(first, min(first + network.batch_size, len(chosen))))
         batch = network.batch(part.images)
         classes = (part.labels if same_classes else network.probabilities(batch).argmax(1))[:, None]
-        maps = {name: each for method in methods
-                for name, (each, _) in maps_of(network, method, batch, classes, layer).items()}
+        maps = {}
+        for method in methods:
+            maps |= {name: each for name, (each, _) in maps_of(network, method, batch, classes, layer).items()}
         places = None
         if part.parts is not None:
             places = torch.cat([part.parts[..., :2] * scale, part.parts[..., 2:]], -1).numpy()
         measures.add(maps, (part.boxes * scale.repeat(2)).numpy(), places)
-    which = "the true class" if same_classes else "the class that the network sees (its classes are others)"
+    which = "the true class" if same_classes else "the class that the network sees, as its classes are others"
     print(f"{len(chosen):,} {args.split} images ({chosen.source}); cam and gradcam of {which}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    rows = measures.table()
+    rows, parts = measures.table(), measures.part_table(chosen.part_names)
+    print("\n" + "\n".join(table_lines(rows)))
     write_csv(out / "measures.csv", rows)
-    print_measures(rows)
-    parts = measures.part_table(chosen.part_names)
     if parts:
+        print("\n" + "\n".join(part_lines(parts, chosen.part_names)))
         write_csv(out / "parts.csv", parts)
-        print_parts(parts, chosen.part_names)
-    print(f"Written to {printable(out / 'measures.csv')}" + (" and parts.csv" if parts else ""))
+    print(f"\nWritten to {printable(out / 'measures.csv')}{' and parts.csv' if parts else ''}")
     return 0
 
 
-def print_measures(rows: list[dict]) -> None:
-    print(f"\n{'%':<22} {'pointing':>8} {'energy':>7} {'MaxBox-':>7}  {'box at IoU 0.3':>16} {'0.5':>16} {'0.7':>16}\n"
-          f"{'':<22} {'game':>8} {'in box':>7} {'AccV2':>7}  " + f"{'(at threshold)':>16} " * 3)
-    for row in rows:
-        boxes = " ".join(f"{f'{100 * row[f'box_acc_iou_{least}']:.1f} ({row[f'threshold_iou_{least}']:g})':>16}"
-                         for least in (0.3, 0.5, 0.7))
-        print(f"{row['map']:<22} {100 * row['pointing_game']:8.1f} {100 * row['energy_in_box']:7.1f} "
-              f"{100 * row['max_box_acc_v2']:7.1f}  {boxes}")
+def write_csv(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    table.writeheader()
+    table.writerows({name: round(float(value), 4) if isinstance(value, float) else value for name, value in row.items()}
+                    for row in rows)
+    replace_file(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def print_parts(rows: list[dict], part_names: tuple[str, ...]) -> None:
-    """A line for each part, as there are more parts than maps."""
-    width = max(len(name) for name in part_names)
-    print()
+if __name__ == "__main__":
+    sys.exit(main())

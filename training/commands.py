@@ -18,6 +18,7 @@ from training.benchmark import benchmark
 from training.loop import Interrupted, Precision, SMALLEST_FOR_STATISTICS, Trainer, evaluate
 from training.optimise import SCHEDULES, learning_rate, parse_progressive
 from training.options import UserError
+from training.ranks import Ranks, joined, of_environment
 from training.run import Run, Task, build, clock, eval_batches, split
 
 
@@ -31,6 +32,8 @@ def main(task: Task, argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed the help (0) or what is wrong (2)
         return stop.code
     try:
+        if of_environment().count > 1 and (args.evaluate or args.sanity or args.benchmark):
+            raise UserError("--evaluate, --sanity and --benchmark run in one process: start them without torchrun", 2)
         if args.evaluate:
             return evaluate_checkpoint(task, args, argv)
         if args.sanity:
@@ -41,7 +44,8 @@ def main(task: Task, argv: list[str] | None = None) -> int:
             config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
             check_recipe(config)
             return benchmark(task, config, args.benchmark, args.json, options.command_line(argv))
-        return train(task, args, argv)
+        with joined(args.device) as ranks:
+            return train(task, args, argv, ranks)
     except Interrupted as stop:  # in the sanity pass; a run catches its own
         return 128 + stop.args[0]
     except (UserError, DataError) as error:
@@ -72,24 +76,26 @@ def load(task: Task, config: dict) -> tuple[ImageSet, ImageSet]:
 
 # ---- training ---------------------------------------------------------------------------------------------------------
 
-def train(task: Task, args, argv: list[str]) -> int:
-    """A new run, or the rest of one."""
+def train(task: Task, args, argv: list[str], ranks: Ranks) -> int:
+    """A new run, or the rest of one. Every rank comes here; the first one alone touches the run directory."""
     content = None
     if args.resume is None:
         config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
         check_recipe(config)
         check_start(config)
-        run_dir = run_dir_of(task, args, config["model"])
-        if (run_dir / "config.json").exists() or (run_dir / options.CHECKPOINT_NAME).exists():
+        run_dir = ranks.same(run_dir_of(task, args, config["model"]))
+        if ranks.first and any((run_dir / name).exists() for name in ("config.json", options.CHECKPOINT_NAME)):
             raise UserError(f"{run_dir} holds a run already: go on with it by --resume {run_dir}, or name another "
                             f"--run-dir", 2)
         run_dir.mkdir(parents=True, exist_ok=True)
     else:
-        run_dir = Path(args.resume) if args.resume else checkpoint.newest_unfinished(Path("runs", task.dataset))
+        run_dir = Path(args.resume) if args.resume else ranks.same(
+            checkpoint.newest_unfinished(Path("runs", task.dataset)) if ranks.first else None)
         if not (run_dir / "config.json").exists():
             raise UserError(f"--resume {run_dir}: there is no run in this folder (no config.json)", 2)
-    with checkpoint.lock(run_dir):
-        checkpoint.clean(run_dir)
+    with checkpoint.lock(run_dir) if ranks.first else contextlib.nullcontext():
+        if ranks.first:
+            checkpoint.clean(run_dir)
         if args.resume is not None:
             content = checkpoint.read_last(run_dir)
             before = content["config"] if content else stored_config(run_dir)
@@ -99,7 +105,8 @@ def train(task: Task, args, argv: list[str]) -> int:
             if content and content["finished"] and config["epochs"] <= before["epochs"]:
                 print(f"{run_dir} is finished: {before['epochs']} epochs. A longer run: --resume {run_dir} --epochs "
                       f"{2 * before['epochs']}")
-                checkpoint.write_config(run_dir, checkpoint.read_config(run_dir) | {"finished": True})
+                if ranks.first:
+                    checkpoint.write_config(run_dir, checkpoint.read_config(run_dir) | {"finished": True})
                 return 0
             if config["epochs"] != before["epochs"]:
                 print(f"--epochs {config['epochs']} instead of {before['epochs']}: the schedule is that of the new length "
@@ -107,19 +114,23 @@ def train(task: Task, args, argv: list[str]) -> int:
             begun = content["position"]["epoch"] + (content["position"]["step"] > 0) if content else 0
             if config["epochs"] < begun:
                 raise UserError(f"--epochs {config['epochs']}: this run is in epoch {begun} already", 2)
+        if config["batch_size"] < 2 * ranks.count:
+            raise UserError(f"--batch-size {config['batch_size']} is too small for {ranks.count} ranks: 2 images each are "
+                            f"the least", 2)
         try:
-            sets = split(config, *load(task, config))
+            with ranks.first_goes_ahead():
+                sets = split(config, *load(task, config))
         except DataError:
             with contextlib.suppress(OSError):
                 run_dir.rmdir()  # a folder that nothing was written to
             raise
-        return train_here(task, config, run_dir, sets, content, argv)
+        return train_here(task, config, run_dir, sets, content, argv, ranks)
 
 
 def train_here(task: Task, config: dict, run_dir: Path, sets: tuple[ImageSet, ImageSet], content: dict | None,
-               argv: list[str]) -> int:
+               argv: list[str], ranks: Ranks) -> int:
     """Train, and say how it ended. The run directory is locked by the caller."""
-    run = Run(task, config, run_dir, *sets, content=content)
+    run = Run(task, config, run_dir, *sets, content=content, ranks=ranks)
     trainer = run.trainer
     run.start(options.command_line(argv))
     where = f"from epoch {trainer.position.epoch + 1}, step {trainer.position.step + 1}" if content else (
@@ -131,9 +142,11 @@ def train_here(task: Task, config: dict, run_dir: Path, sets: tuple[ImageSet, Im
           f"{options.device_name(run.device)}, {config['precision']}, PyTorch {torch.__version__}\n"
           f"{rate_in_words(trainer)}\n"
           f"Run directory {run_dir}; curves: tensorboard --logdir {run_dir.parent}")
+    if ranks.count > 1:
+        print(f"{ranks.count} ranks, each with {config['batch_size'] / ranks.count:g} images of a batch")
     if trainer.micro_batch and trainer.micro_batch < SMALLEST_FOR_STATISTICS:
         print(trainer.what_batch_norm_does())
-    if run.device.type == "cpu":
+    if run.device.type == "cpu" and ranks.count == 1:
         say_how_long(run)
     try:
         result = run.train()
@@ -142,8 +155,16 @@ def train_here(task: Task, config: dict, run_dir: Path, sets: tuple[ImageSet, Im
         print(f"\nStopped by {signal.Signals(number).name}; everything is saved. Go on with:\n"
               f"  python train_{task.dataset}.py --resume {shlex.quote(str(run_dir))}")
         return 128 + number
+    except RuntimeError as error:
+        if ranks.count == 1:
+            raise
+        run.save()  # as it was after the last whole step
+        raise UserError(f"rank {ranks.rank} lost the others ({' '.join(str(error).split())[:150]}). Its own error is what the "
+                        f"rank that ended first printed. Everything up to epoch {trainer.position.epoch + 1}, step "
+                        f"{trainer.position.step} is saved: start again with --resume {shlex.quote(str(run_dir))}") from None
     finally:
-        run.report.close()
+        if run.report:
+            run.report.close()
     print(f"Last epoch ({config['epochs']}): {run.eval_name} top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss "
           f"{result.loss:.4f}. Checkpoint: {run_dir / options.CHECKPOINT_NAME}")
     if run.best:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from attention_model import Network
 
 POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.FractionalMaxPool2d, nn.LPPool2d)
-LAST_OF_OURS = "trunk.block5"   # ends in conv13's ReLU; what runs after it, the global branch, is not what is classified
+LAST_OF_OURS = "trunk.block5"   # ends in conv13's ReLU; the global branch runs after it, but is not what is classified
 
 
-# ---- the methods ------------------------------------------------------------------------------------------------------
+# ---- the methods -----------------------------------------------------------------------------------------------------
 
 def attention_maps(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """The attention map of every level (arXiv 1804.02391, section 3).
@@ -38,8 +38,8 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 def class_activation_map(model: nn.Module, images: Tensor, targets: Sequence[int] | Tensor) -> Tensor:
     """CAM (arXiv 1512.04150, section 2) of the classes ``targets``: sum_k w_k f_k, the last features f weighted as the
-    linear layer behind the average pooling weights their means. What speaks against the class is 0: the paper too counts
-    from 0, where it cuts at a share of the largest value.
+    linear layer behind the average pooling weights their means. What speaks against the class is 0: the paper too
+    counts from 0, where it cuts at a share of the largest value.
 
     images (N, 3, H, W), normalised, and targets (N,) -> (N, H, W) float32 in [0, 1], upsampled to the images.
     Raises ValueError for a network that does not end in average pooling and one linear layer.
@@ -54,8 +54,8 @@ def class_activation_map(model: nn.Module, images: Tensor, targets: Sequence[int
 
 def grad_cam(model: nn.Module, images: Tensor, targets: Sequence[int] | Tensor,
              layer: nn.Module | str | None = None) -> Tensor:
-    """Grad-CAM (arXiv 1610.02391, section 3) of the classes ``targets`` at a layer: relu(sum_k a_k A_k), its activations
-    A weighted by the mean gradient a_k of the class's logit over the positions.
+    """Grad-CAM (arXiv 1610.02391, section 3) of the classes ``targets`` at a layer: relu(sum_k a_k A_k), its
+    activations A weighted by the mean gradient a_k of the class's logit over the positions.
 
     images (N, 3, H, W), normalised, and targets (N,) -> (N, H, W) float32 in [0, 1], upsampled to the images.
     layer: a module or its name, any whose output is (N, C, h, w); of one that runs several times, the last. None takes
@@ -93,7 +93,7 @@ def grad_cam(model: nn.Module, images: Tensor, targets: Sequence[int] | Tensor,
     return finished(torch.einsum("nchw,nc->nhw", activations, weights), images.shape[2:])
 
 
-# ---- layers -----------------------------------------------------------------------------------------------------------
+# ---- layers ----------------------------------------------------------------------------------------------------------
 
 def feature_layers(model: nn.Module, images: Tensor) -> dict[str, tuple[int, int, int]]:
     """Every layer that Grad-CAM can be made at: its name and the (C, h, w) of its output, in the order they finish."""
@@ -151,8 +151,8 @@ class Watch:
             self.last, self.features = name, output     # a block that ends in a pooling gives the pooling's output
 
     def pooled_features(self, logits: Tensor) -> Tensor:
-        """The features (N, C, h, w) whose means over the positions the last linear layer turned into the logits. That is
-        looked up in the numbers, so no list of architectures is needed. Raises ValueError where it isn't so."""
+        """The features (N, C, h, w) whose means over the positions the last linear layer turned into the logits. The
+        numbers tell, so no list of architectures is needed. Raises ValueError where it isn't so."""
         if self.features is not None and self.linear is not None and torch.equal(self.linear_output, logits):
             features, means = wide(self.features), wide(self.linear_input)
             for candidate in (features, features.relu()):   # DenseNets have a ReLU that is no module in between
@@ -161,8 +161,8 @@ class Watch:
                 if found.shape == means.shape and torch.allclose(found, means, rtol=tolerance,
                                                                  atol=tolerance * float(means.abs().max())):
                     return candidate
-        raise ValueError("cam needs a network that ends in average pooling over a map and one linear layer, and this one "
-                         "does not: use gradcam")
+        raise ValueError("cam needs a network that ends in average pooling over a map and one linear layer, and this "
+                         "one does not: use gradcam")
 
 
 def watched(model: nn.Module, images: Tensor, watch: Callable) -> Tensor:
@@ -179,7 +179,7 @@ def watched(model: nn.Module, images: Tensor, watch: Callable) -> Tensor:
             handle.remove()
 
 
-# ---- what they share --------------------------------------------------------------------------------------------------
+# ---- what they share -------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
@@ -235,7 +235,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def finished(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """(N, h, w) of any range -> (N, H, W) float32 in [0, 1]: what is negative is 0, upsampled, divided by the largest."""
+    """(N, h, w) of any range -> (N, H, W) float32 in [0, 1]: negative values are 0, upsampled, over the largest."""
     maps = F.interpolate(maps.clamp(min=0)[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
     largest = maps.amax((1, 2), keepdim=True)
     return torch.where((largest > 0) & largest.isfinite(), maps / largest, 0.0).float()

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ LEAST_SIDE, GREATEST_SIDE = 224, 1024       # pixels of an overlay: smaller imag
 SHEET_SIDE = 288            # pixels of the longer side of a picture on an image's own sheet, at most
 
 
-# ---- in ---------------------------------------------------------------------------------------------------------------
+# ---- in --------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Picture:
@@ -31,17 +32,18 @@ class Picture:
     truth: str | None = None    # class name
 
 
-def list_files(words: list[str]) -> tuple[list[Path], int]:
-    """The files that the command line names, a folder's images sorted by name, and how many words named none."""
-    paths, bad = [], 0
+def list_files(words: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """The files that the command line names, a folder's images sorted by name; and the folders without any, which are
+    told."""
+    paths, bad = [], []
     for path in map(Path, words):
         found = [path]
         if path.is_dir():
             found = sorted(p for p in path.iterdir()
                            if p.suffix.lower() in IMAGE_ENDINGS and not p.name.startswith(".") and p.is_file())
             if not found:
-                complain(f"{printable(path)} holds no images ({' '.join(IMAGE_ENDINGS)}); folders in it are not searched")
-                bad += 1
+                complain(f"{printable(path)} holds no images ({' '.join(IMAGE_ENDINGS)}); its folders are not searched")
+                bad.append(path)
         paths += found
     return list(dict.fromkeys(paths)), bad
 
@@ -90,14 +92,14 @@ def complain(message: str) -> None:
 # ---- out -------------------------------------------------------------------------------------------------------------
 
 class Overview:
-    """What goes on the sheet of a whole selection."""
+    """What goes on the sheet of a whole selection: images of one size with their maps."""
 
     def __init__(self):
         self.pixels: list[np.ndarray] = []
         self.titles: list[str] = []
         self.maps: dict[str, list[np.ndarray]] = {}
 
-    def add(self, picture: Picture, maps: dict[str, np.ndarray], title: str) -> None:
+    def add(self, picture: Picture, maps: Mapping[str, np.ndarray], title: str) -> None:
         self.pixels.append(picture.pixels)
         self.titles.append(title)
         for name, each in maps.items():
@@ -105,33 +107,35 @@ class Overview:
 
 
 class Writer:
-    """Writes files into --out, each whole or not at all. None takes the name of an input or of another of its files."""
+    """Writes files into a folder, each whole or not at all. None takes the name of an input, or of another of its own.
 
-    def __init__(self, args: argparse.Namespace, inputs: list[Path]):
-        self.out, self.raw, self.opacity, self.colours = Path(args.out), args.raw, args.opacity, args.colours
+    raw: the maps as .npy too. opacity, colours: see training/pictures.py.
+    """
+
+    def __init__(self, out: Path, inputs: Sequence[Path], *, raw: bool, opacity: float, colours: str):
+        self.out, self.raw, self.opacity, self.colours = out, raw, opacity, colours
         self.inputs = {identity for path in inputs for identity in identities(path)}
         self.taken: set[str] = set()
         self.written = 0
-        self.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
 
-    def image(self, picture: Picture, maps: dict[str, tuple[np.ndarray, str]], title: str) -> None:
-        """An overlay for each map {name: (map (H, W), heading)}, and a sheet with the input and all of them."""
+    def image(self, picture: Picture, maps: Mapping[str, np.ndarray], headings: Mapping[str, str], title: str) -> None:
+        """An overlay for each map {name: (H, W)}, and a sheet with the input and all of them."""
         endings = [f"{name}.{kind}" for name in maps for kind in ("png", "npy")[:1 + self.raw]] + ["sheet.png"]
         stem = self.free_stem(picture.stem, endings)
         large = shown(picture.pixels, LEAST_SIDE, GREATEST_SIDE)
-        for name, (each, _) in maps.items():
+        for name, each in maps.items():
             self.png(f"{stem}-{name}.png", overlay(large, each, self.opacity, self.colours))
             if self.raw:
                 content = io.BytesIO()
                 np.save(content, each)
                 self.write(f"{stem}-{name}.npy", content.getvalue())
-        # numbered, as two headings may be equal but keys may not
-        sheet = attention_sheet(shown(picture.pixels, LEAST_SIDE, SHEET_SIDE)[None],
-                                {head: each[None] for each, head in maps.values()}, [title], opacity=self.opacity,
-                                least_side=LEAST_SIDE, greatest_side=SHEET_SIDE, name=self.colours)
-        self.png(f"{stem}-sheet.png", sheet)
+        self.png(f"{stem}-sheet.png", attention_sheet(
+            picture.pixels[None], {name: each[None] for name, each in maps.items()}, [title], headings=headings,
+            opacity=self.opacity, least_side=LEAST_SIDE, greatest_side=SHEET_SIDE, name=self.colours))
 
     def overview(self, stem: str, overview: Overview) -> None:
+        """One sheet of a whole selection."""
         stem = self.free_stem(stem, ["sheet.png"])
         self.png(f"{stem}-sheet.png", attention_sheet(
             np.stack(overview.pixels), {name: np.stack(each) for name, each in overview.maps.items()}, overview.titles,

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 IOUS = (0.3, 0.5, 0.7)                          # that MaxBoxAccV2 averages over
-THRESHOLDS = np.arange(100) / 100               # of the map between its lowest (0) and highest value (1)
+# Of the map between its lowest (0) and highest value (1). The small ones are for attention maps, which are so peaked
+# that an object's outline may lie below a hundredth of the peak.
+THRESHOLDS = np.concatenate([[0], np.logspace(-6, -2, 17), np.arange(2, 100) / 100])
 UNIFORM, CENTRE = "chance (uniform map)", "centre of the picture"
 CENTRE_SD = 0.25                                # of the centre map, a Gaussian, as a share of the sides
 
 
-# ---- the measures, image by image -------------------------------------------------------------------------------------
+# ---- the measures, image by image ------------------------------------------------------------------------------------
 
 def inside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
     """(N, 4) -> (N, H, W) bool: the pixels whose centre the box holds."""
@@ -32,8 +34,8 @@ def peaks(maps: np.ndarray) -> np.ndarray:
 
 
 def pointing_game(maps: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """(N,): 1 where the highest pixel lies in the box, else 0; between them where several are highest (arXiv 1608.00507,
-    without its tolerance of 15 pixels)."""
+    """(N,): 1 where the highest pixel lies in the box, else 0; between them where several are highest (arXiv
+    1608.00507, without its tolerance of 15 pixels)."""
     return (peaks(maps) * inside(boxes, *maps.shape[1:])).sum((1, 2))
 
 
@@ -67,8 +69,8 @@ def iou(found: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def component_boxes(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The tightest box around each connected part (8 neighbours) of masks (M, H, W) bool: boxes (K, 4) int64 x0 y0 x1 y1,
-    and (K,) whose mask each is from.
+    """The tightest box around each connected part (8 neighbours) of masks (M, H, W) bool: boxes (K, 4) int64 x0 y0 x1
+    y1, and (K,) the mask that each is from.
 
     All masks at once: rows of pixels are cut into runs, runs of neighbouring rows that touch are joined, and each run
     takes the smallest number among its neighbours until nothing changes."""
@@ -103,8 +105,8 @@ def component_boxes(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nearest_parts(maps: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which visible part the peak is nearest to: (N, P) that sum to 1 over the parts, and the same for a peak that may be
-    anywhere with equal chance. All 0 for an image without a visible part."""
+    """Which visible part the peak is nearest to: (N, P) that sum to 1 over the parts, and the same for a peak that may
+    be anywhere with equal chance. All 0 for an image without a visible part."""
     height, width = maps.shape[1:]
     x, y = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5
     found, chance = (np.zeros(parts.shape[:2]) for _ in range(2))
@@ -118,7 +120,7 @@ def nearest_parts(maps: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.n
     return found, chance
 
 
-# ---- the measures of a set --------------------------------------------------------------------------------------------
+# ---- the measures of a set -------------------------------------------------------------------------------------------
 
 class Measures:
     """Collects the measures of a set of images, a batch at a time, and of two maps that have not looked at them."""
@@ -139,11 +141,12 @@ class Measures:
                 self.parts.setdefault(name, []).append(nearest_parts(each, parts)[0])
 
     def table(self) -> list[dict[str, object]]:
-        """A row for each kind of map: its name and shares from 0 to 1, with the thresholds that were best on this set."""
+        """A row for each kind of map: its name, shares from 0 to 1, and the thresholds that were best on this set."""
         rows = []
         for name, batches in self.scores.items():
             pointing, energy, ious = (np.concatenate(column) for column in zip(*batches))
-            row = {"map": name, "images": len(pointing), "pointing_game": pointing.mean(), "energy_in_box": energy.mean()}
+            row = {"map": name, "images": len(pointing), "pointing_game": pointing.mean(),
+                   "energy_in_box": energy.mean()}
             best = {least: (ious >= least).mean(0) for least in IOUS}
             row["max_box_acc_v2"] = np.mean([right.max() for right in best.values()])
             for least, right in best.items():
@@ -166,3 +169,26 @@ def centre_map(height: int, width: int) -> np.ndarray:
     """(H, W): a Gaussian in the middle, what one knows of photographs without looking at them."""
     y, x = ((np.arange(side) + 0.5) / side - 0.5 for side in (height, width))
     return np.exp(-(y[:, None] ** 2 + x ** 2) / (2 * CENTRE_SD ** 2))
+
+
+# ---- as text ---------------------------------------------------------------------------------------------------------
+
+def table_lines(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """The table of Measures.table for people, in per cent."""
+    lines = [f"{'':<22} {'pointing':>8} {'energy':>7} {'MaxBox-':>8}   {'box right at IoU':^47}",
+             f"{'%':<22} {'game':>8} {'in box':>7} {'AccV2':>8}   " + " ".join(f"{least:>15}" for least in IOUS)]
+    for row in rows:
+        boxes = (f"{100 * row[f'box_acc_iou_{least}']:.1f} ({row[f'threshold_iou_{least}']:.2g})" for least in IOUS)
+        lines.append(f"{row['map']:<22} {100 * row['pointing_game']:8.1f} {100 * row['energy_in_box']:7.1f} "
+                     f"{100 * row['max_box_acc_v2']:8.1f}   " + " ".join(f"{each:>15}" for each in boxes))
+    return [*lines, "In brackets the threshold (0 to 1) that is best on these same images: chosen with their boxes."]
+
+
+def part_lines(rows: Sequence[Mapping[str, object]], part_names: Sequence[str]) -> list[str]:
+    """The table of Measures.part_table for people, in per cent, parts downwards."""
+    wide = max(len(name) for name in (*part_names, "peak nearest to, %"))
+    columns = [max(7, len(row["map"])) for row in rows]
+    lines = [f"{'peak nearest to, %':<{wide}}  " + "  ".join(f"{row['map']:>{c}}" for row, c in zip(rows, columns))]
+    for name in part_names:
+        lines.append(f"{name:<{wide}}  " + "  ".join(f"{100 * row[name]:{c}.1f}" for row, c in zip(rows, columns)))
+    return [*lines, f"Of {rows[0]['images']:,} images, visible parts only."]

@@ -4,6 +4,7 @@ Nothing in the loop waits for the device: sums stay there and are read every CHE
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -13,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from augmentation import resize
 from training.optimise import MovingAverage, Precision, grad_norm, input_size_at, learning_rate, make_optimizer
 from training.options import UserError
+from training.ranks import Ranks
 
 
 SMALLEST_FOR_STATISTICS = 8     # images; batch norm's mean and variance of fewer are mostly noise
@@ -54,11 +57,17 @@ class Trainer:
     CHECK_EVERY = {"cpu": 1, "cuda": 20}  # steps between looks at the loss; on a GPU a look waits for the device
 
     def __init__(self, config: dict, model: nn.Module, batches, device: torch.device, *, precision: str,
-                 compiled: bool = False, transferred: frozenset[str] = frozenset()):
-        self.config, self.batches, self.device = config, batches, device
+                 compiled: bool = False, transferred: frozenset[str] = frozenset(), ranks: Ranks = Ranks()):
+        self.config, self.batches, self.device, self.ranks = config, batches, device, ranks
+        if ranks.count > 1 and device.type == "cuda":   # batch norm sees the whole batch, as on one GPU
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(device, memory_format=torch.channels_last)
         self.model.checkpoint_activations = config["checkpoint_activations"]
-        self.run_model = torch.compile(self.model, dynamic=False) if compiled else self.model
+        self.parallel = self.model
+        if ranks.count > 1:     # some parameters have no gradient, by the mathematics (pc) or while they are frozen
+            unused = bool(self.model.parameters_without_gradient() or config["freeze_epochs"])
+            self.parallel = DistributedDataParallel(self.model, find_unused_parameters=unused)
+        self.run_model = torch.compile(self.parallel, dynamic=False) if compiled else self.parallel
         self.transferred = transferred
         self.optimizer = make_optimizer(self.model, config, precision, transferred)
         self.precision = Precision(precision, device)
@@ -120,10 +129,13 @@ class Trainer:
             if position.step == steps:
                 position.gate_gradients = {level: grad_norm(parameters) for level, parameters
                                            in self.model.gate_parameters().items()}
-            if position.step % check_every == 0 or position.step == steps or should_stop():
+            at_check = position.step % check_every == 0 or position.step == steps
+            # Several ranks agree on the step to stop at; that waits for the device, so they ask at checks only.
+            stop = self.ranks.any(should_stop()) if at_check or self.ranks.count == 1 else False
+            if at_check or stop:
                 loss = self.checked_loss()
                 position.seconds = before + time.perf_counter() - started
-                if should_stop():
+                if stop:
                     raise Interrupted
                 on_check(position.step, loss)
 
@@ -174,15 +186,20 @@ class Trainer:
     def gradients(self, images: Tensor, labels: Tensor) -> None:
         """Fresh gradients of the batch's mean loss on the parameters; the batch's sums are added when all is well."""
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros_like(self.sums)
-        for part, answers in parts_of(images, labels, self.micro_batch):
-            with self.precision.context():
-                logits = self.run_model(part)
-            loss = F.cross_entropy(logits.float(), answers, label_smoothing=self.config["label_smoothing"])
-            self.precision.scaler.scale(loss * (len(part) / len(images))).backward()
+        sums, parts, alone = torch.zeros_like(self.sums), list(parts_of(images, labels, self.micro_batch)), self.ranks.count == 1
+        total = len(images) if alone else self.batches.images_a_step
+        for number, (part, answers) in enumerate(parts, start=1):
+            # Ranks exchange gradients once a step, at its last part.
+            with contextlib.nullcontext() if alone or number == len(parts) else self.parallel.no_sync():
+                with self.precision.context():
+                    logits = self.run_model(part)
+                loss = F.cross_entropy(logits.float(), answers, label_smoothing=self.config["label_smoothing"])
+                weight = len(part) / total * self.ranks.count   # DistributedDataParallel takes the mean over the ranks
+                self.precision.scaler.scale(loss * weight).backward()
             correct = (logits.detach().argmax(1) == answers).sum()
             sums += torch.stack([loss.detach().double() * len(part), correct.double(),
                                  torch.full_like(correct, len(part)).double()])
+        self.ranks.add_up(sums)
         bad = (self.bad_step < 0) & ~torch.isfinite(sums[0])
         self.bad_step = torch.where(bad, self.position.step, self.bad_step)
         self.sums += sums
@@ -191,7 +208,7 @@ class Trainer:
         """After out-of-memory: half the micro-batch, or a UserError when that is not wanted or not possible."""
         self.optimizer.zero_grad(set_to_none=True)
         now = min(self.micro_batch or batch, batch)
-        if self.config["micro_batch"] != "auto" or now <= 1:
+        if self.config["micro_batch"] != "auto" or now <= 1 or self.ranks.count > 1:
             peak = f"peak {peak_memory_mib(self.device):.0f} MiB"
             raise UserError(f"out of memory at {now} image{'s' * (now > 1)} at once ({peak}): {reason}\n"
                             f"Try, in this order: {', '.join(self.what_saves_memory())}")
@@ -203,7 +220,9 @@ class Trainer:
 
     def what_saves_memory(self) -> list[str]:
         """Options that would help and aren't in use, the cheapest first."""
-        options = {"--micro-batch auto": self.config["micro_batch"] != "auto",
+        alone, now = self.ranks.count == 1, self.micro_batch or math.ceil(self.config["batch_size"] / self.ranks.count)
+        options = {"--micro-batch auto": alone and self.config["micro_batch"] != "auto",
+                   f"--micro-batch {max(1, now // 2)}": not alone,  # ranks cannot agree on it in mid-step
                    "--checkpoint-activations": not self.config["checkpoint_activations"],
                    "--precision auto": self.precision.name == "fp32" and self.device.type == "cuda",
                    "--set trunk=pooled": "block2" not in self.model.trunk.pools,
@@ -223,6 +242,12 @@ class Trainer:
             return "Batch norm uses the running statistics that came with the transferred weights, as they are."
         return (f"Batch norm sees {count} images at a time, whose statistics are noisy: --checkpoint-activations or a "
                 f"smaller --image-size would allow more.")
+
+    def spread_buffers(self) -> None:
+        """Rank 0's batch-norm statistics for all, before they are used; each rank's are of its own part of the batches."""
+        self.ranks.spread(self.model.buffers())
+        if self.average:
+            self.ranks.spread(self.average.model.buffers())
 
     def checked_loss(self) -> float:
         """The epoch's mean loss so far. Raises UserError when a loss was not finite."""
@@ -271,15 +296,16 @@ def parts_of(images: Tensor, labels: Tensor, micro_batch: int | None) -> Iterato
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], num_classes: int, precision: Precision,
-             should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
-    """The network on every batch, in evaluation mode; its mode is restored. Raises Interrupted."""
+             should_stop: Callable[[], bool] = lambda: False, ranks: Ranks = Ranks()) -> Evaluation:
+    """The network on every batch, in evaluation mode; its mode is restored. With several ranks, each has its batches, and
+    all get the result of all. Raises Interrupted."""
     was_training, device = model.training, precision.device
     model.eval()
     try:
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         counts, right = (torch.zeros(num_classes, dtype=torch.int64, device=device) for _ in range(2))
         for images, labels in batches:
-            if should_stop():
+            if ranks.count == 1 and should_stop():
                 raise Interrupted
             with precision.context():
                 logits = model(images)
@@ -291,6 +317,7 @@ def evaluate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], num_cla
             right.index_add_(0, labels, hits[:, 0].long())
     finally:
         model.train(was_training)
+    ranks.add_up(sums, counts, right)
     seen = max(1, int(counts.sum()))
     loss, top1, top5 = (sums / seen).tolist()
     return Evaluation(loss, 100 * top1, 100 * top5, counts.tolist(), right.tolist())

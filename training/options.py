@@ -209,6 +209,8 @@ def was_given(name: str, argv: list[str]) -> bool:
 
 def choose_device(name: str) -> torch.device:
     """--device as a torch.device. Raises UserError for one that is not there."""
+    if name in ("auto", "cuda") and torch.distributed.is_initialized() and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())    # each rank has its own
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

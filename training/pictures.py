@@ -167,7 +167,7 @@ def attention_sheet(images: np.ndarray, maps: Mapping[str, np.ndarray], titles: 
             sheet.paste(Image.fromarray(picture), (x, upper + title_height))
             if index < columns:
                 for line, text in enumerate(heads[place], start=lines - len(heads[place])):
-                    draw.text((x + width / 2, MARGIN + 14 + HEAD_LINE * line), shorten(text, head_font, width), FAINT_INK,
-                              head_font, "ms")
+                    place_of_text = x + width / 2, MARGIN + 14 + HEAD_LINE * line
+                    draw.text(place_of_text, shorten(text, head_font, width), FAINT_INK, head_font, "ms")
     _legend(draw, sheet, size[1] - MARGIN - 14, title_font, name)
     return np.asarray(sheet).copy()

@@ -17,11 +17,12 @@ from tqdm.auto import tqdm
 
 from attention_model import build_model
 from augmentation import Augmentation, TrainBatches, normalise, resize
-from data import ImageSet, channel_statistics, place_on, split_validation
+from data import ImageSet, channel_statistics, place_on, split_validation, stable_seed
 from training import checkpoint, options, report, transfer
 from training.loop import Evaluation, Interrupted, Trainer, evaluate
 from training.options import UserError
 from training.pictures import attention_sheet
+from training.ranks import Ranks, of_environment
 
 SAVE_EVERY = 60.0       # seconds of work at risk; a checkpoint that takes long to write is written less often
 SAVE_SHARE = 0.02       # of the run's time may go into saving
@@ -73,8 +74,8 @@ class Run:
     ``content``."""
 
     def __init__(self, task: Task, config: dict, run_dir: Path, train: ImageSet, evaluation: ImageSet, *,
-                 content: dict | None = None, sanity: bool = False):
-        self.task, self.config, self.run_dir, self.sanity = task, config, run_dir, sanity
+                 content: dict | None = None, sanity: bool = False, ranks: Ranks = Ranks()):
+        self.task, self.config, self.run_dir, self.sanity, self.ranks = task, config, run_dir, sanity, ranks
         self.device = options.choose_device(config["device"])
         config["precision"] = options.choose_precision(config["precision"], self.device)
         self.compiled = options.choose_compile(config["compile"], self.device, config["checkpoint_activations"])
@@ -96,16 +97,19 @@ class Run:
                                     cutout=config["cutout"], zoom=config["zoom"], jitter=config["jitter"],
                                     size=config["input_size"])
         batches = TrainBatches(self.train_set, config["batch_size"], seed=config["seed"], augmentation=augmentation,
-                               device=self.device)
+                               device=self.device, share=ranks.share)
         self.trainer = Trainer(config, model, batches, self.device, precision=config["precision"],
-                               compiled=self.compiled, transferred=transferred)
+                               compiled=self.compiled, transferred=transferred, ranks=ranks)
         self.best: dict | None = None
         self.finished = False
         if content:
             self.trainer.load_state(content)
             checkpoint.restore_random_states(content["rng"])
             self.best = content["best"]
-        self.report: report.Report | None = None
+        if not ranks.first:     # dropout must differ between ranks; rank 0 is as a process alone
+            position = self.trainer.position
+            torch.manual_seed(stable_seed("rank", config["seed"], ranks.rank, position.epoch, position.step))
+        self.report: report.Report | None = None    # rank 0's
         self.health: dict[str, report.LevelHealth] = {}  # of the last epoch, per attention level
         self.warned: set[str] = set()
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
@@ -135,6 +139,8 @@ class Run:
     def start(self, command: str) -> None:
         """Open the report, after cutting back to the checkpoint what an earlier process has written."""
         epoch = self.trainer.position.epoch
+        if not self.ranks.first:
+            return
         try:
             report.cut_back(self.run_dir, epoch or -1)
         except ValueError as error:
@@ -151,7 +157,7 @@ class Run:
 
     def write_config(self) -> None:
         record = {"commands": self.commands, "config": self.config,
-                  "resolved": {"device": str(self.device), "compile": self.compiled, "precision": self.config["precision"],
+                  "resolved": {"device": str(self.device), "compile": self.compiled, "precision": self.config["precision"], "ranks": self.ranks.count,
                                "checkpoint_activations": self.config["checkpoint_activations"]},
                   "environment": options.environment(self.device),
                   "data": {"train": self.train_set.source, "images": len(self.train_set),
@@ -168,12 +174,13 @@ class Run:
                     last = self.epoch(signals)
             except Interrupted:
                 self.save()
-                raise Interrupted(signals.received) from None
+                raise Interrupted(signals.received or signal.SIGTERM) from None  # it may have come to another rank
             last = last or self.evaluate()  # stopped between its last epoch and its end
             self.finished = True
-            self.report.finish(self.hparams(), {"loss": last.loss, "top1": last.top1, "top5": last.top5})
-            self.save()
-            self.write_config()
+            if self.ranks.first:
+                self.report.finish(self.hparams(), {"loss": last.loss, "top1": last.top1, "top5": last.top5})
+                self.save()
+                self.write_config()
         return last
 
     def epoch(self, signals: Callable[[], bool]) -> Evaluation:
@@ -189,22 +196,27 @@ class Run:
         trainer.check_weights()
         result = self.evaluate(signals)
         row |= {"eval_loss": result.loss, "eval_top1": result.top1, "eval_top5": result.top5}
-        self.show_attention(number)
-        self.report.epoch(row)
+        if self.ranks.first:
+            self.show_attention(number)
+            self.report.epoch(row)
         print(f"epoch {number}/{self.config['epochs']}  train loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f} %  "
               f"{self.eval_name} loss {result.loss:.4f}, top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %  "
               f"{row['images_per_second']:.0f} images/s, {row['seconds']:.1f} s", flush=True)
         trainer.next_epoch()
         if self.config["val_fraction"] and result.top1 > (self.best or {"top1": -1.0})["top1"]:
             self.best = {"epoch": number, "top1": result.top1}
-            checkpoint.save_file(self.run_dir / "best.pt", self.content())
+            if self.ranks.first:
+                checkpoint.save_file(self.run_dir / "best.pt", self.content())
         if number == 1 or time.monotonic() - self.saved_at >= SAVE_EVERY:
             self.save()
         return result
 
     def evaluate(self, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
-        batches = eval_batches(self.eval_set, self.device, self.mean, self.std, self.config["input_size"])
-        return evaluate(self.trainer.eval_model, batches, len(self.class_names), self.trainer.precision, should_stop)
+        self.trainer.spread_buffers()
+        batches = eval_batches(self.eval_set, self.device, self.mean, self.std, self.config["input_size"],
+                               self.ranks.share(len(self.eval_set)))
+        return evaluate(self.trainer.eval_model, batches, len(self.class_names), self.trainer.precision, should_stop,
+                        self.ranks)
 
     # ---- attention ----
 
@@ -248,6 +260,8 @@ class Run:
 
     def save(self) -> None:
         self.trainer.check_weights()  # never weights that have diverged over a good checkpoint
+        if not self.ranks.first:
+            return
         started = time.monotonic()
         checkpoint.save_checkpoint(self.run_dir, self.content())
         self.saved_at = time.monotonic()
@@ -266,7 +280,7 @@ class Progress:
     def __init__(self, title: str, steps: int, batch_size: int, start: int):
         self.title, self.steps, self.start = title, steps, start
         self.batch_size, self.said_at, self.began = batch_size, time.monotonic(), time.monotonic()
-        self.live = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self.live = (sys.stderr.isatty() or "ipykernel" in sys.modules) and of_environment().first
         self.bar = tqdm(total=steps * batch_size, initial=start * batch_size, desc=title, unit=" images", leave=False,
                         disable=not self.live, unit_scale=True, dynamic_ncols=True)
 
@@ -306,12 +320,16 @@ def input_size(config: dict, train: ImageSet) -> list[int]:
     return [config["image_size"]] * 2 if config["image_size"] else list(train.image_size)
 
 
-def eval_batches(image_set: ImageSet, device: torch.device, mean, std, size) -> Iterator[tuple[Tensor, Tensor]]:
-    """The set in order, as large normalised batches on the device; the whole picture, resized to `size`."""
+def eval_batches(image_set: ImageSet, device: torch.device, mean, std, size,
+                 part: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
+    """The set (or a part of it) in order, as large normalised batches on the device; the whole picture, resized to
+    `size`."""
     height, width = size
     count = max(1, EVAL_PIXELS[device.type] // (height * width))
-    for first in range(0, len(image_set), count):
-        images, labels = (t[first:first + count].to(device, non_blocking=True) for t in (image_set.images, image_set.labels))
+    start, end, _ = part.indices(len(image_set))
+    for first in range(start, end, count):
+        chosen = slice(first, min(first + count, end))
+        images, labels = (t[chosen].to(device, non_blocking=True) for t in (image_set.images, image_set.labels))
         yield resize(normalise(images, mean, std), size), labels
 
 

@@ -1,0 +1,121 @@
+"""Several processes on the CPU (gloo): the mathematics of one process, one writer, and ranks that stop or die."""
+import dataclasses
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+
+import pytest
+import torch
+
+import train_cifar100
+from tests.test_command_line import content_of, scalars_of
+from training import commands
+from training.loop import Trainer
+from training.ranks import Ranks, of_environment
+from training.report import read_metrics
+
+RUN = ["--sample", "--width", "0.0625", "--batch-size", "16", "--device", "cpu", "--precision", "fp32", "--epochs", "2",
+       "--overlay-every", "0", "--model", "vgg-att3-concat-pc", "--set", "progressive=none"]
+
+
+def rank_process(folder: str, rank: int, count: int, port: int, words: list[str], hurt: tuple[int, int] | None) -> None:
+    """A rank's whole life, as torchrun starts it. ``hurt``: (signal, after how many steps) for this rank."""
+    from sample_data import cifar_sample
+    os.chdir(folder)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    sys.stderr = open(f"stderr-{rank}", "w", buffering=1)
+    sys.stdout = open(f"stdout-{rank}", "w", buffering=1)
+    torch.set_num_threads(1)
+    sets = cifar_sample(classes=4, train_per_class=24, test_per_class=8)
+    task = dataclasses.replace(train_cifar100.TASK, sample=lambda config: sets)
+    step, steps = Trainer.step, []
+
+    def hurting(self, *batch):
+        step(self, *batch)
+        steps.append(1)
+        if hurt and len(steps) == hurt[1]:
+            os.kill(os.getpid(), hurt[0])
+    Trainer.step = hurting
+    os._exit(commands.main(task, words))
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """ranks(words, count=2, hurt={}) -> exit codes, of processes that share a new folder."""
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(["tests.test_ranks", "torch._dynamo", "torch.utils.tensorboard.summary"])
+
+    def call(*words, count=2, hurt=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = [fork.Process(target=rank_process, args=(str(tmp_path), rank, count, port, [str(w) for w in words],
+                                                             (hurt or {}).get(rank))) for rank in range(count)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        return [process.exitcode for process in processes]
+    return call
+
+
+def test_two_ranks_are_one_process_with_halves_as_micro_batches(ranks, tmp_path):
+    """Plain batch norm, no dropout: parameters to 1e-5 after 12 steps, and rank 0 alone writes."""
+    assert ranks(*RUN, "--run-dir", "two") == [0, 0]
+    assert ranks(*RUN, "--run-dir", "one", "--micro-batch", 8, count=1) == [0]
+    two, one = content_of(tmp_path / "two"), content_of(tmp_path / "one")
+    for weights in ("model", "ema"):
+        for name, value in one[weights].items():
+            if not name.endswith(("running_mean", "running_var", "tracked")):  # of rank 0's halves there, of all halves here
+                torch.testing.assert_close(two[weights][name], value, atol=1e-5, rtol=1e-5, msg=name)
+    assert list(two["model"]) == list(one["model"])     # no "module." in front
+    rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("two", "one")]
+    for a, b in zip(*rows, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5) and a["train_top1"] == b["train_top1"]
+        assert a["eval_loss"] > 0 and a["lr"] == b["lr"]
+    assert [step for step, _ in scalars_of(tmp_path / "two")["loss/train"]] == [1, 2]
+    assert len(list((tmp_path / "two").glob("*tfevents*"))) == 1
+    assert (tmp_path / "stdout-1").read_text() == ""
+
+
+def test_a_signal_to_one_rank_stops_all_and_another_number_of_ranks_goes_on(ranks, tmp_path):
+    assert ranks(*RUN, "--run-dir", "r", hurt={1: (signal.SIGTERM, 4)}) == [143, 143]
+    content = content_of(tmp_path / "r")
+    assert (content["position"]["epoch"], content["position"]["step"]) == (0, 4)
+    assert content["position"]["sums"][2] == 4 * 16     # of both ranks
+    assert "--resume r" in (tmp_path / "stdout-0").read_text()
+    assert ranks("--resume", "r", count=1, hurt={0: (signal.SIGTERM, 5)}) == [143]
+    assert ranks("--resume", "r") == [0, 0]
+    rows = read_metrics(tmp_path / "r" / "metrics.csv")
+    assert [row["epoch"] for row in rows] == [1, 2] and content_of(tmp_path / "r")["finished"]
+
+
+def test_a_rank_that_dies_ends_the_run_with_a_checkpoint(ranks, tmp_path):
+    first, second = ranks(*RUN, "--run-dir", "r", hurt={1: (signal.SIGKILL, 3)})
+    assert (first, second) == (1, -signal.SIGKILL)
+    said = (tmp_path / "stderr-0").read_text()
+    assert "rank 0 lost the others" in said and "step 3 is saved" in said and "Traceback" not in said
+    assert content_of(tmp_path / "r")["position"]["step"] == 3
+    assert ranks("--resume", "r", count=1) == [0]
+
+
+def test_shares_are_those_of_tensor_split():
+    for total in range(0, 30):
+        for count in range(1, 6):
+            parts = [list(range(total))[Ranks(rank, count).share(total)] for rank in range(count)]
+            assert parts == [part.tolist() for part in torch.arange(total).tensor_split(count)]
+
+
+def test_wrong_use(monkeypatch, capsys, tmp_path):
+    assert of_environment() == Ranks(0, 1, 0)
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert of_environment() == Ranks(1, 2, 1)
+    assert commands.main(train_cifar100.TASK, ["--sanity"]) == 2
+    assert "start them without torchrun" in capsys.readouterr().err
+    assert commands.main(train_cifar100.TASK, ["--device", "cuda:1"]) == 2
+    assert "give --nproc-per-node at most that" in capsys.readouterr().err

@@ -1,0 +1,107 @@
+"""Several processes, a GPU each, that train one network: torchrun --nproc-per-node=N train_cifar100.py.
+
+Every rank takes its part of each batch and of the evaluation set; gradients, sums and counts are added up, so that all
+ranks hold the same numbers at every step. Rank 0 alone writes and prints.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from training.options import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process among ``count``; ``local`` is its number on this machine. Alone, every method does nothing."""
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, total: int) -> slice:
+        """This rank's part of so many things: near-equal parts in order, as Tensor.tensor_split makes them."""
+        each, more = divmod(total, self.count)
+        start = self.rank * each + min(self.rank, more)
+        return slice(start, start + each + (self.rank < more))
+
+    def add_up(self, *tensors: torch.Tensor) -> None:
+        """Replace each tensor by its sum over the ranks."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. Waits for the device."""
+        if self.count == 1:
+            return flag
+        total = torch.tensor(float(flag), device=device_of_this_rank(self))
+        dist.all_reduce(total)
+        return total.item() > 0
+
+    def same(self, value):
+        """Rank 0's value, on every rank."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=device_of_this_rank(self))
+        return box[0]
+
+    def spread(self, tensors) -> None:
+        """Copy rank 0's tensors into those of every rank."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    @contextlib.contextmanager
+    def first_goes_ahead(self) -> Iterator[None]:
+        """Rank 0 runs the block before the others, which find its work done (a download, a cache)."""
+        if self.count > 1 and not self.first:
+            dist.barrier()
+        yield
+        if self.count > 1 and self.first:
+            dist.barrier()
+
+
+def device_of_this_rank(ranks: Ranks) -> torch.device:
+    return torch.device("cuda", ranks.local) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def of_environment() -> Ranks:
+    """What torchrun tells its processes; alone without it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    return Ranks(*(int(os.environ[name]) for name in names)) if all(name in os.environ for name in names) else Ranks()
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """Meet the other ranks (NCCL where every rank has a GPU, else gloo), and leave them at the end. On every rank but the
+    first, standard output is silent; errors are not.
+
+    Raises UserError where this machine has fewer GPUs than ranks."""
+    ranks = of_environment()
+    if ranks.count == 1:
+        yield ranks
+        return
+    on_gpus = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
+    if on_gpus and (":" in device or ranks.local >= torch.cuda.device_count()):
+        raise UserError(f"torchrun started rank {ranks.local} on a machine with {torch.cuda.device_count()} GPUs: give "
+                        f"--nproc-per-node at most that, and no number in --device (CUDA_VISIBLE_DEVICES chooses)", 2)
+    if on_gpus:
+        torch.cuda.set_device(ranks.local)
+    dist.init_process_group("nccl" if on_gpus else "gloo")
+    try:
+        with contextlib.nullcontext() if ranks.first else contextlib.redirect_stdout(io.StringIO()):
+            yield ranks
+    finally:
+        with contextlib.suppress(RuntimeError):     # a rank that died is missing here too
+            dist.destroy_process_group()
