@@ -22,7 +22,6 @@ from augmentation import normalise
 from cam import attention_maps, class_activation_map, grad_cam
 from cub import load_cub
 from cub_sample import write_cub_sample
-from data import cifar100_present
 from sample_data import cifar_sample
 from train_cifar100 import FAST, TASK
 from train_cub import DEFAULT
@@ -65,7 +64,7 @@ def assert_maps(maps, expected):
     torch.testing.assert_close(maps, expected.float(), atol=1e-6, rtol=1e-5)
 
 
-# ---- equality ---------------------------------------------------------------------------------------------------------
+# ---- equality --------------------------------------------------------------------------------------------------------
 
 def test_attention_maps_are_the_networks_own_upsampled():
     model, x = ours("vgg-att3-concat-gate"), images()
@@ -106,8 +105,9 @@ def test_class_activation_map_needs_pooling_and_one_linear_layer(name):
         class_activation_map(model, images(1, dtype=torch.float32), [0])
 
 
-@pytest.mark.parametrize("name, layer", [("resnet18", None), ("resnet18", "layer2.0.bn1"), ("resnet18", "layer3.1.relu"),
-                                         ("vgg-att3-concat-dp", None), ("vgg-att3-concat-pc", "trunk.block4.0.conv")])
+@pytest.mark.parametrize("name, layer", [
+    ("resnet18", None), ("resnet18", "layer2.0.bn1"), ("resnet18", "layer3.1.relu"), ("vgg-att3-concat-dp", None),
+    ("vgg-att3-concat-pc", "trunk.block4.0.conv")])
 def test_grad_cam_is_plain_autograd(name, layer):
     """Against a backward pass through the whole network, every parameter asking for its gradient."""
     x, targets = images(4), torch.tensor([3, 1, 0, 2])
@@ -128,25 +128,21 @@ def test_grad_cam_is_plain_autograd(name, layer):
 
 
 def test_grad_cam_by_finite_differences():
-    """Moving a whole channel of the activations by eps moves the logit by eps times the sum of its gradients; through an
-    attention gate, whose map depends on the activations too."""
-    model, x, eps = ours("vgg-att1-dp"), images(1), 1e-5
+    """Moving a whole channel of the activations by eps moves the logit by eps times the sum of its gradients."""
+    torch.manual_seed(0)
+    before = nn.Sequential(nn.Conv2d(3, 12, 5, stride=4), nn.Tanh()).double()
+    behind = nn.Sequential(nn.Conv2d(12, 8, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(480, 3)).double()
+    x, eps = images(3), 1e-5
     with torch.no_grad():
-        activations = x
-        for block in range(1, 6):
-            activations = model.trunk.run_block(block, activations)
-
-        def logit(a):
-            attended, _ = model.gates["conv13"](a, model.global_branch(a))
-            return model.classifier([attended])[0, 2]
-        alpha = torch.zeros(activations.shape[1], dtype=torch.float64)
-        for k in range(len(alpha)):
+        activations, logits = before(x), []
+        for k in range(12):
             step = torch.zeros_like(activations)
             step[:, k] = eps
-            alpha[k] = (logit(activations + step) - logit(activations - step)) / (2 * eps)
-        expected = (alpha[:, None, None] * activations[0]).sum(0)
-    assert alpha.abs().min() > 0
-    torch.testing.assert_close(grad_cam(model, x, [2]), in_unit_range(expected[None]).float(), atol=1e-5, rtol=0)
+            logits.append((behind(activations + step) - behind(activations - step)) / (2 * eps))
+    alpha = torch.stack(logits, 1)[range(3), :, [2, 0, 1]]
+    maps = grad_cam(nn.Sequential(before, behind), x, [2, 0, 1], "0")
+    expected = in_unit_range((alpha[:, :, None, None] * activations).sum(1))
+    torch.testing.assert_close(maps, expected.float(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg-gap", "mobilenet_v2"])
@@ -157,11 +153,12 @@ def test_grad_cam_on_a_pooling_linear_network_is_cam(name):
     assert maps.std() > 0.1
 
 
-# ---- layers -----------------------------------------------------------------------------------------------------------
+# ---- layers ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, expected", [
     ("resnet18", "layer4"), ("vgg11", "features.19"), ("vgg11_bn", "features.27"), ("densenet121", "features"),
-    ("mobilenet_v2", "features"), ("squeezenet1_1", "classifier.2"), ("convnext_tiny", "features"), ("swin_t", "permute")])
+    ("mobilenet_v2", "features"), ("squeezenet1_1", "classifier.2"), ("convnext_tiny", "features"),
+    ("swin_t", "permute")])
 def test_default_layer_of_torchvisions(name, expected):
     with torch.device("meta"):      # shapes only
         model, x = torchvision.models.get_model(name, weights=None), torch.zeros(1, 3, 96, 96)
@@ -176,13 +173,14 @@ def test_default_layer_still_has_an_extent_in_small_images():
 def test_layers_that_do_not_do():
     model, x = ours("vgg-att1-pc", torch.float32), images(1, dtype=torch.float32)
     assert default_layer(model, x) == "trunk.block5" and feature_layers(model, x)["trunk.block5"] == (32, 16, 24)
-    for layer, message in (("trunk.block9", "no layer 'trunk.block9'; it has trunk.block"), (nn.ReLU(), "not part of this"),
-                           ("global_branch.unit1", "is not run"), ("classifier.linears.0", r"gives \(1, 5\)")):
+    for layer, message in (("trunk.block9", "no layer 'trunk.block9'; it has trunk.block"),
+                           (nn.ReLU(), "not part of this"), ("global_branch.unit1", "is not run"),
+                           ("classifier.linears.0", r"gives \(1, 5\)")):
         with pytest.raises(ValueError, match=message):
             grad_cam(model, x, [0], layer)
 
 
-# ---- what is left behind ----------------------------------------------------------------------------------------------
+# ---- what is left behind ---------------------------------------------------------------------------------------------
 
 def state_of(model):
     hooks = [hook for m in model.modules() for hook in (*m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks)]
@@ -233,9 +231,9 @@ def test_memory_stays_flat_over_a_thousand_calls():
     def measured():
         gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * 4096 / 2**20, sum(torch.is_tensor(each) for each in gc.get_objects())
+        return pages * 4096 / 2**20, sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
     for call in range(1000):
-        grad_cam(model, x, [0, 1])
+        grad_cam(model, x, [0, 1], None if call % 2 else "0")
         class_activation_map(model, x, [2, 3])
         attention_maps(model, x)
         if call == 100:
@@ -245,7 +243,7 @@ def test_memory_stays_flat_over_a_thousand_calls():
     assert after[0] - before[0] < 4 and after[1] == before[1]
 
 
-# ---- hard cases -------------------------------------------------------------------------------------------------------
+# ---- hard cases ------------------------------------------------------------------------------------------------------
 
 def test_in_place_relu_behind_the_layer():
     """The activations are the layer's, not what the ReLU makes of them in the same memory."""
@@ -262,7 +260,7 @@ def test_in_place_relu_behind_the_layer():
 
 
 def test_bf16_networks():
-    model, x = ours("vgg-gap", torch.float32), images(dtype=torch.float32)
+    model, x = ours("vgg-gap", torch.float32), images(2, (32, 32), torch.float32)
     reference = grad_cam(model, x, [0, 1])
     maps = grad_cam(model.bfloat16(), x, [0, 1])
     assert maps.dtype == torch.float32 and (maps - reference).abs().mean() < 0.05 and reference.std() > 0.1
@@ -287,33 +285,33 @@ def test_a_batch_is_every_image_alone():
     model, x = ours("vgg-att3-concat-gate"), images(3)
     targets = [2, 0, 4]
     together = [grad_cam(model, x, targets), *attention_maps(model, x).values()]
-    alone = [torch.cat(each) for each in zip(*(
-        [grad_cam(model, x[i:i + 1], targets[i:i + 1]), *attention_maps(model, x[i:i + 1]).values()] for i in range(3)))]
-    for a, b in zip(together, alone):
-        torch.testing.assert_close(a, b)
+    for i in range(3):
+        one = x[i:i + 1]
+        for a, b in zip(together, [grad_cam(model, one, targets[i:i + 1]), *attention_maps(model, one).values()]):
+            torch.testing.assert_close(a[i:i + 1], b)
 
 
-# ---- cost -------------------------------------------------------------------------------------------------------------
+# ---- cost ------------------------------------------------------------------------------------------------------------
 
 def test_grad_cam_costs_little_more_than_a_forward_pass():
-    """64 images of 224x224 through resnet18, alternated; the faster of two of each."""
+    """64 images of 224x224 through resnet18, between two forward passes without gradients."""
     model, x = torchvisions("resnet18", torch.float32, 1000), images(64, (224, 224), torch.float32)
-    targets, seconds = torch.arange(64), {"forward": [], "gradcam": []}
 
     def forward():
         with torch.no_grad():
             model(x)
-    for _ in range(2):
-        for name, work in (("forward", forward), ("gradcam", lambda: grad_cam(model, x, targets))):
-            started = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - started)
-    ratio = min(seconds["gradcam"]) / min(seconds["forward"])
-    print(f"\n{({name: [round(s, 2) for s in each] for name, each in seconds.items()})}: {ratio:.3f} times a forward pass")
+    seconds = []
+    for work in (forward, lambda: grad_cam(model, x, torch.arange(64)), forward):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    before, between, after = seconds
+    ratio = 2 * between / (before + after)
+    print(f"\nforward {before:.2f} s, gradcam {between:.2f} s, forward {after:.2f} s: {ratio:.3f} times a forward pass")
     assert ratio <= 1.3
 
 
-# ---- the measures -----------------------------------------------------------------------------------------------------
+# ---- the measures ----------------------------------------------------------------------------------------------------
 
 def flood_boxes(mask):
     """Components by walking from pixel to pixel: the boxes as a sorted list."""
@@ -369,8 +367,8 @@ def test_max_box_acc_v2_against_brute_force():
     random = np.random.default_rng(3)
     maps = np.stack([np.asarray(Image.fromarray(random.random((4, 4)).astype(np.float32)).resize((12, 10), 2))
                      for _ in range(6)])
-    corners = random.integers(0, 5, (6, 2))
-    boxes = np.concatenate([corners, corners + random.integers(2, 6, (6, 2))], 1).astype(float)
+    peak = np.array([divmod(each.argmax(), 12)[::-1] for each in maps])
+    boxes = np.concatenate([peak - 2, peak + random.integers(1, 4, (6, 2))], 1).clip(0, (12, 10, 12, 10)).astype(float)
     measures = Measures()
     for some in (slice(0, 4), slice(4, 6)):
         measures.add({"random": maps[some]}, boxes[some], None)
@@ -394,7 +392,7 @@ def test_max_box_acc_v2_against_brute_force():
         assert row[f"box_acc_iou_{least}"] == pytest.approx(max(accuracy))
         assert accuracy[list(THRESHOLDS).index(row[f"threshold_iou_{least}"])] == max(accuracy)
         expected.append(max(accuracy))
-    assert row["max_box_acc_v2"] == pytest.approx(np.mean(expected)) and 0 < row["max_box_acc_v2"] < 1
+    assert row["max_box_acc_v2"] == pytest.approx(np.mean(expected)) and 0.1 < row["max_box_acc_v2"] < 1
 
 
 def test_chance_is_the_boxs_share_of_the_area_and_parts_share_the_picture():
@@ -409,12 +407,12 @@ def test_chance_is_the_boxs_share_of_the_area_and_parts_share_the_picture():
     assert rows["peak"]["images"] == 2
     shares = {row["map"]: [row[name] for name in ("left", "right", "middle")]
               for row in measures.part_table(("left", "right", "middle"))}
-    assert shares["peak"] == [0, 0.5, 0.5] and shares[UNIFORM] == [0.25, 0.25, 0.5]
+    assert shares["peak"] == [0, 0.5, 0.5] and shares[UNIFORM] == pytest.approx([0.25, 0.25, 0.5])
     blind = nearest_parts(np.ones((1, 8, 10)), np.zeros((1, 3, 3)))
-    assert (blind == 0).all()
+    assert not np.any(blind)
 
 
-# ---- a network that has learned where to look -------------------------------------------------------------------------
+# ---- a network that has learned where to look ------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -423,16 +421,16 @@ def trained(tmp_path_factory):
     sets = cifar_sample(classes=4, train_per_class=150, test_per_class=40)
     task = dataclasses.replace(TASK, sample=lambda config: sets)
     for name in ("vgg-att3-concat-pc", "vgg-gap"):
-        assert commands.main(task, ["--sample", "--model", name, "--width", "0.0625", "--epochs", "3", "--batch-size", "16",
-                                    "--lr", "0.04", "--set", "progressive=none", "--set", "crop_pad=2", "--seed", "0",
-                                    "--device", "cpu", "--precision", "fp32", "--overlay-every", "0", "--run-dir",
+        assert commands.main(task, ["--sample", "--model", name, "--width", "0.0625", "--epochs", "3", "--batch-size",
+                                    "16", "--lr", "0.04", "--set", "progressive=none", "--set", "crop_pad=2", "--seed",
+                                    "0", "--device", "cpu", "--precision", "fp32", "--overlay-every", "0", "--run-dir",
                                     str(folder / name)]) == 0
     return {name: folder / name / "last.pt" for name in ("vgg-att3-concat-pc", "vgg-gap")}
 
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """cli("photo.png") -> (exit status, standard output, standard error), in an empty folder; the sample is a small one."""
+    """cli("photo.png") -> (exit status, standard output, standard error), in an empty folder; with a small sample."""
     monkeypatch.chdir(tmp_path)
     sets = cifar_sample(classes=4, train_per_class=150, test_per_class=40)
     monkeypatch.setitem(cam.TASKS, "cifar100", dataclasses.replace(TASK, sample=lambda config: sets))
@@ -465,7 +463,7 @@ def test_maps_point_at_the_mark(cli, trained, capsys):
     assert float(pooled["gradcam"]["max_box_acc_v2"]) > 0.3 > float(attention[CENTRE]["max_box_acc_v2"])
 
 
-# ---- the command line -------------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 def untrained(path, name, task_config, dataset, classes, size=32, width=1 / 16):
     """A checkpoint of a network that was not trained."""
@@ -507,13 +505,14 @@ def test_files_of_any_mode_and_size(cli, ours_on_disk, tmp_path):
     status, out, err = cli("--checkpoint", ours_on_disk, photos, "--out", "maps", "--raw")
     assert status == 0 and err == "" and "8 images done" in out
     assert "cam skipped: " in out and "use gradcam" in out and "gradcam at trunk.block5" in out
-    assert re.search(r"^turned\.jpg: \w+ \d+\.\d %, \w+ \d+\.\d %, \w+ \d+\.\d %$", out, re.M)
+    assert re.search(r"photos/turned\.jpg: \w+ \d+\.\d %, \w+ \d+\.\d %, \w+ \d+\.\d %$", out, re.M)
     sizes = {name: Image.open(tmp_path / "maps" / f"{name}-conv13.png").size
              for name in ("grey", "line", "dot", "large", "turned")}
-    assert sizes == {"grey": (400, 250), "line": (1024, 1), "dot": (224, 224), "large": (658, 1024), "turned": (240, 480)}
+    assert sizes == {"grey": (400, 250), "line": (1024, 1), "dot": (224, 224), "large": (658, 1024),
+                     "turned": (240, 480)}
     assert sorted(p.name for p in (tmp_path / "maps").glob("grey*")) == sorted(
-        f"grey-{name}" for name in ("conv10.png", "conv10.npy", "conv13.png", "conv13.npy", "gradcam.png", "gradcam.npy",
-                                    "sheet.png"))
+        f"grey-{name}" for name in ("conv10.png", "conv10.npy", "conv13.png", "conv13.npy", "gradcam.png",
+                                    "gradcam.npy", "sheet.png"))
     raw = np.load(tmp_path / "maps" / "turned-conv10.npy")
     assert raw.shape == (32, 32) and raw.dtype == np.float32 and raw.min() >= 0 and raw.max() == 1
 
@@ -546,7 +545,8 @@ def test_bad_images_are_told_and_the_rest_is_done(cli, ours_on_disk, tmp_path):
     Path("text.jpg").write_text("hello")
     Image.fromarray(np.zeros((4, 4), np.uint16)).save("deep.png")
     Path("empty").mkdir()
-    status, out, err = cli("--checkpoint", ours_on_disk, "cut.png", "text.jpg", "gone.png", "deep.png", "empty", "good.png")
+    status, out, err = cli("--checkpoint", ours_on_disk, "cut.png", "text.jpg", "gone.png", "deep.png", "empty",
+                           "good.png")
     assert status == 1 and "1 image done, 4 files in runs/cam" in out
     for name, reason in (("cut.png", "truncated"), ("text.jpg", "not an image"), ("gone.png", "No such file"),
                          ("deep.png", "more than 8 bits"), ("empty", "holds no images")):
@@ -564,8 +564,10 @@ def test_no_input_is_overwritten_and_names_do_not_clash(cli, ours_on_disk):
     before = {path: path.read_bytes() for path in Path().glob("[ab]/*")}
     status, out, _ = cli("--checkpoint", ours_on_disk, "a", "b", "--out", "a")
     assert status == 0 and "6 images done, 24 files in a" in out
+    assert re.search(r"^b/photo\.png: .*   \(written as photo-3\)$", out, re.M)
     assert len(list(Path("a").iterdir())) == 4 + 24
-    assert all(path.read_bytes() == content for path, content in before.items()) and Path("a/link-sheet.png").is_symlink()
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert Path("a/link-sheet.png").is_symlink()
     assert Path("a/photo-2-conv10.png").exists() and Path("a/photo-3-sheet.png").exists()
 
 
@@ -583,16 +585,17 @@ def test_data_set_selection_targets_and_top_k(cli, trained):
     status, out, _ = cli("--checkpoint", path, "--dataset", "sample", "--index", "0", "--target", "CROSS", "--out", "b",
                          "--method", "cam")
     assert status == 0 and "cross" in out and len(list(Path("b").iterdir())) == 2
-    by_number = cli("--checkpoint", path, "--dataset", "sample", "--index", "0", "--target", 2, "--out", "c", "--method",
-                    "cam")
-    assert by_number[0] == 0
+    status, *_ = cli("--checkpoint", path, "--dataset", "sample", "--index", "0", "--target", 2, "--out", "c",
+                     "--method", "cam")
+    assert status == 0
     assert Path("b/sample-test-00000-cam.png").read_bytes() == Path("c/sample-test-00000-cam.png").read_bytes()
     assert Path("b/sample-test-00000-cam.png").read_bytes() != Path("a/sample-test-00000-cam.png").read_bytes()
 
 
 def test_sets_go_through_in_one_batch(cli, trained, monkeypatch):
     calls, method = [], cam.grad_cam
-    monkeypatch.setattr(cam, "grad_cam", lambda model, batch, *rest: calls.append(len(batch)) or method(model, batch, *rest))
+    monkeypatch.setattr(cam, "grad_cam", lambda model, batch, *rest: (calls.append(len(batch)),
+                                                                      method(model, batch, *rest))[1])
     assert cli("--checkpoint", trained["vgg-gap"], "--dataset", "sample", "--measure")[0] == 0
     assert calls == [1, 160]    # the first asks whether the method applies
 
@@ -609,18 +612,23 @@ def test_birds_are_measured_on_whole_pictures_part_by_part(cli, tmp_path):
     for row in parts.values():
         assert float(row["eye"]) + float(row["mark"]) + float(row["tail"]) == pytest.approx(1, abs=2e-4)
     assert list(parts) == list(rows) and "peak nearest to, %" in out and "chosen with their boxes" in out
-    status, out, _ = cli("--checkpoint", path, "--dataset", "cub", "--index", "0-2", "--num-workers", 0, "--out", "boxes")
+    status, out, _ = cli("--checkpoint", path, "--dataset", "cub", "--index", "0-2", "--num-workers", 0, "--out",
+                         "boxes")
     assert status == 0 and "3 of 9 test images" in out  # cut out as in training
     assert Image.open("boxes/cub-test-00000-conv7.png").size == (275, 275)
 
 
-@pytest.mark.skipif(not cifar100_present("data"), reason="needs CIFAR-100 in data")
-def test_cifar_100_selection(tmp_path, capsys, monkeypatch):
-    names = sorted(p.name for p in Path("data/cifar100/test").iterdir()) if Path("data/cifar100").is_dir() else [
-        f"c{i}" for i in range(100)]
-    path = untrained(tmp_path / "net.pt", "vgg-att1-pc", FAST, "cifar100", names)
-    assert cam.main(["--checkpoint", str(path), "--dataset", "cifar100", "--index", "0,99", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "cifar100-test-00099-conv13.png").exists()
+def test_cifar_100_selection(cli, ours_on_disk, tmp_path):
+    for split in ("train", "test"):
+        for label in ("apple", "pear", "sweet_pepper"):
+            folder = tmp_path / "data" / "cifar100" / split / label
+            folder.mkdir(parents=True)
+            for i in range(2):
+                Image.fromarray(noise(32, 32)).save(folder / f"{i}.png")
+    status, out, err = cli("--checkpoint", ours_on_disk, "--dataset", "cifar100", "--index", "0,5", "--num-workers", 0)
+    assert status == 0 and "2 of 6 test images" in out, err
+    assert {p.name[:19] for p in Path("runs/cam").iterdir()} == {"cifar100-test-00000", "cifar100-test-00005",
+                                                                 "cifar100-test-sheet"}
 
 
 def test_weights_of_your_own_for_torchvisions(cli, monkeypatch):
@@ -654,13 +662,14 @@ def test_files_that_are_no_checkpoints_are_refused(cli, ours_on_disk):
     torch.save({"model": 1}, "other.pt")
     torch.save(Code(), "code.pt")
     Path("code.pkl").write_bytes(pickle.dumps(Code()))
-    for name, message in (("cut.pt", "cut short"), ("other.pt", "not a checkpoint of this project"), ("photo.png", "no checkpoint"),
-                          ("code.pt", "is refused"), ("gone.pt", "no such file")):
+    for name, message in (("cut.pt", "cut short"), ("other.pt", "not a checkpoint of this project"),
+                          ("photo.png", "no checkpoint"), ("code.pt", "is refused"), ("gone.pt", "no such file")):
         status, _, err = cli("--checkpoint", name, "photo.png")
         assert status == 1 and message in err and len(err.splitlines()) <= 2
     for name in ("code.pt", "code.pkl", "photo.png", "cut.pt"):
         status, _, err = cli("--arch", "resnet18", "--weights", name, "photo.png")
-        assert status == 1 and ("refused" in err or "could not be read as weights" in err) and len(err.splitlines()) <= 2
+        assert status == 1 and len(err.splitlines()) <= 2
+        assert "refused" in err or "could not be read as weights" in err
     assert not Path("executed").exists()
 
 
@@ -669,7 +678,7 @@ def test_files_that_are_no_checkpoints_are_refused(cli, ours_on_disk):
     (["--target", "3"], "numbered 0 to 2"),
     (["--layer", "trunk.block6"], "no layer 'trunk.block6'; it has trunk.block"),
     (["--layer", "global_branch.linear"], "gives (1, 32)"),
-    (["--method", "cam"], "--method cam: cam needs a network that ends in average pooling"),
+    (["--method", "cam"], "--method cam: this network does not end in average pooling"),
     (["--method", "attention", "--layer", "x"], "--layer is for gradcam"),
     (["--target", "pear", "--top-k", "2"], "not allowed with"),
     (["--opacity", "2"], "not between 0 and 1"),
@@ -691,12 +700,12 @@ def test_wrong_use_exits_with_2(cli, ours_on_disk, words, message):
     (["--dataset", "sample", "--index", "5-3"], "expected numbers and ranges"),
     (["--dataset", "sample", "--index", "160"], "there are 160 images, numbered from 0"),
     (["--dataset", "sample", "--measure", "--top-k", "2"], "takes the true class"),
-    (["--dataset", "cub", "--data-dir", "gone"], "gone does not exist"),
+    (["--dataset", "cub", "--data-dir", "gone/data"], "gone/data does not exist"),
     ([], "name images"),
 ])
 def test_wrong_selections(cli, ours_on_disk, words, message):
     status, _, err = cli("--checkpoint", ours_on_disk, *words)
-    assert status == (1 if "gone" in words else 2) and message in err
+    assert status == (1 if "gone/data" in words else 2) and message in err
 
 
 @pytest.mark.parametrize("words, message", [

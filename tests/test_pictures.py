@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from training.pictures import COLOUR_MAPS, PAPER, attention_sheet, colourise, enlarge, overlay, shorten, unit_range
+from training.pictures import (COLOUR_MAPS, PAPER, attention_sheet, colourise, enlarge, overlay, shorten, shown,
+                               unit_range)
 
 
 def _image(height, width, seed=0):
@@ -95,6 +96,23 @@ def test_sheet_of_any_size_keeps_margins_and_shows_the_legend(count, size, level
     legend = colourise(np.linspace(0, 1, 120)[None])[0]
     rows = np.argwhere((sheet == legend[-1]).all(axis=2))
     assert any(np.array_equal(sheet[y, x - 119:x + 1], legend) for y, x in rows)
+
+
+def test_headings_may_have_several_lines_and_be_equal():
+    images, maps = np.stack([_image(32, 32)]), {"a": np.eye(8)[None], "b": np.eye(8)[None, ::-1]}
+    plain = attention_sheet(images, maps, ["a title"])
+    headed = attention_sheet(images, maps, ["a title"], headings={"a": "gradcam\n63 % crane", "b": "gradcam\n63 % crane"})
+    assert headed.shape == (plain.shape[0] + 20, *plain.shape[1:])
+    assert (headed[80:] == plain[60:]).all()    # all but the headings as it was
+    assert (attention_sheet(images, maps, ["a title"], headings={"a": "a"}) == plain).all()
+
+
+@pytest.mark.parametrize("size, expected", [
+    ((32, 32), (224, 224)), ((50, 80), (150, 240)), ((100, 300), (96, 288)), ((4000, 10), (288, 1)), ((1, 1), (224, 224)),
+    ((1, 100_000), (1, 288))])
+def test_shown_size(size, expected):
+    """Enlarged by a whole factor, without growing beyond the greatest side or in memory, or shrunk to it."""
+    assert shown(_image(*size), 224, 288).shape == (*expected, 3)
 
 
 def test_sheet_refuses_counts_that_differ():

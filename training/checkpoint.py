@@ -18,7 +18,7 @@ from torch import nn
 
 from attention_model import build_model
 from image_files import replace_file
-from training.options import CHECKPOINT_NAME, PREVIOUS_NAME, UserError
+from training.options import CHECKPOINT_NAME, MAY_CHANGE, PREVIOUS_NAME, UserError
 
 FORMAT = 2
 # What a config of format 1 did not have, with the values that mean what its code did.
@@ -110,13 +110,27 @@ def read_last(run_dir: Path) -> dict | None:
     if not last.exists() and not previous.exists():
         return None
     try:
-        return read_checkpoint(last)
+        return check_own(run_dir, last, read_checkpoint(last))
     except UserError as error:
         if not previous.exists():
             raise
-        content = read_checkpoint(previous)
+        content = check_own(run_dir, previous, read_checkpoint(previous))
         print(f"{error}\nGoing on from the checkpoint before it, {previous}.")
         return content
+
+
+def check_own(run_dir: Path, path: Path, content: dict) -> dict:
+    """The content, unless the settings in config.json say that it is another run's: then a UserError."""
+    try:
+        settings = read_config(run_dir)["config"]
+    except (OSError, ValueError, KeyError, TypeError):  # lost or damaged: the checkpoint holds all of it
+        return content
+    for name in (content["config"].keys() & settings.keys()) - set(MAY_CHANGE):
+        value = json.loads(json.dumps(content["config"][name]))
+        if value != settings[name]:
+            raise UserError(f"{path} belongs to another run: {name} is {value} in it, and {settings[name]} in "
+                            f"{run_dir / 'config.json'}")
+    return content
 
 
 def newest_unfinished(runs: Path) -> Path:

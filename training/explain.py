@@ -161,8 +161,7 @@ class Watch:
                 if found.shape == means.shape and torch.allclose(found, means, rtol=tolerance,
                                                                  atol=tolerance * float(means.abs().max())):
                     return candidate
-        raise ValueError("cam needs a network that ends in average pooling over a map and one linear layer, and this "
-                         "one does not: use gradcam")
+        raise ValueError("this network does not end in average pooling over a map and one linear layer: use gradcam")
 
 
 def watched(model: nn.Module, images: Tensor, watch: Callable) -> Tensor:

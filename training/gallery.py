@@ -119,8 +119,8 @@ class Writer:
         self.written = 0
         out.mkdir(parents=True, exist_ok=True)
 
-    def image(self, picture: Picture, maps: Mapping[str, np.ndarray], headings: Mapping[str, str], title: str) -> None:
-        """An overlay for each map {name: (H, W)}, and a sheet with the input and all of them."""
+    def image(self, picture: Picture, maps: Mapping[str, np.ndarray], headings: Mapping[str, str], title: str) -> str:
+        """An overlay for each map {name: (H, W)}, and a sheet with the input and them. Returns the files' stem."""
         endings = [f"{name}.{kind}" for name in maps for kind in ("png", "npy")[:1 + self.raw]] + ["sheet.png"]
         stem = self.free_stem(picture.stem, endings)
         large = shown(picture.pixels, LEAST_SIDE, GREATEST_SIDE)
@@ -133,6 +133,7 @@ class Writer:
         self.png(f"{stem}-sheet.png", attention_sheet(
             picture.pixels[None], {name: each[None] for name, each in maps.items()}, [title], headings=headings,
             opacity=self.opacity, least_side=LEAST_SIDE, greatest_side=SHEET_SIDE, name=self.colours))
+        return stem
 
     def overview(self, stem: str, overview: Overview) -> None:
         """One sheet of a whole selection."""

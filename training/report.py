@@ -4,6 +4,7 @@ Events are written in the calling thread and synced at once, not by SummaryWrite
 a vanished folder is an OSError with the file's name at the call that met it, and a killed run loses nothing it wrote.
 """
 
+import errno
 import io
 import json
 import math
@@ -89,7 +90,16 @@ class Report:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.metrics_path = self.run_dir / "metrics.csv"
         self.events_path = _new_event_path(self.run_dir)
+        self.begun = {path for path in (self.metrics_path,) if path.exists()}
         self.closed = False
+
+    def _add(self, path: Path, data: bytes) -> None:
+        """Append. A file that was there and is gone (its folder was moved away, and made again by a checkpoint) is an
+        error, or half a curve would begin where the whole one was."""
+        if path in self.begun and not path.exists():
+            raise FileNotFoundError(errno.ENOENT, "it was there and is gone: bring the run's folder back", str(path))
+        _append(path, data)
+        self.begun.add(path)
 
     def _write(self, summaries: list, step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -99,7 +109,7 @@ class Report:
         events = [Event(wall_time=now, step=step, summary=summary) for summary in summaries]
         if not self.events_path.exists():
             events.insert(0, Event(wall_time=now, file_version=FILE_VERSION))
-        _append(self.events_path, _records(events))
+        self._add(self.events_path, _records(events))
 
     def start(self, command: str, config: Mapping, hparams: Mapping) -> None:
         """Once, on a new run: the command and the configuration as text, the hyperparameters for the hparams tab."""
@@ -124,7 +134,7 @@ class Report:
                  for name, number in numbers.items()]
         line = ",".join([str(epoch), *cells[1:]]) + "\n"
         new = not self.metrics_path.exists() or self.metrics_path.stat().st_size == 0
-        _append(self.metrics_path, ((",".join(METRIC_FIELDS) + "\n" if new else "") + line).encode())
+        self._add(self.metrics_path, ((",".join(METRIC_FIELDS) + "\n" if new else "") + line).encode())
         tags = {"loss/train": "train_loss", f"loss/{self.eval_name}": "eval_loss", "top1/train": "train_top1",
                 f"top1/{self.eval_name}": "eval_top1", f"top5/{self.eval_name}": "eval_top5", "learning_rate": "lr",
                 "images_per_second": "images_per_second", "peak_memory_mib": "peak_memory_mib"}
