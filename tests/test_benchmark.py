@@ -31,13 +31,13 @@ def test_benchmark_prints_a_table_and_writes_it(cli, tmp_path):  # noqa: F811
 def test_the_arithmetic_is_that_of_the_convolutions():
     """vgg-gap, by hand: 2 operations a multiply-add; forward, and twice that backward, but for the image's gradient."""
     ours = trainer(model="vgg-gap", width=1 / 16)
-    side, macs, first = 32, 0, None
+    side, macs, first, channels = 32, 0, None, 3
     for number, block in enumerate(((4, 4), (8, 8), (16,) * 3, (32,) * 3, (32,) * 3), start=1):
         side //= 2 if number > 3 else 1
         for wide in block:
-            before = 3 if first is None else channels
-            first = first or before * wide * 9 * side**2
-            macs, channels = macs + before * wide * 9 * side**2, wide
+            layer = channels * wide * 9 * side**2
+            first = first or layer
+            macs, channels = macs + layer, wide
     macs += 32 * 4
     assert benchmark.flop_an_image(ours) == 2 * (3 * macs - first)
 

@@ -226,6 +226,60 @@ def test_the_authors_schedule_for_birds():
     assert rates == pytest.approx([0.01, 0.01, 0.02, 0.02, 0.04, 0.04, 0.02, 0.01, 0.005, 0.01 / 2**6])
 
 
+# ---- statistics under dropout ----------------------------------------------------------------------------------------
+
+def inputs_of_norms(model, images) -> dict[str, torch.Tensor]:
+    """What each 2-d batch norm is given in evaluation mode."""
+    seen, hooks = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            hooks.append(module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: args[0]})))
+    with torch.no_grad():
+        model.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_statistics_are_settled_without_dropout(ema_decay):
+    """The identity-like convolutions average nothing out, so that dropout shifts the running variance of the second norm
+    on; settled, each norm has the mean and variance of what it sees in use."""
+    torch.manual_seed(0)
+    model = build_model("vgg-att3-concat-pc", 4, width=1 / 16, dropout=1.0)
+    ours = Trainer(CONFIG | {"ema_decay": ema_decay}, model, Batches(64), torch.device("cpu"), precision="fp32")
+    with torch.no_grad():
+        for norm in (m for m in ours.model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.running_mean.fill_(3)
+    images = ours.batches.all[0][0]
+    weights = {name: p.clone() for name, p in ours.eval_model.named_parameters()}
+    state = torch.get_rng_state()
+    ours.settle_statistics(iter([images]))
+    seen = inputs_of_norms(ours.eval_model, images)
+    for name, module in ours.eval_model.named_modules():
+        if name in seen:
+            torch.testing.assert_close(module.running_mean, seen[name].mean((0, 2, 3)), atol=1e-3, rtol=1e-2, msg=name)
+            torch.testing.assert_close(module.running_var, seen[name].var((0, 2, 3)), atol=1e-3, rtol=1e-2, msg=name)
+            assert module.momentum == 0.1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, weights[name]) for name, p in ours.eval_model.named_parameters())
+
+
+def test_statistics_that_are_kept_are_not_settled():
+    ours = staged()
+    for module in ours.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    before = snapshot(ours)
+    ours.settle_statistics(images for images, _ in ours.batches.all)
+    changed = {name for name, value in ours.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and not [name for name in changed if name.startswith("trunk.")]
+    plain = trainer(dropout=0.0)
+    before = snapshot(plain)
+    plain.settle_statistics(iter([]))
+    assert all(torch.equal(value, before[name]) for name, value in plain.model.state_dict().items())
+
+
 # ---- small micro-batches ----------------------------------------------------------------------------------------------
 
 def test_small_parts_use_the_statistics_that_came_with_the_weights():

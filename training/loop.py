@@ -5,6 +5,7 @@ Nothing in the loop waits for the device: sums stay there and are read every CHE
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import time
@@ -147,11 +148,10 @@ class Trainer:
         images = resize(images, input_size_at(config, done / (config["epochs"] * steps)))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, done, steps) * group.get("scale", 1.0)
-        frozen_steps = math.ceil(config["freeze_epochs"] * steps)
-        if done == frozen_steps > 0:
+        if done == math.ceil(config["freeze_epochs"] * steps) > 0:
             print(f"The trunk trains from here on (epoch {self.position.epoch + 1}, step {self.position.step + 1}).")
         while True:
-            self.set_mode(frozen=done < frozen_steps)
+            self.set_mode()
             try:
                 self.gradients(images, labels)
                 break
@@ -165,10 +165,12 @@ class Trainer:
         if self.average:
             self.average.update(done)
 
-    def set_mode(self, frozen: bool) -> None:
-        """Put the network into training mode for this step. ``frozen``: the transferred trunk neither trains nor moves its
-        batch-norm statistics. Batch norm that sees fewer than SMALLEST_FOR_STATISTICS images at a time uses its running
-        statistics, as they are, where these came with transferred weights, and everywhere when it sees one image."""
+    def set_mode(self) -> None:
+        """Put the network into training mode for this step. While it is frozen, the transferred trunk neither trains nor
+        moves its batch-norm statistics. Batch norm that sees fewer than SMALLEST_FOR_STATISTICS images at a time uses its
+        running statistics, as they are, where these came with transferred weights, and everywhere when it sees one image."""
+        steps = len(self.batches)
+        frozen = self.position.epoch * steps + self.position.step < self.config["freeze_epochs"] * steps
         few = self.micro_batch is not None and self.micro_batch < SMALLEST_FOR_STATISTICS
         mode = frozen, self.micro_batch if few else None
         if mode == self.mode:
@@ -242,6 +244,35 @@ class Trainer:
             return "Batch norm uses the running statistics that came with the transferred weights, as they are."
         return (f"Batch norm sees {count} images at a time, whose statistics are noisy: --checkpoint-activations or a "
                 f"smaller --image-size would allow more.")
+
+    @torch.no_grad()
+    def settle_statistics(self, images: Iterator[Tensor]) -> None:
+        """Where there is dropout, take the batch norms' statistics anew without it, from batches of training images (N, 3,
+        H, W), in the network that is evaluated and used. Dropout in front of a batch norm widens what the norm sees in
+        training, so its running statistics do not fit evaluation (arXiv 1801.05134); a convolution that starts as the
+        identity averages none of that out. Norms whose statistics are kept as they are keep them."""
+        model = self.eval_model
+        if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+            return
+        self.mode = None
+        self.set_mode()
+        moving = {name for name, m in self.model.named_modules() if isinstance(m, BatchNorm) and m.training}
+        norms = [m for name, m in model.named_modules() if name in moving]
+        before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None    # the mean over all batches
+            norm.train()
+        for batch in images:
+            with self.precision.context():
+                model(batch)
+        for norm, (momentum, state) in zip(norms, before):
+            norm.momentum = momentum
+            if not norm.num_batches_tracked:    # pc does not run the global branch
+                norm.load_state_dict(state)
+        model.eval()
+        self.mode = None
 
     def spread_buffers(self) -> None:
         """Rank 0's batch-norm statistics for all, before they are used; each rank's are of its own part of the batches."""

@@ -27,6 +27,7 @@ from training.ranks import Ranks, of_environment
 SAVE_EVERY = 60.0       # seconds of work at risk; a checkpoint that takes long to write is written less often
 SAVE_SHARE = 0.02       # of the run's time may go into saving
 OVERLAY_IMAGES = 16
+SETTLING_IMAGES, SETTLING_BATCH = 1024, 64  # see Trainer.settle_statistics
 EVAL_PIXELS = {"cpu": 2**18, "cuda": 2**20}  # of all images of an evaluation batch: 256 or 1,024 images of 32x32
 
 
@@ -212,11 +213,20 @@ class Run:
         return result
 
     def evaluate(self, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
+        self.trainer.settle_statistics(self.settling_batches())
         self.trainer.spread_buffers()
         batches = eval_batches(self.eval_set, self.device, self.mean, self.std, self.config["input_size"],
                                self.ranks.share(len(self.eval_set)))
         return evaluate(self.trainer.eval_model, batches, len(self.class_names), self.trainer.precision, should_stop,
                         self.ranks)
+
+    def settling_batches(self) -> Iterator[Tensor]:
+        """Training images, evenly spread over the set and augmented as in training, the same ones every time."""
+        chosen = torch.linspace(0, len(self.train_set) - 1, min(SETTLING_IMAGES, len(self.train_set))).round().long()
+        generator = torch.Generator(self.device).manual_seed(stable_seed("statistics", self.config["seed"]))
+        for part in chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))].split(SETTLING_BATCH):
+            images = self.train_set.images.index_select(0, part.to(self.train_set.images.device))
+            yield self.trainer.batches.augmentation(images.to(self.device), generator)
 
     # ---- attention ----
 
