@@ -24,7 +24,7 @@ from training import checkpoint, commands, run as run_module
 from training.loop import Trainer
 from training.options import UserError
 
-EPOCHS = 12     # of six steps each, a checkpoint after every step
+EPOCHS = 16     # of six steps each, a checkpoint after every step
 NEW = [*NARROW, "--epochs", str(EPOCHS), "--set", "dropout=0.5", "--overlay-every", "4"]
 # How a process is hurt while it runs, and the exit codes that this may give: 0 when it was at its end already.
 SIGNALS = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130,), "SIGINT twice": (130,)}   # -15: before its first step
@@ -109,7 +109,8 @@ class Campaign:
                 os.rename(self.folder / "moved", self.folder / "hurt")
         else:
             codes, process = SIGNALS.get(kind, (-9,)), self.go()
-            self.await_writes(process, self.rng.randint(0, 4))
+            # To damage the last checkpoint there has to be one before it.
+            self.await_writes(process, self.rng.randint(2, 4) if kind in DAMAGE else self.rng.randint(0, 4))
             time.sleep(self.rng.uniform(0, 0.05))
             number = getattr(signal, kind.split()[0], signal.SIGKILL)
             for _ in range(2 if kind == "SIGINT twice" else 1):
@@ -144,8 +145,8 @@ class Campaign:
     def damage(self, kind: str) -> None:
         """Harm the files of the stopped run, where it has the ones that have to take over."""
         run, rng = self.folder / "hurt", self.rng
-        whole = (run / "last.prev.pt").exists() and self.last.exists()
-        if kind.startswith("last.pt") and whole:
+        if kind.startswith("last.pt"):
+            assert (run / "last.prev.pt").exists()
             data = bytearray(self.last.read_bytes())
             if kind.endswith("cut short"):
                 self.last.write_bytes(data[:rng.randrange(len(data))])
@@ -158,16 +159,15 @@ class Campaign:
                 shutil.copy(self.folder / "other" / "last.pt", self.last)
             else:
                 self.last.unlink()
-        elif kind.startswith("config.json") and self.last.exists():
+        elif kind.startswith("config.json"):
             self.config.write_bytes(self.config.read_bytes()[:rng.randrange(200)])
-        elif kind.startswith("metrics.csv") and (run / "metrics.csv").exists():
+        elif kind.startswith("metrics.csv"):
             # a row that was torn by a power cut: the epoch after the last checkpoint
             with open(run / "metrics.csv", "a") as file:
                 file.write(f"{EPOCHS + 1},0.01,2.")
         elif kind.startswith("events"):
-            newest = max(run.glob("*tfevents*"), default=None)
-            if newest:
-                newest.write_bytes(newest.read_bytes() + b"\x18\0\0\0\0\0\0\0torn")
+            newest = max(run.glob("*tfevents*"))
+            newest.write_bytes(newest.read_bytes() + b"\x18\0\0\0\0\0\0\0torn")
         elif kind.startswith("half-written"):
             (run / ".last.pt.tmp").write_bytes(b"half")
             (run / ".config.json.tmp").write_bytes(b"{")
@@ -229,6 +229,19 @@ def test_long_campaign(calm, tmp_path):
     print(f"\n{sum(tried.values())} faults in {time.monotonic() - began:.0f} s; every run ended equal to the unhurt one\n")
     for kind in KINDS:
         print(f"| {kind} | {tried[kind]} | {tried[kind]} |")
+
+
+def test_a_damaged_checkpoint_never_replaces_the_good_one_before_it(calm, tmp_path):
+    """The campaign's find: the first save after a resume made a damaged last.pt the one before, over the good one."""
+    shutil.copytree(calm / "calm", tmp_path / "run")
+    good = (tmp_path / "run" / "last.prev.pt").read_bytes()
+    (tmp_path / "run" / "last.pt").write_bytes(b"damaged")
+    content = checkpoint.read_last(tmp_path / "run", mend=True)
+    assert (tmp_path / "run" / "last.pt").read_bytes() == good and not (tmp_path / "run" / "last.prev.pt").exists()
+    assert (tmp_path / "run" / "last.damaged.pt").read_bytes() == b"damaged"
+    checkpoint.save_checkpoint(tmp_path / "run", content)
+    for name in ("last.pt", "last.prev.pt"):
+        assert checkpoint.read_checkpoint(tmp_path / "run" / name)["position"] == content["position"]
 
 
 def test_a_checkpoint_of_another_run_is_refused(calm, tmp_path):

@@ -21,6 +21,7 @@ from image_files import replace_file
 from training.options import CHECKPOINT_NAME, MAY_CHANGE, PREVIOUS_NAME, UserError
 
 FORMAT = 2
+DAMAGED_NAME = "last.damaged.pt"    # a last.pt that could not be used, set aside
 # What a config of format 1 did not have, with the values that mean what its code did.
 SINCE_FORMAT_2 = {"zoom": 0.0, "jitter": 0.0, "transfer_lr": 1.0, "freeze_epochs": 0.0}
 REQUIRED = ("format", "model", "ema", "config", "class_names", "input_size", "mean", "std", "position")
@@ -104,8 +105,9 @@ def read_checkpoint(path: Path | str) -> dict:
     return content
 
 
-def read_last(run_dir: Path) -> dict | None:
-    """The newest checkpoint of a run that can be read; None when there is none yet. Says when it is the one before."""
+def read_last(run_dir: Path, mend: bool = False) -> dict | None:
+    """The newest checkpoint of a run that can be read; None when there is none yet. Says when it is the one before, and
+    with ``mend`` puts that one in the place of the last: the next save would else keep the bad one as the one before."""
     last, previous = run_dir / CHECKPOINT_NAME, run_dir / PREVIOUS_NAME
     if not last.exists() and not previous.exists():
         return None
@@ -115,6 +117,10 @@ def read_last(run_dir: Path) -> dict | None:
         if not previous.exists():
             raise
         content = check_own(run_dir, previous, read_checkpoint(previous))
+        if mend:
+            if last.exists():
+                os.replace(last, run_dir / DAMAGED_NAME)
+            os.replace(previous, last)
         print(f"{error}\nGoing on from the checkpoint before it, {previous}.")
         return content
 

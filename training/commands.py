@@ -97,7 +97,8 @@ def train(task: Task, args, argv: list[str], ranks: Ranks) -> int:
         if ranks.first:
             checkpoint.clean(run_dir)
         if args.resume is not None:
-            content = checkpoint.read_last(run_dir)
+            with ranks.first_goes_ahead():
+                content = checkpoint.read_last(run_dir, mend=ranks.first)
             before = content["config"] if content else stored_config(run_dir)
             config = options.resumed(before, args, task.recipes, argv)
             if config["dataset"] != task.dataset:
