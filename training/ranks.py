@@ -102,6 +102,8 @@ def joined(device: str) -> Iterator[Ranks]:
     try:
         with contextlib.nullcontext() if ranks.first else contextlib.redirect_stdout(io.StringIO()):
             yield ranks
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()  # rank 0 keeps the meeting place: it must not leave before the others are done
     finally:
         with contextlib.suppress(RuntimeError):     # a rank that died is missing here too
             dist.destroy_process_group()
