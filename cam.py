@@ -35,7 +35,7 @@ from training.gallery import (GREATEST_SIDE, Overview, Picture, Writer, complain
                               printable)
 from training.localise import Measures, part_lines, table_lines
 from training.options import UserError
-from training.pictures import COLOUR_MAPS, shown
+from training.pictures import COLOUR_MAPS, shown, title_of
 
 METHODS = ("attention", "cam", "gradcam")
 TASKS = {task.dataset: task for task in (train_cifar100.TASK, train_cub.TASK)}
@@ -264,7 +264,8 @@ def make_pictures(args: argparse.Namespace, network: Classifier, methods: list[s
         for method in methods:
             maps |= maps_of(network, method, batch, classes, layer)
         for i, picture in enumerate(pictures):
-            title = title_of(network, picture, chances[i])
+            chance, seen = chances[i].max(0)
+            title = title_of(picture.truth or Path(picture.name).name, network.class_names[seen], float(chance))
             stem = writer.image(picture, {name: each[i] for name, (each, _) in maps.items()},
                                 {name: heading(network, name, chances[i], None if rank is None else classes[i, rank])
                                  for name, (_, rank) in maps.items()}, title)
@@ -293,11 +294,6 @@ def heading(network: Classifier, name: str, chances: Tensor, target: Tensor | No
     if target is None:
         return name
     return f"{name.split('-')[0]}\n{100 * chances[target]:.0f} % {network.class_names[target]}"
-
-
-def title_of(network: Classifier, picture: Picture, chances: Tensor) -> str:
-    chance, seen = chances.max(0)
-    return f"{picture.truth or Path(picture.name).name}, seen: {network.class_names[seen]} {100 * chance:.0f} %"
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------

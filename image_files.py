@@ -233,14 +233,10 @@ def _open_rgb(path: Path, size: tuple[int, int], resize: bool, crop: Crop | None
     """One image as (H, W, 3) uint8, and its crop, width and height. DataError when it cannot be read or, without
     `resize`, is not of `size`."""
     with _opened(path) as image:
-        if image.mode[0] in "IF":   # 16 or 32 bits a pixel: PIL would clip them to white
-            raise ValueError(f"pixels of type {image.mode}, more than 8 bits a channel")
         if not resize and (image.height, image.width) != size:
             raise DataError(f"{path} is {image.width}x{image.height} pixels, the images before it are"
                             f" {size[1]}x{size[0]}. Give --image-size to resize them all")
-        if "transparency" in image.info:    # a palette's transparent colours; PIL warns without this step
-            image = image.convert("RGBA")
-        image = image.convert("RGB")
+        image = as_rgb(image)
         whole = (0, 0, *image.size)
         shown = _clipped(crop, *image.size) if crop else whole
         pixels = resized(image.crop(shown), size[0]) if resize else np.asarray(image)
@@ -252,6 +248,15 @@ def _clipped(crop: Crop, width: int, height: int) -> Crop:
     x0, y0, x1, y1 = crop
     x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
     return x0, y0, min(max(x1, x0 + 1), width), min(max(y1, y0 + 1), height)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB. ValueError for more than 8 bits a channel, which PIL would clip to white."""
+    if image.mode[0] in "IF":
+        raise ValueError(f"pixels of type {image.mode}, more than 8 bits a channel")
+    if "transparency" in image.info:    # a palette's transparent colours; PIL warns without this step
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 @contextlib.contextmanager

@@ -15,3 +15,15 @@ def small_task():
     from sample_data import cifar_sample
     from train_cifar100 import TASK
     return dataclasses.replace(TASK, sample=lambda config: cifar_sample(classes=4, train_per_class=24, test_per_class=8))
+
+
+@pytest.fixture
+def cli(small_task, tmp_path, monkeypatch, capsys):
+    """cli("--epochs", 2) -> (exit status, standard output, standard error), run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words, task=small_task):
+        from training import commands
+        status = commands.main(task, [str(word) for word in words])
+        return status, *capsys.readouterr()
+    return call

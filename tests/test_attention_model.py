@@ -9,8 +9,9 @@ import torchvision
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attention_model
-from attention_model import (MODEL_NAMES, AdditiveCompatibility, AttentionGate, Classifier, DotProductCompatibility,
-                             ParametrisedCompatibility, build_model)
+from attention_gates import (AdditiveCompatibility, AttentionGate, Classifier, DotProductCompatibility,
+                             ParametrisedCompatibility)
+from attention_model import MODEL_NAMES, build_model
 from training import options
 
 ATTENTION_NAMES = [name for name in MODEL_NAMES if "att" in name]

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from attention_model import build_model
-from tests.test_command_line import cli  # noqa: F401 (a fixture)
 from tests.test_training import trainer
 from training import benchmark
 
 
-def test_benchmark_prints_a_table_and_writes_it(cli, tmp_path):  # noqa: F811
+def test_benchmark_prints_a_table_and_writes_it(cli, tmp_path):
     status, out, err = cli("--benchmark", 5, "--sample", "--width", 0.0625, "--batch-size", 8, "--device", "cpu",
                            "--precision", "fp32", "--num-workers", 0, "--json", "b.json")
     assert status == 0, err

@@ -24,17 +24,6 @@ NARROW = ["--sample", "--width", "0.0625", "--batch-size", "16", "--device", "cp
 MEASURED = ("images_per_second", "seconds", "peak_memory_mib")  # differ from run to run
 
 
-@pytest.fixture
-def cli(small_task, tmp_path, monkeypatch, capsys):
-    """cli("--epochs", 2) -> (exit status, standard output, standard error), run in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words, task=small_task):
-        status = commands.main(task, [str(word) for word in words])
-        return status, *capsys.readouterr()
-    return call
-
-
 def content_of(run_dir) -> dict:
     return checkpoint.read_checkpoint(Path(run_dir) / "last.pt")
 

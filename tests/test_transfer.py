@@ -4,17 +4,21 @@ import functools
 import hashlib
 import http.server
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import train_cifar100
 from attention_model import build_model
+from sample_data import cifar_sample
 from tests.test_training import CONFIG, Batches, trainer
 from training import checkpoint, loop, sanity, transfer
 from training.loop import Trainer
 from training.optimise import learning_rate
 from training.options import UserError
+from training.run import Run
 
 NAMES = ("a", "b", "c", "d")
 
@@ -263,6 +267,17 @@ def test_statistics_are_settled_without_dropout(ema_decay):
             assert module.momentum == 0.1
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, weights[name]) for name, p in ours.eval_model.named_parameters())
+
+
+def test_settling_never_takes_a_single_image():
+    """65 training images: in batches of 64, one would be left over, and batch norm has no variance of one."""
+    sets = cifar_sample(classes=5, train_per_class=13, test_per_class=2)
+    config = CONFIG | {"val_fraction": 0.0, "device": "cpu", "precision": "fp32", "compile": False, "image_size": None,
+                       "seed": 0, "trunk": "", "init_from": "none", "overlay_every": 0, "dropout": 1.0}
+    run = Run(train_cifar100.TASK, config, Path("nowhere"), *sets)
+    sizes = [len(batch) for batch in run.settling_batches()]
+    assert sum(sizes) == 65 and min(sizes) > 1
+    assert 0 <= run.evaluate().top1 <= 100
 
 
 def test_statistics_that_are_kept_are_not_settled():

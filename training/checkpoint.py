@@ -70,15 +70,17 @@ def save_checkpoint(run_dir: Path, content: dict) -> None:
     save_file(run_dir / CHECKPOINT_NAME, content, previous=run_dir / PREVIOUS_NAME)
 
 
-def read_checkpoint(path: Path | str) -> dict:
-    """A checkpoint of ours, its checksums verified. Raises UserError for anything else; code in it never runs."""
+def read_plain(path: Path | str, verify: bool = False) -> object:
+    """What a file holds that torch.save made of plain values and tensors; with ``verify`` its checksums are looked at, which
+    torch.load does not (and files of other programs may have none). Raises UserError; code in it never runs."""
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch writes a CRC-32 for every tensor but does not look at it itself
-        if damaged:
-            raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong. Use another checkpoint")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if verify:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong. Use another file")
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except IsADirectoryError:
@@ -90,6 +92,12 @@ def read_checkpoint(path: Path | str) -> dict:
                         f"code") from None
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, NotImplementedError) as error:
         raise UserError(f"{path} could not be read: {str(error).splitlines()[0] if str(error) else error!r}") from None
+
+
+def read_checkpoint(path: Path | str) -> dict:
+    """A checkpoint of ours, its checksums verified. Raises UserError for anything else; code in it never runs."""
+    path = Path(path)
+    content = read_plain(path, verify=True)
     missing = [name for name in REQUIRED if not isinstance(content, dict) or name not in content]
     if missing:
         raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}")

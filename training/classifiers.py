@@ -2,9 +2,6 @@
 from __future__ import annotations
 
 import difflib
-import http.client
-import pickle
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +14,8 @@ from image_files import one_line
 from training import checkpoint
 from training.gallery import printable
 from training.options import UserError
-from training.run import EVAL_PIXELS
+from training.run import eval_batch_size
+from training.transfer import hub_weights
 
 
 @dataclass
@@ -42,7 +40,7 @@ class Classifier:
 
     @property
     def batch_size(self) -> int:
-        return max(1, EVAL_PIXELS[self.device.type] // (self.size[0] * self.size[1]))
+        return eval_batch_size(self.size, self.device)
 
     @torch.no_grad()
     def probabilities(self, batch: Tensor) -> Tensor:
@@ -73,7 +71,7 @@ def from_torchvision(arch: str, weights: str) -> Classifier:
     kind = kinds[weights] if named else kinds["DEFAULT"]
     categories, preset = tuple(kind.meta["categories"]), kind.transforms()
     if named:
-        fetch_weights(kind.url)
+        hub_weights(kind.url, "or --weights FILE takes weights of yours")   # checked; torchvision then finds them there
         model = models.get_model(arch, weights=kind)
     elif not Path(weights).exists():
         raise UserError(f"--weights {weights}: neither a file nor weights of torchvision's {arch}, which are "
@@ -93,27 +91,9 @@ def from_torchvision(arch: str, weights: str) -> Classifier:
                       f"torchvision's {arch}, weights {weights}, {len(categories)} classes, {side}x{side} px")
 
 
-def fetch_weights(url: str) -> None:
-    """See to it that torch's cache holds the file, and that reading it runs no code. Raises UserError."""
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    try:
-        torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True,
-                                           progress=sys.stderr is not None and sys.stderr.isatty())
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError,
-            http.client.HTTPException) as error:
-        raise UserError(f"{url} could not be had as {path} ({one_line(error)[:100]}). Delete that file if it is there, "
-                        f"or fetch it yourself and put it there; --weights FILE takes weights of yours") from None
-
-
 def read_state(path: str) -> dict[str, Tensor]:
     """A state dict, also one inside a checkpoint under "state_dict" or "model". Raises UserError; code never runs."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is refused: it holds more than plain numbers and tensors, and reading it could run "
-                        f"code") from None
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} could not be read as weights: {one_line(error)[:150]}") from None
+    content = checkpoint.read_plain(path)
     for name in ("state_dict", "model"):
         content = content.get(name, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not content or not all(

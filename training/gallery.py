@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data import IMAGE_ENDINGS, DataError
-from image_files import one_line, replace_file
+from image_files import as_rgb, one_line, replace_file
 from training.options import UserError
 from training.pictures import attention_sheet, overlay, shown
 
@@ -54,12 +54,7 @@ def open_photo(path: Path) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                if image.mode[0] in "IF":   # 16 or 32 bits a pixel: PIL would clip them to white
-                    raise ValueError(f"pixels of type {image.mode}, more than 8 bits a channel")
-                image = ImageOps.exif_transpose(image)
-                if "transparency" in image.info:    # a palette's transparent colours; PIL warns without this step
-                    image = image.convert("RGBA")
-                return np.array(image.convert("RGB"))
+                return np.array(as_rgb(ImageOps.exif_transpose(image)))
     except MemoryError:
         raise
     except Exception as error:      # PIL raises OSError, SyntaxError, ValueError, struct.error and more for bad files

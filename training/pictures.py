@@ -105,6 +105,11 @@ def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     return text[:keep].rstrip() + "..."
 
 
+def title_of(truth: str, seen: str, chance: float) -> str:
+    """What stands over an image: what it is, and what the network takes it for with which probability."""
+    return f"{truth}, seen: {seen} {100 * chance:.0f} %"
+
+
 def _legend(draw: ImageDraw.ImageDraw, sheet: Image.Image, top: int, font: ImageFont.FreeTypeFont, name: str) -> None:
     """The colours from low to high at the right edge, one line high, and at the left what they mean if it fits."""
     length, height = 120, 14

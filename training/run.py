@@ -19,15 +19,15 @@ from attention_model import build_model
 from augmentation import Augmentation, TrainBatches, normalise, resize
 from data import ImageSet, channel_statistics, place_on, split_validation, stable_seed
 from training import checkpoint, options, report, transfer
-from training.loop import Evaluation, Interrupted, Trainer, evaluate
+from training.loop import Evaluation, Interrupted, Trainer, evaluate, parts_of
 from training.options import UserError
-from training.pictures import attention_sheet
+from training.pictures import attention_sheet, title_of
 from training.ranks import Ranks, of_environment
 
 SAVE_EVERY = 60.0       # seconds of work at risk; a checkpoint that takes long to write is written less often
 SAVE_SHARE = 0.02       # of the run's time may go into saving
 OVERLAY_IMAGES = 16
-SETTLING_IMAGES, SETTLING_BATCH = 1024, 64  # see Trainer.settle_statistics
+SETTLING_IMAGES = 1024  # see Trainer.settle_statistics
 EVAL_PIXELS = {"cpu": 2**18, "cuda": 2**20}  # of all images of an evaluation batch: 256 or 1,024 images of 32x32
 
 
@@ -224,7 +224,9 @@ class Run:
         """Training images, evenly spread over the set and augmented as in training, the same ones every time."""
         chosen = torch.linspace(0, len(self.train_set) - 1, min(SETTLING_IMAGES, len(self.train_set))).round().long()
         generator = torch.Generator(self.device).manual_seed(stable_seed("statistics", self.config["seed"]))
-        for part in chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))].split(SETTLING_BATCH):
+        chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
+        # No larger than in an evaluation, which has to fit anyway, and no single image: batch norm cannot take its variance.
+        for part, _ in parts_of(chosen, chosen, max(2, eval_batch_size(self.config["input_size"], self.device))):
             images = self.train_set.images.index_select(0, part.to(self.train_set.images.device))
             yield self.trainer.batches.augmentation(images.to(self.device), generator)
 
@@ -255,7 +257,7 @@ class Run:
         if every and (epoch % every == 0 or epoch == self.config["epochs"]):
             maps = {level: model.map_of(level, s).cpu().numpy() for level, s in scores.items()}
             chance, seen = logits.float().softmax(1).max(1)
-            titles = [f"{self.class_names[t]}, seen: {self.class_names[s]} {100 * p:.0f} %"
+            titles = [title_of(self.class_names[t], self.class_names[s], p)
                       for t, s, p in zip(labels, seen.tolist(), chance.tolist())]
             self.report.overlays(epoch, attention_sheet(images.cpu().numpy(), maps, titles))
 
@@ -330,12 +332,16 @@ def input_size(config: dict, train: ImageSet) -> list[int]:
     return [config["image_size"]] * 2 if config["image_size"] else list(train.image_size)
 
 
+def eval_batch_size(size, device: torch.device) -> int:
+    """Images of (height, width) in a batch of an evaluation."""
+    return max(1, EVAL_PIXELS[device.type] // (size[0] * size[1]))
+
+
 def eval_batches(image_set: ImageSet, device: torch.device, mean, std, size,
                  part: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
     """The set (or a part of it) in order, as large normalised batches on the device; the whole picture, resized to
     `size`."""
-    height, width = size
-    count = max(1, EVAL_PIXELS[device.type] // (height * width))
+    count = eval_batch_size(size, device)
     start, end, _ = part.indices(len(image_set))
     for first in range(start, end, count):
         chosen = slice(first, min(first + count, end))

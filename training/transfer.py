@@ -34,8 +34,7 @@ class Source:
 
 
 def imagenet_file() -> Path:
-    """Where torch keeps the ImageNet weights (TORCH_HOME moves it)."""
-    return Path(torch.hub.get_dir(), "checkpoints", IMAGENET_URL.rpartition("/")[2])
+    return hub_file(IMAGENET_URL)
 
 
 def source_of(init_from: str, model: nn.Module) -> Source | None:
@@ -55,16 +54,28 @@ def source_of(init_from: str, model: nn.Module) -> Source | None:
 
 
 def imagenet_weights() -> dict[str, torch.Tensor]:
-    """torchvision's vgg16_bn, from torch's cache or its server. Raises UserError; the cache holds whole files only."""
-    path, timeout = imagenet_file(), socket.getdefaulttimeout()
-    by_hand = (f"Fetch {IMAGENET_URL} yourself and put it at {path}, or start from a checkpoint of train_cifar100.py "
-               f"(--init-from RUN/last.pt) or from nothing (--init-from none)")
+    """torchvision's vgg16_bn. Raises UserError."""
+    return hub_weights(IMAGENET_URL, "or start from a checkpoint of train_cifar100.py (--init-from RUN/last.pt) or from "
+                                     "nothing (--init-from none)")
+
+
+def hub_file(url: str) -> Path:
+    """Where torch keeps the weights of that address (TORCH_HOME moves it)."""
+    return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+
+
+def hub_weights(url: str, otherwise: str) -> dict[str, torch.Tensor]:
+    """A state dict from torch's cache or its server, whose code never runs. The cache holds whole files only.
+
+    Raises UserError, which ends in what else can be done."""
+    path, timeout = hub_file(url), socket.getdefaulttimeout()
+    by_hand = f"Fetch {url} yourself and put it at {path}, {otherwise}"
     there = path.is_file()
     if not there:
-        print(f"downloading {IMAGENET_URL} (528 MiB) to {path}", flush=True)
+        print(f"downloading {url} to {path}", flush=True)
     try:
         socket.setdefaulttimeout(SOCKET_TIMEOUT)    # torch.hub sets none: a silent server would hold us for ever
-        return torch.hub.load_state_dict_from_url(IMAGENET_URL, map_location="cpu", check_hash=True, weights_only=True,
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True,
                                                   progress=sys.stderr is not None and sys.stderr.isatty())
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError,
             http.client.HTTPException) as error:
