@@ -648,7 +648,7 @@ def test_weights_of_your_own_for_torchvisions(cli, monkeypatch):
         raise OSError("Network is unreachable")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     status, _, err = cli("--arch", "resnet18", "--weights", "DEFAULT", "photo.png")
-    assert status == 1 and "https://download.pytorch.org/models/resnet18" in err and "put it there" in err
+    assert status == 1 and "https://download.pytorch.org/models/resnet18" in err and "put it at" in err
 
 
 class Code:
