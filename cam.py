@@ -27,13 +27,14 @@ from torch import Tensor
 import train_cifar100
 import train_cub
 from data import DataError, ImageSet
-from image_files import replace_file
+from image_files import one_line, replace_file
 from training import options
 from training.classifiers import Classifier, find_class, from_checkpoint, from_torchvision
 from training.explain import attention_maps, class_activation_map, default_layer, feature_layers, grad_cam
 from training.gallery import (GREATEST_SIDE, Overview, Picture, Writer, complain, list_files, open_photo, parse_index,
                               printable)
 from training.localise import Measures, part_lines, table_lines
+from training.loop import memory_ran_out
 from training.options import UserError
 from training.pictures import COLOUR_MAPS, shown, title_of
 
@@ -109,9 +110,11 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "status", 1)
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory: {str(error).splitlines()[0]}\nIs another program using the GPU (nvidia-smi)? "
-              f"Else --device cpu.", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not memory_ran_out(error):
+            raise
+        print(f"error: out of memory: {one_line(error)[:200]}\nIs another program using the memory (nvidia-smi, top)? "
+              f"On a GPU: --device cpu.", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)

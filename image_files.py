@@ -180,7 +180,12 @@ def decode_images(paths: list[Path], size: tuple[int, int], resize: bool, num_wo
     A chunk whose worker raises or dies is decoded again in this process, so that the error a person sees is the real
     one, with the file's name.
     """
-    images = np.empty((len(paths), *size, 3), np.uint8)
+    try:
+        images = np.empty((len(paths), *size, 3), np.uint8)
+    except (MemoryError, ValueError):
+        gib = len(paths) * size[0] * size[1] * 3 / 2**30
+        raise DataError(f"{len(paths):,} images of {size[1]}x{size[0]} pixels take {gib:,.0f} GiB of memory, more than there"
+                        f" is. Give a smaller --image-size") from None
     places = np.empty((len(paths), 6), np.int32)    # crop and size
     files = _with_crops(paths, crops)
     step = min(CHUNK, max(1, CHUNK_BYTES // (size[0] * size[1] * 3)))

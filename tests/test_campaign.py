@@ -3,7 +3,7 @@ never was. The long part: python -m pytest tests/test_campaign.py -m campaign -s
 """
 import collections
 import contextlib
-import dataclasses
+import ctypes
 import json
 import multiprocessing
 import os
@@ -13,39 +13,64 @@ import shutil
 import signal
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import image_files
 import train_cifar100
+from sample_data import cifar_sample
 from tests.test_command_line import NARROW, assert_runs_equal
 from training import checkpoint, commands, run as run_module
 from training.loop import Trainer
 from training.options import UserError
 
 EPOCHS = 16     # of six steps each, a checkpoint after every step
-NEW = [*NARROW, "--epochs", str(EPOCHS), "--set", "dropout=0.5", "--overlay-every", "4"]
+NEW = [word for word in NARROW if word != "--sample"]
+NEW += ["--epochs", str(EPOCHS), "--image-size", "16", "--set", "progressive=none", "--set", "dropout=0.5",
+        "--overlay-every", "8"]
 # How a process is hurt while it runs, and the exit codes that this may give: 0 when it was at its end already.
 SIGNALS = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130,), "SIGINT twice": (130,)}   # -15: before its first step
 HOOKS = {"disk full": (1,), "loss not a number": (1,), "out of memory": (1,), "folder gone for a while": (1,),
-         "a second process": (-9,)}
+         "folder read-only": (1,), "folder read-only at the start": (1,), "a second process": (-9,)}
+# The cache of decoded images is removed first; what then happens to the process that makes it.
+CACHE = {"killed while the cache is written": (-9,), "decoding worker killed": (-9,),
+         "no home, no place for the cache": (-9,)}
+# What is done to the data while no process runs, and what the next one says; then the data come back.
+DATA = {"an image fewer": "it had 96 training images and has 95 now", "a class more": "its classes are not those",
+        "an image in another class": "96 training images and has 96 with other labels"}
 # What is done to the files of a run that has been stopped by SIGKILL.
 DAMAGE = ("last.pt cut short", "last.pt emptied", "last.pt with a flipped bit", "last.pt of another run", "last.pt lost",
-          "config.json cut short", "metrics.csv cut short", "events cut short", "half-written files beside it")
-KINDS = (*SIGNALS, *HOOKS, *DAMAGE)
+          "last.pt of an older version", "config.json cut short", "metrics.csv cut short", "events cut short",
+          "half-written files beside it", "cache cut short")
+KINDS = (*SIGNALS, *HOOKS, *CACHE, *DATA, *DAMAGE)
 
 
 def a_run(folder: str, words: list[str], hook: str, after: int) -> None:
-    """A process's whole life: main() in ``folder``, saving after every step; ``hook`` happens at step ``after``."""
-    from sample_data import cifar_sample
+    """A process's whole life: main() in ``folder``, saving after every step; ``hook`` happens at step ``after`` (0: before
+    the first)."""
     os.chdir(folder)
     sys.stdout = sys.stderr = open("said", "a", buffering=1)
     torch.set_num_threads(1)
-    sets = cifar_sample(classes=4, train_per_class=24, test_per_class=8)
-    task = dataclasses.replace(train_cifar100.TASK, sample=lambda config: sets)
     run_module.SAVE_EVERY, run_module.SAVE_SHARE = 0.0, 1e9
     step, steps = Trainer.step, []
+    if hook == "folder read-only at the start":
+        read_only("hurt")
+    elif hook == "no home, no place for the cache":
+        os.environ["HOME"] = "/nonexistent"
+        read_only("data")
+    elif hook == "decoding worker killed":
+        os.environ["MAIN_PROCESS"] = str(os.getpid())
+        image_files._decode_chunk = decode_or_die
+    elif hook == "killed while the cache is written":
+        def die_in_the_middle(content, file):
+            file.write(b"half of it")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        image_files.torch = types.SimpleNamespace(**vars(torch) | {"save": die_in_the_middle})
 
     def hooked(self, images, labels):
         steps.append(1)
@@ -58,6 +83,8 @@ def a_run(folder: str, words: list[str], hook: str, after: int) -> None:
                 def scarce(images):
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
                 self.run_model = scarce
+            elif hook == "folder read-only":
+                read_only("hurt")
             elif hook == "folder gone for a while":     # until the loss stops the run, some checkpoints later
                 os.rename("hurt", "moved")
         if hook == "folder gone for a while" and len(steps) == after + 3:
@@ -65,7 +92,25 @@ def a_run(folder: str, words: list[str], hook: str, after: int) -> None:
         return step(self, images, labels)
     Trainer.step = hooked
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    os._exit(commands.main(task, words))
+    os._exit(commands.main(train_cifar100.TASK, words))
+
+
+def read_only(folder: str) -> None:
+    """Also for root, who gives up what lets him pass over modes (capset of no capability)."""
+    os.chmod(folder, 0o555)
+    if os.geteuid() == 0:
+        header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capset(header, nothing) == 0
+
+
+def decode_or_die(*args):
+    """The main process decodes; a worker is killed."""
+    if os.environ["MAIN_PROCESS"] != str(os.getpid()):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return DECODE_CHUNK(*args)
+
+
+DECODE_CHUNK = image_files._decode_chunk
 
 
 class Campaign:
@@ -75,16 +120,16 @@ class Campaign:
         self.folder, self.rng, self.tried = folder, random.Random(seed), collections.Counter()
         self.fork = multiprocessing.get_context("forkserver")  # forks from a process that has imported everything
         self.fork.set_forkserver_preload(["tests.test_campaign", "torch._dynamo", "torch.utils.tensorboard.summary"])
-        self.last, self.config = folder / "hurt" / "last.pt", folder / "hurt" / "config.json"
+        self.last, self.config, self.data = folder / "hurt" / "last.pt", folder / "hurt" / "config.json", folder / "data"
 
     def start(self, *words: str, hook: str = "", after: int = 0):
         process = self.fork.Process(target=a_run, args=(str(self.folder), list(words), hook, after))
         process.start()
         return process
 
-    def go(self, hook: str = "", after: int = 0):
+    def go(self, hook: str = "", after: int = 0, workers: int = 0):
         words = ["--resume", "hurt"] if self.config.exists() else [*NEW, "--run-dir", "hurt"]
-        return self.start(*words, hook=hook, after=after)
+        return self.start(*words, "--num-workers", str(workers), hook=hook, after=after)
 
     def steps_saved(self) -> int:
         content = checkpoint.read_last(self.folder / "hurt") if self.config.exists() else None
@@ -94,8 +139,21 @@ class Campaign:
         """One fault. Asserts the exit code, and that nothing that was saved is lost."""
         self.tried[kind] += 1
         before = self.steps_saved()
-        if kind in HOOKS:
-            codes, process = HOOKS[kind], self.go(kind, self.rng.randint(1, 4))
+        if kind in DATA:
+            codes, process = (1,), self.with_other_data(kind)
+        elif kind in CACHE:
+            shutil.rmtree(self.data / ".cache", ignore_errors=True)
+            codes, process = CACHE[kind], self.go(kind, workers=int(kind.startswith("decoding")))
+            if kind != "killed while the cache is written":
+                self.await_writes(process, self.rng.randint(1, 3))
+                os.kill(process.pid, signal.SIGKILL)
+            process.join(60)
+            assert {"killed": True, "decoding": "a decoding worker failed" in self.said(),
+                    "no": "no cache in data/.cache (" in self.said()}[kind.split()[0]], self.said()[-2000:]
+            for path in (self.data / ".cache").glob(".*.tmp"):
+                os.utime(path, (0, 0))  # an hour later
+        elif kind in HOOKS:
+            codes, process = HOOKS[kind], self.go(kind, 0 if kind.endswith("start") else self.rng.randint(1, 4))
             if kind == "a second process":
                 self.await_writes(process, self.rng.randint(1, 3))
                 second = self.start("--resume", "hurt")
@@ -118,12 +176,29 @@ class Campaign:
                     os.kill(process.pid, number)
                 time.sleep(0.01)
             process.join(60)
+        os.chmod(self.folder / "hurt", 0o755)
+        os.chmod(self.data, 0o755)
         assert process.exitcode in (*codes, 0), (kind, process.exitcode, self.said()[-2000:])
         if kind in DAMAGE:
             self.damage(kind)
         # The checkpoint before the last one may have to serve: one step earlier, as each step is saved.
         assert self.steps_saved() >= before - (kind in DAMAGE), kind
         assert "Traceback" not in self.said(), self.said()[-3000:]
+
+    def with_other_data(self, kind: str):
+        """A process that finds other images than the run had, and says so."""
+        first = self.data / "cifar100" / "train" / "class 0"
+        if kind == "a class more":
+            for split in ("train", "test"):
+                shutil.copytree(first.parent.parent / split / "class 0", first.parent.parent / split / "class 9")
+        else:
+            shutil.move(first / "0.png", self.folder / "0.png" if kind.endswith("fewer") else first.parent / "class 1" / "z.png")
+        process = self.go()
+        process.join(60)
+        assert DATA[kind] in self.said()
+        shutil.rmtree(self.data)
+        shutil.copytree(self.folder / "calm" / ".." / "data", self.data)
+        return process
 
     def await_writes(self, process, count: int) -> None:
         """Wait until the process has begun and has saved so many times more, or has ended."""
@@ -155,6 +230,12 @@ class Campaign:
             elif kind.endswith("flipped bit"):
                 data[rng.randrange(len(data) // 4, 3 * len(data) // 4)] ^= 1 << rng.randrange(8)
                 self.last.write_bytes(data)
+            elif kind.endswith("older version"):
+                content = checkpoint.read_checkpoint(self.last)
+                config = {name: value for name, value in content["config"].items() if name not in checkpoint.SINCE_FORMAT_2}
+                del content["transferred"], content["labels"]
+                torch.save(content | {"format": 1, "config": config | {"init_from": ""}}, self.last)
+                self.config.write_text(json.dumps(checkpoint.read_config(run) | {"config": config | {"init_from": ""}}))
             elif kind.endswith("another run"):
                 shutil.copy(self.folder / "other" / "last.pt", self.last)
             else:
@@ -168,6 +249,9 @@ class Campaign:
         elif kind.startswith("events"):
             newest = max(run.glob("*tfevents*"))
             newest.write_bytes(newest.read_bytes() + b"\x18\0\0\0\0\0\0\0torn")
+        elif kind.startswith("cache"):
+            for cache in (self.data / ".cache").glob("*.pt"):
+                cache.write_bytes(cache.read_bytes()[:rng.randrange(5000)])
         elif kind.startswith("half-written"):
             (run / ".last.pt.tmp").write_bytes(b"half")
             (run / ".config.json.tmp").write_bytes(b"{")
@@ -188,9 +272,14 @@ class Campaign:
 def calm(tmp_path_factory):
     """The run that nothing happens to, and another run, of another seed."""
     folder = tmp_path_factory.mktemp("calm")
+    for split, images in zip(("train", "test"), cifar_sample(classes=4, train_per_class=24, test_per_class=8)):
+        for number, (image, label) in enumerate(zip(images.images.numpy(), images.labels.tolist())):
+            path = folder / "data" / "cifar100" / split / f"class {label}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
     campaign = Campaign(folder, 0)
-    both = [campaign.start(*NEW, "--run-dir", "calm"),
-            campaign.start(*NEW, "--seed", "1", "--run-dir", "other", hook="loss not a number", after=3)]
+    both = [campaign.start(*NEW, "--num-workers", "0", "--run-dir", "calm"),
+            campaign.start(*NEW, "--num-workers", "0", "--seed", "1", "--run-dir", "other", hook="loss not a number", after=3)]
     for process in both:
         process.join(300)
     assert [process.exitcode for process in both] == [0, 1], campaign.said()
@@ -200,6 +289,7 @@ def calm(tmp_path_factory):
 def hurt_run(calm: Path, folder: Path, seed: int, kinds) -> Campaign:
     for name in ("calm", "other"):
         (folder / name).symlink_to(calm / name)
+    shutil.copytree(calm / "data", folder / "data")
     campaign = Campaign(folder, seed)
     campaign.go().terminate()
     for kind in kinds:

@@ -1,15 +1,23 @@
 """Files that were damaged, by chance (seeded) or on purpose: each is read right, or refused in our own words."""
+import contextlib
 import random
+import re
 import shutil
+import struct
+import zipfile
+import zlib
 
 import pytest
 import torch
+from PIL import Image, ImageFile
 
 import cub
 from cub_sample import write_cub_sample
-from image_files import DataError
+from data import load_cifar100
+from image_files import DataError, decode_images
 from tests.test_training import trainer
-from training import checkpoint
+from training import checkpoint, commands, report
+from training.gallery import open_photo
 from training.options import UserError
 
 
@@ -84,6 +92,126 @@ def test_a_thousand_damaged_metadata_files(birds, tmp_path):
         path.write_bytes(originals[path])
     assert 50 < read < 900
     assert sorted(folder.rglob("*.txt")) == files and [p.name for p in tmp_path.iterdir()] == [cub.CUB_FOLDER]
+
+
+def test_hundreds_of_damaged_run_folders(tmp_path):
+    """config.json, metrics.csv and the event files, as --resume reads them."""
+    run, rng, cut = tmp_path / "run", random.Random(2), 0
+    written = report.Report(run)
+    written.start("python train_cifar100.py", {"lr": 0.1}, {"lr": 0.1})
+    for epoch in range(1, 5):
+        written.epoch(dict.fromkeys(report.METRIC_FIELDS, 0.5) | {"epoch": epoch})
+    checkpoint.write_config(run, {"commands": ["python train_cifar100.py"], "config": {"model": "vgg", "seed": 3}})
+    originals = {path: path.read_bytes() for path in run.iterdir()}
+    assert len(originals) == 3
+    for _ in range(250):
+        shutil.rmtree(run)
+        run.mkdir()
+        for path, content in originals.items():
+            path.write_bytes(content)
+        path = rng.choice(sorted(originals))
+        path.write_bytes(damaged(originals[path], rng))
+        assert isinstance(checkpoint.earlier_commands(run), list)
+        try:
+            checkpoint.check_own(run, run / "last.pt", {"config": {"model": "vgg", "seed": 3}})
+            commands.stored_config(run)
+        except UserError as error:
+            assert str(run) in str(error)
+        with contextlib.suppress(UserError):
+            assert checkpoint.newest_unfinished(tmp_path) == run
+        try:
+            report.cut_back(run, 2)
+        except ValueError as error:
+            assert "metrics.csv, line" in str(error)
+        else:
+            cut += 1
+            assert all(row["epoch"] <= 2 for row in report.read_metrics(run / "metrics.csv"))
+    assert cut > 150 and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+# ---- files that mean harm ---------------------------------------------------------------------------------------------
+
+def png(width: int, height: int, rows: bytes) -> bytes:
+    """A PNG of one bit a pixel whose header says what it likes."""
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+HUGE = {
+    "a header that lies": (".png", lambda: png(2**31 - 1, 2**31 - 1, b"")),
+    "gigabytes of nothing": (".png", lambda: png(30_000, 30_000, bytes(3751 * 30_000))),     # 2.7 GB in RGB, 109 kB here
+    "a portable pixmap": (".ppm", lambda: b"P6 99999 99999 255\n" + bytes(100)),
+    "a bitmap": (".bmp", lambda: b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 99_999, 99_999, 1, 24, 0, 0, 0, 0, 0, 0)),
+    "a GIF": (".gif", lambda: b"GIF89a" + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0) + b",\0\0\0\0"
+              + struct.pack("<HHB", 65_535, 65_535, 0) + b"\x02\x02\x4c\x01\0;"),
+}
+
+
+@pytest.mark.parametrize("kind", HUGE)
+def test_pictures_that_would_fill_the_memory(birds, tmp_path, monkeypatch, kind):
+    """Refused by every reader, as the first image of a set and as a later one, before they are unpacked."""
+    ending, make = HUGE[kind]
+    unpacked, load = [], ImageFile.ImageFile.load
+
+    def watched(image):
+        unpacked.append(image.width * image.height)
+        return load(image)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", watched)
+    for number in (0, 3):
+        folder = tmp_path / f"data {number}"
+        for split in ("train", "test"):
+            for each in range(4):
+                path = folder / "cifar100" / split / f"class {each % 2}" / f"{each}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (32, 32)).save(path)
+        bad = path.parent.parent / f"class {number % 2}" / f"{number}.png"
+        bad.unlink()
+        bad.with_suffix(ending).write_bytes(make())
+        with pytest.raises(DataError, match=re.escape(str(bad.with_suffix(ending)))):
+            load_cifar100(folder)
+    shutil.copytree(birds / cub.CUB_FOLDER, tmp_path / cub.CUB_FOLDER)
+    bird = sorted((tmp_path / cub.CUB_FOLDER / "images").rglob("*.jpg"))[1]
+    bird.write_bytes(make())
+    with pytest.raises(DataError, match=re.escape(str(bird))):
+        cub.load_cub(tmp_path, image_size=32)
+    photo = tmp_path / f"photo{ending}"
+    photo.write_bytes(make())
+    with pytest.raises(DataError, match=re.escape(str(photo))):
+        open_photo(photo)
+    assert unpacked and max(unpacked) < 10**6
+
+
+def test_sets_that_fit_no_memory(tmp_path):
+    with pytest.raises(DataError, match="40,000,000 images of 20000x20000 pixels take 44,703,484 GiB of memory, more than"):
+        decode_images([tmp_path / "a.png"] * 40_000_000, (20_000, 20_000), True)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model": {"x": torch.zeros(1).expand(10**6, 10**6)}, "ema": None}, "its model is not what it should be"),
+    ({"config": {"model": "vgg", "width": 4000.0, "trunk": "", "dropout": 0.0, "pool4": 2}},     # 9 TB of weights
+     "does not hold the network that its settings describe: names or shapes of the weights differ"),
+    ({"class_names": ["a"] * 10**5}, "does not hold the network that its settings describe"),
+])
+def test_checkpoints_that_would_fill_the_memory(tmp_path, change, message):
+    content = {"format": checkpoint.FORMAT, "model": {"x": torch.zeros(2)}, "ema": None, "class_names": ["a", "b"],
+               "config": {"model": "vgg", "width": 1.0, "trunk": "", "dropout": 0.0, "pool4": 2}, "input_size": [32, 32],
+               "mean": [0.1] * 3, "std": [0.3] * 3, "position": {}, "transferred": []}
+    torch.save(content | change, tmp_path / "last.pt")
+    assert (tmp_path / "last.pt").stat().st_size < 10**8
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_model(checkpoint.read_checkpoint(tmp_path / "last.pt"))
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_grows(tmp_path):
+    torch.save({"w": torch.zeros(1000)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as whole, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as small:
+        for name in whole.namelist():
+            small.writestr(name, whole.read(name))
+    assert torch.load(tmp_path / "b.pt", weights_only=True)["w"].shape == (1000,)    # PyTorch would read it
+    with pytest.raises(UserError, match="b.pt is refused: PyTorch does not write compressed files"):
+        checkpoint.read_checkpoint(tmp_path / "b.pt")
 
 
 @pytest.mark.parametrize("change, message", [

@@ -200,14 +200,18 @@ def test_micro_batches_give_the_gradient_of_the_batch():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)  # the loss itself is in float32
 
 
-def test_out_of_memory_halves_the_micro_batch_and_repeats_the_whole_step(monkeypatch, capsys):
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError("no room"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
+def test_out_of_memory_halves_the_micro_batch_and_repeats_the_whole_step(capsys, error):
     ours, reference = trainer(dropout=0.0), trainer(dropout=0.0, micro_batch=2)
     sizes = []
 
     def scarce(images):
         sizes.append(len(images))
         if len(images) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise error
         return ours.model(images)
     ours.run_model = scarce
     for each in (ours, reference):
@@ -218,7 +222,7 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_whole_step(monkeyp
         assert torch.equal(a, b)
     assert "going on with --micro-batch 2" in capsys.readouterr().out
     assert ours.state()["micro_batch"] == 2
-    ours.run_model = lambda images: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
+    ours.run_model = lambda images: (_ for _ in ()).throw(error)
     with pytest.raises(UserError, match="out of memory at 1 image at once.*peak [0-9]+ MiB.*\nTry, in this order: "
                                         "--checkpoint-activations, --set trunk=pooled, a smaller --image-size$"):
         ours.step(*ours.batches.all[1])

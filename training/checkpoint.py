@@ -34,7 +34,10 @@ def numbers(value: object, count: int, above: float, below: float) -> bool:
 
 
 def weights(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(name, str) and torch.is_tensor(t) for name, t in value.items())
+    """Is this a state dict, whose tensors hold as many numbers as they say? (A crafted one repeats a number for ever.)"""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and torch.is_tensor(tensor)
+        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size() for name, tensor in value.items())
 
 
 # What the values that every reader uses look like; a file can be whole and still hold anything.
@@ -77,6 +80,9 @@ def read_plain(path: Path | str, verify: bool = False) -> object:
     try:
         if verify:
             with zipfile.ZipFile(path) as archive:
+                # torch compresses nothing: what is compressed was made to grow in memory
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise UserError(f"{path} is refused: PyTorch does not write compressed files")
                 damaged = archive.testzip()
             if damaged:
                 raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong. Use another file")
@@ -102,15 +108,18 @@ def read_checkpoint(path: Path | str) -> dict:
     if missing:
         raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}")
     if content["format"] == 1 and isinstance(content["config"], dict):
-        content["config"] = SINCE_FORMAT_2 | content["config"] | {
-            "init_from": content["config"].get("init_from") or "none"}
-        content |= {"format": 2, "transferred": []}
+        content |= {"format": 2, "transferred": [], "config": with_news(content["config"])}
     if content["format"] != FORMAT:
         raise UserError(f"{path} has checkpoint format {content['format']}, and this code reads format {FORMAT}")
     wrong = [name for name, is_right in EXPECTED.items() if not is_right(content[name])]
     if wrong:
         raise UserError(f"{path} is not a checkpoint of this project: its {', '.join(wrong)} is not what it should be")
     return content
+
+
+def with_news(config: dict) -> dict:
+    """A run's config with what format 1 did not have; one of format 2 as it is."""
+    return SINCE_FORMAT_2 | config | {"init_from": config.get("init_from") or "none"}
 
 
 def read_last(run_dir: Path, mend: bool = False) -> dict | None:
@@ -136,8 +145,8 @@ def read_last(run_dir: Path, mend: bool = False) -> dict | None:
 def check_own(run_dir: Path, path: Path, content: dict) -> dict:
     """The content, unless the settings in config.json say that it is another run's: then a UserError."""
     try:
-        settings = read_config(run_dir)["config"]
-    except (OSError, ValueError, KeyError, TypeError):  # lost or damaged: the checkpoint holds all of it
+        settings = with_news(read_config(run_dir)["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # lost or damaged: the checkpoint holds all of it
         return content
     for name in (content["config"].keys() & settings.keys()) - set(MAY_CHANGE):
         value = json.loads(json.dumps(content["config"][name]))
@@ -231,11 +240,16 @@ def best_weights(content: dict) -> dict:
 
 def load_model(content: dict) -> nn.Module:
     """The trained network, in evaluation mode on the CPU, from a checkpoint alone. Raises UserError."""
-    config = content["config"]
+    config, state = content["config"], best_weights(content)
     try:
-        model = build_model(config["model"], len(content["class_names"]), width=config["width"],
-                            trunk=config["trunk"] or None, dropout=config["dropout"], pool4=config["pool4"])
-        model.load_state_dict(best_weights(content))
+        build = functools.partial(build_model, config["model"], len(content["class_names"]), width=config["width"],
+                                  trunk=config["trunk"] or None, dropout=config["dropout"], pool4=config["pool4"])
+        with torch.device("meta"):  # takes no memory, whatever width the settings claim
+            expected = {name: tensor.shape for name, tensor in build().state_dict().items()}
+        if expected != {name: tensor.shape for name, tensor in state.items()}:
+            raise ValueError("names or shapes of the weights differ")
+        model = build()
+        model.load_state_dict(state)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"the checkpoint does not hold the network that its settings describe: "
                         f"{' '.join(str(error).split())[:200]}") from None

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from data import DataError, ImageSet
+from image_files import one_line
 from training import checkpoint, options, sanity
 from training.benchmark import benchmark
-from training.loop import Interrupted, Precision, SMALLEST_FOR_STATISTICS, Trainer, evaluate
+from training.loop import Interrupted, Precision, SMALLEST_FOR_STATISTICS, Trainer, evaluate, memory_ran_out
 from training.optimise import SCHEDULES, learning_rate, parse_progressive
 from training.options import UserError
 from training.ranks import Ranks, joined, of_environment
@@ -51,9 +52,11 @@ def main(task: Task, argv: list[str] | None = None) -> int:
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "status", 1)
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory outside the training step: {str(error).splitlines()[0]}\n"
-              f"Is another program using the GPU (nvidia-smi)? Else try a smaller --image-size.", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not memory_ran_out(error):
+            raise
+        print(f"error: out of memory outside the training step: {one_line(error)[:200]}\n"
+              f"Is another program using the memory (nvidia-smi, top)? Else try a smaller --image-size.", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
@@ -190,8 +193,8 @@ def rate_in_words(trainer: Trainer) -> str:
 def stored_config(run_dir: Path) -> dict:
     """The config of a run that has no checkpoint yet: it starts over with the same settings."""
     try:
-        config = checkpoint.read_config(run_dir)["config"]
-    except (ValueError, KeyError, TypeError) as error:
+        config = checkpoint.with_news(checkpoint.read_config(run_dir)["config"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run_dir / 'config.json'} is damaged ({error}) and there is no checkpoint: start a new run") from None
     print(f"{run_dir} has no checkpoint yet: starting over with its settings.")
     return config

@@ -26,6 +26,9 @@ from training.ranks import Ranks
 SMALLEST_FOR_STATISTICS = 8     # images; batch norm's mean and variance of fewer are mostly noise
 
 
+NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
 class Interrupted(Exception):
     """Raised between two steps (or two batches of an evaluation) when a signal asks the run to end."""
 
@@ -155,7 +158,9 @@ class Trainer:
             try:
                 self.gradients(images, labels)
                 break
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not memory_ran_out(error):
+                    raise
                 out_of_memory = str(error).splitlines()[0]
             self.halve_micro_batch(len(images), out_of_memory)  # outside the except: its traceback holds the activations
         if self.precision.scaler.is_enabled():
@@ -352,6 +357,11 @@ def evaluate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], num_cla
     seen = max(1, int(counts.sum()))
     loss, top1, top5 = (sums / seen).tolist()
     return Evaluation(loss, 100 * top1, 100 * top5, counts.tolist(), right.tolist())
+
+
+def memory_ran_out(error: Exception) -> bool:
+    """The CPU's allocator and CUDA's libraries say it in words, with no exception of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in NO_MEMORY)
 
 
 def peak_memory_mib(device: torch.device) -> float:

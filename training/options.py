@@ -287,7 +287,8 @@ def environment(device: torch.device) -> dict:
     """What a run ran on, for config.json: versions, device, threads, git commit."""
     others = {name: version(name) for name in ("torchvision", "numpy", "tensorboard", "pillow")}
     return {"python": platform.python_version(), "torch": torch.__version__, **others,
-            "cuda": torch.version.cuda if device.type == "cuda" else None, "device": device_name(device), "threads": torch.get_num_threads(), "git_commit": git_commit()}
+            "cuda": torch.version.cuda if device.type == "cuda" else None,
+            "device": device_name(device), "threads": torch.get_num_threads(), "git_commit": git_commit()}
 
 
 def git_commit() -> str | None:

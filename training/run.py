@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from training.options import UserError
 from training.pictures import attention_sheet, title_of
 from training.ranks import Ranks, of_environment
 
-SAVE_EVERY = 60.0       # seconds of work at risk; a checkpoint that takes long to write is written less often
-SAVE_SHARE = 0.02       # of the run's time may go into saving
+SAVE_EVERY = 50.0       # seconds; with a step and the save itself about a minute of work is at risk
+SAVE_SHARE = 0.02       # of the run's time may go into saving: where a save takes over a second, there are fewer
 OVERLAY_IMAGES = 16
 SETTLING_IMAGES = 1024  # see Trainer.settle_statistics
 EVAL_PIXELS = {"cpu": 2**18, "cuda": 2**20}  # of all images of an evaluation batch: 256 or 1,024 images of 32x32
@@ -83,6 +84,7 @@ class Run:
         self.class_names = train.class_names
         self.eval_name = "val" if config["val_fraction"] else "test"
         config["input_size"] = input_size(config, train)
+        self.labels = [fingerprint(train), fingerprint(evaluation)]
         self.check_data(content)
         self.train_set, self.eval_set = place_on(train, self.device), place_on(evaluation, self.device)
 
@@ -127,10 +129,16 @@ class Run:
         return *channel_statistics(train), names
 
     def check_data(self, content: dict | None) -> None:
-        """Raises UserError when a checkpoint was made with other classes or another image size than these."""
+        """Raises UserError when a checkpoint was made with other classes, another number of images of one of them, or
+        another image size than these."""
         if content and tuple(content["class_names"]) != self.class_names:
             raise UserError("the data set has changed since the run was stopped: its classes are not those of the "
                             "checkpoint. Bring the old images back (--data-dir), or start a new run")
+        for name, before, now in zip(("training", self.eval_name), (content or {}).get("labels", ()), self.labels):
+            if before != now:
+                raise UserError(f"the data set has changed since the run was stopped: it had {before[0]:,} {name} images and "
+                                f"has {now[0]:,}{' with other labels' if before[0] == now[0] else ''} now. Bring the old "
+                                f"images back (--data-dir), or start a new run")
         if content and list(content["input_size"]) != self.config["input_size"]:
             raise UserError(f"the images are {self.config['input_size']} px now and were {content['input_size']} px "
                             f"when the run was stopped: bring the old ones back, or start a new run")
@@ -158,7 +166,8 @@ class Run:
 
     def write_config(self) -> None:
         record = {"commands": self.commands, "config": self.config,
-                  "resolved": {"device": str(self.device), "compile": self.compiled, "precision": self.config["precision"], "ranks": self.ranks.count,
+                  "resolved": {"device": str(self.device), "compile": self.compiled, "ranks": self.ranks.count,
+                               "precision": self.config["precision"],
                                "checkpoint_activations": self.config["checkpoint_activations"]},
                   "environment": options.environment(self.device),
                   "data": {"train": self.train_set.source, "images": len(self.train_set),
@@ -208,8 +217,10 @@ class Run:
             self.best = {"epoch": number, "top1": result.top1}
             if self.ranks.first:
                 checkpoint.save_file(self.run_dir / "best.pt", self.content())
-        if number == 1 or time.monotonic() - self.saved_at >= SAVE_EVERY:
+        if number == 1:
             self.save()
+        else:
+            self.save_when_due()
         return result
 
     def evaluate(self, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
@@ -266,7 +277,8 @@ class Run:
     def content(self) -> dict:
         """All that going on, --evaluate and cam.py need, as plain values."""
         return {"format": checkpoint.FORMAT, **self.trainer.state(), "best": self.best, "config": dict(self.config),
-                "class_names": list(self.class_names), "input_size": list(self.config["input_size"]),
+                "class_names": list(self.class_names), "labels": self.labels,
+                "input_size": list(self.config["input_size"]),
                 "mean": list(self.mean), "std": list(self.std), "rng": checkpoint.random_states(),
                 "finished": self.finished}
 
@@ -325,6 +337,11 @@ def build(config: dict, num_classes: int) -> nn.Module:
                            dropout=config["dropout"], pool4=config["pool4"])
     except ValueError as error:
         raise UserError(str(error), 2) from None
+
+
+def fingerprint(image_set: ImageSet) -> list[int]:
+    """The number of images, and a checksum of their labels in order."""
+    return [len(image_set), zlib.crc32(image_set.labels.cpu().numpy().tobytes())]
 
 
 def input_size(config: dict, train: ImageSet) -> list[int]:

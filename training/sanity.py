@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from data import ImageSet
 from training import checkpoint, options, transfer
-from training.loop import BatchNorm, Trainer, peak_memory_mib
+from training.loop import BatchNorm, Trainer, memory_ran_out, peak_memory_mib
 from training.optimise import parse_progressive
 from training.options import UserError
 from training.report import DEAD_SD, read_metrics
@@ -236,7 +236,9 @@ def fits(trainer: Trainer, model: torch.nn.Module, count: int) -> bool:
             logits = model(batch.contiguous(memory_format=torch.channels_last))
         logits.float().sum().backward()
         return True
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not memory_ran_out(error):
+            raise
         return False
     finally:
         model.zero_grad(set_to_none=True)
