@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import copy
 import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # what BatchNorm2d and SyncBatchNorm have in common
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 from attention_gates import (HEAD_DROPOUT, AttentionGate, Classifier, DotProductCompatibility, LevelHead,
@@ -376,6 +378,17 @@ def initialise(model: nn.Module) -> None:
         for linear in [model.global_branch.linear] + ([model.global_to_conv7[-1]] if len(model.levels) == 3 else []):
             linear.weight.mul_(0.5 / math.sqrt(linear.out_features))
             linear.bias.mul_(0.5 / math.sqrt(linear.out_features))
+
+
+@torch.no_grad()
+def without_norms(model: Network) -> Network:
+    """A copy for evaluation whose convolutions hold the batch norm behind them: a CPU then passes over each activation
+    once less. Equal but for rounding."""
+    model = copy.deepcopy(model).eval()
+    for unit in model.modules():
+        if isinstance(unit, ConvUnit):
+            unit.conv, unit.norm = fuse_conv_bn_eval(unit.conv, unit.norm), nn.Identity()
+    return model
 
 
 def scaled(channels: int, width: float) -> int:

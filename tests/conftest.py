@@ -3,10 +3,20 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+pytest.register_assert_rewrite("tests.makers")
+
+
+@pytest.fixture(autouse=True)
+def fresh_notices():
+    """What a program says only once, it says anew in every test."""
+    import image_files
+    image_files._say_once.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +24,8 @@ def small_task():
     """train_cifar100.py's task on a sample of 96 training and 32 test pictures."""
     from sample_data import cifar_sample
     from train_cifar100 import TASK
-    return dataclasses.replace(TASK, sample=lambda config: cifar_sample(classes=4, train_per_class=24, test_per_class=8))
+    return dataclasses.replace(TASK,
+                               sample=lambda config: cifar_sample(classes=4, train_per_class=24, test_per_class=8))
 
 
 @pytest.fixture
@@ -27,3 +38,27 @@ def cli(small_task, tmp_path, monkeypatch, capsys):
         status = commands.main(task, [str(word) for word in words])
         return status, *capsys.readouterr()
     return call
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A data folder with BIRDS in CUB's layout."""
+    from cub import CUB_FOLDER
+    from tests.makers import BIRDS
+    folder, rng = tmp_path / "data" / CUB_FOLDER, np.random.default_rng(0)
+    (folder / "parts").mkdir(parents=True)
+    tables = {"images": [], "image_class_labels": [], "train_test_split": [], "bounding_boxes": [],
+              "parts/part_locs": [], "classes": ["4 004.Blue_bird", "1 001.Red_bird"],
+              "parts/parts": ["1 left eye", "2 tail"]}
+    for i, (name, label, train, (width, height), box, parts) in BIRDS.items():
+        path = folder / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+        tables["images"].append(f"{i} {name}")
+        tables["image_class_labels"].append(f"{i} {label}")
+        tables["train_test_split"].append(f"{i} {train}")
+        tables["bounding_boxes"].append(f"{i} {' '.join(map(str, box))}")
+        tables["parts/part_locs"] += [f"{i} {p} {x} {y} {seen}" for p, (x, y, seen) in enumerate(parts, 1)]
+    for name, lines in tables.items():
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path / "data"

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import attention_model
 from attention_gates import (AdditiveCompatibility, AttentionGate, Classifier, DotProductCompatibility,
                              ParametrisedCompatibility)
-from attention_model import MODEL_NAMES, build_model
+from attention_model import MODEL_NAMES, build_model, without_norms
 from training import options
 
 ATTENTION_NAMES = [name for name in MODEL_NAMES if "att" in name]
@@ -347,3 +347,18 @@ def test_channels_last_gives_the_same():
     after, other = model(images.contiguous(memory_format=torch.channels_last), return_attention=True)
     torch.testing.assert_close(before, after)
     torch.testing.assert_close(maps, other)
+
+
+@pytest.mark.parametrize("name", ["vgg", "vgg-pan", "vgg-att3-concat-dp"])
+def test_without_norms_gives_the_same_and_leaves_the_network_alone(name):
+    model = narrow(name).double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 2.0)
+            torch.nn.init.normal_(module.running_mean)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+    before, images = {n: t.clone() for n, t in model.state_dict().items()}, torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    folded = without_norms(model)
+    assert model.training and not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.trunk.modules())
+    torch.testing.assert_close(folded(images), model.eval()(images))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

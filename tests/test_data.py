@@ -1,14 +1,8 @@
-"""data.py: loading, every bad input and its message, the cache, and augmentation against loops over single images."""
-import functools
+"""data.py: sets, loading, every bad input and its message, and downloads from a server on the loopback interface."""
 import http.server
-import os
 import pickle
-import random
-import signal
 import tarfile
 import threading
-import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,213 +13,10 @@ from PIL import Image
 import data
 import download
 import image_files
-from augmentation import Augmentation, TrainBatches, normalise, resize
 from data import DataError, ImageSet
+from tests.makers import cifar_fails as fails, image_set, load_cifar as load, make_folders
 
 REAL = Path(__file__).parent.parent / "data"
-MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
-
-
-@pytest.fixture(autouse=True)
-def fresh_notices():
-    image_files._say_once.cache_clear()
-
-
-def image_set(count=20, height=18, width=24, classes=3, seed=0):
-    rng = np.random.default_rng(seed)
-    images = torch.from_numpy(rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8))
-    return ImageSet(images, torch.arange(count) % classes, tuple("abcdefghij"[:classes]), "a test")
-
-
-def make_folders(root, classes=("cat", "dog"), per_class=3, size=(20, 16), ending="png"):
-    """Class folders under root/cifar100; returns the pixels by path."""
-    rng, pixels = np.random.default_rng(0), {}
-    for split in ("train", "test"):
-        for name in classes:
-            folder = root / "cifar100" / split / name
-            folder.mkdir(parents=True)
-            for i in range(per_class):
-                array = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-                Image.fromarray(array).save(folder / f"{i:03d}.{ending}")
-                pixels[folder / f"{i:03d}.{ending}"] = array
-    return pixels
-
-
-def load(root, **options):
-    return data.load_cifar100(root, download=False, progress=False, **options)
-
-
-def fails(root, *words, **options):
-    """The load fails with one line that holds every word."""
-    with pytest.raises(DataError) as caught:
-        load(root, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert str(word) in message, message
-    return message
-
-
-# ------------------------------------------------------------------------------------------------------- augmentation
-
-@pytest.mark.parametrize("height,width,pad,cutout", [(18, 24, 4, 7), (32, 32, 4, 8), (9, 7, 3, 12), (16, 16, 0, 0)])
-@pytest.mark.parametrize("flip", [True, False])
-def test_augmentation_equals_a_loop_over_single_images(height, width, pad, cutout, flip):
-    images = image_set(40, height, width).images
-    augmentation = Augmentation(mean=MEAN, std=STD, pad=pad, flip=flip, cutout=cutout)
-    batch = augmentation(images, torch.Generator().manual_seed(5))
-    draw = augmentation.draw(40, height, width, torch.Generator().manual_seed(5))
-    assert batch.dtype == torch.float32 and batch.shape == (40, 3, height, width)
-    assert batch.is_contiguous(memory_format=torch.channels_last)
-    for i, image in enumerate(images.numpy()):
-        top, left, flipped, y, x = (int(value[i]) for value in draw[:5])
-        expected = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="reflect")[top:top + height, left:left + width]
-        if flip and flipped:
-            expected = expected[:, ::-1]
-        expected = (expected / 255.0 - np.array(MEAN)) / np.array(STD)
-        if cutout:
-            y, x = y - cutout // 2, x - cutout // 2
-            expected[max(y, 0):max(y + cutout, 0), max(x, 0):max(x + cutout, 0)] = 0
-        np.testing.assert_allclose(batch[i].permute(1, 2, 0).numpy(), expected, atol=2e-6)
-
-
-def test_draws_cover_their_ranges_and_differ_between_images():
-    draw = Augmentation(mean=MEAN, std=STD, pad=4).draw(4000, 10, 12, torch.Generator().manual_seed(0))
-    for values, end in zip(draw, (9, 9, 2, 10, 12)):
-        counts = torch.bincount(values.long(), minlength=end)
-        assert len(counts) == end and counts.min() > 4000 / end * 0.7
-
-
-def test_padding_larger_than_the_image_is_refused():
-    with pytest.raises(ValueError, match="reflect padding of 4 px"):
-        Augmentation(mean=MEAN, std=STD)(image_set(2, 4, 9).images, torch.Generator())
-
-
-def test_normalise_and_resize():
-    images = image_set().images
-    plain = normalise(images, MEAN, STD)
-    expected = (images.double() / 255 - torch.tensor(MEAN).double()) / torch.tensor(STD).double()
-    torch.testing.assert_close(plain.permute(0, 2, 3, 1).double(), expected, atol=2e-6, rtol=0)
-    assert resize(plain, None) is plain and resize(plain, (18, 24)) is plain
-    small = resize(plain, (9, 12))      # half the size
-    assert small.shape == (20, 3, 9, 12) and small.is_contiguous(memory_format=torch.channels_last)
-    assert abs(small.mean() - plain.mean()) < 0.02 and small.std() < 0.7 * plain.std()     # antialiased
-
-
-# ------------------------------------------------------------------------------------------------------------ batches
-
-def batches(images=None, seed=1, batch_size=6):
-    augmentation = Augmentation(mean=MEAN, std=STD, cutout=5)
-    return TrainBatches(images or image_set(), batch_size, seed=seed, augmentation=augmentation, device="cpu")
-
-
-def same(one, other):
-    one, other = list(one), list(other)
-    return len(one) == len(other) and all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(one, other))
-
-
-def test_batches_are_determined_by_seed_and_epoch():
-    assert same(batches().epoch(3), batches().epoch(3))
-    assert not same(batches().epoch(3), batches().epoch(4))
-    assert not same(batches().epoch(3), batches(seed=2).epoch(3))
-    reused = batches()
-    list(reused.epoch(0))
-    assert same(reused.epoch(3), batches().epoch(3))
-
-
-@pytest.mark.parametrize("start", [0, 1, 2, 3])
-def test_start_step_goes_on_where_the_epoch_was_left(start):
-    assert same(list(batches().epoch(2))[start:], batches().epoch(2, start_step=start))
-
-
-def test_interleaved_epochs_do_not_disturb_each_other():
-    shared = batches()
-    pairs = list(zip(shared.epoch(0), shared.epoch(1)))
-    assert same([p[0] for p in pairs], batches().epoch(0)) and same([p[1] for p in pairs], batches().epoch(1))
-
-
-def test_global_random_states_are_neither_read_nor_moved():
-    torch.manual_seed(1), np.random.seed(1), random.seed(1)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    first = list(batches().epoch(0))
-    data.split_validation(image_set(), 0.2, 0)
-    assert torch.equal(before[0], torch.get_rng_state()) and random.getstate() == before[2]
-    assert (before[1] == np.random.get_state()[1]).all()
-    torch.manual_seed(2), np.random.seed(2), random.seed(2)
-    assert same(first, batches().epoch(0))
-
-
-def test_an_epoch_holds_each_image_once():
-    numbered = image_set(20)
-    numbered.images[:] = torch.arange(20, dtype=torch.uint8)[:, None, None, None]
-    plain = Augmentation(mean=(0, 0, 0), std=(1 / 255,) * 3)
-    loader = TrainBatches(numbered, 5, seed=0, augmentation=plain, device="cpu")
-    seen = [(x[:, 0, 0, 0].round().long(), y) for x, y in loader.epoch(0)]
-    assert [len(y) for _, y in seen] == [5, 5, 5, 5] and len(loader) == 4
-    order = torch.cat([x for x, _ in seen])
-    assert sorted(order.tolist()) == list(range(20)) and order.tolist() != list(range(20))
-    assert torch.equal(torch.cat([y for _, y in seen]), numbered.labels[order])     # labels go with their images
-
-
-def test_number_of_steps():
-    assert len(batches()) == 3 and len(list(batches().epoch(0))) == 3
-    few = batches(batch_size=64)
-    assert len(few) == 1 and [len(y) for _, y in few.epoch(0)] == [20]
-
-
-def test_stable_seed_is_the_same_everywhere():
-    assert data.stable_seed("order", 0, 1) == data.stable_seed("order", 0, 1) == 4602570500139554110
-    assert data.stable_seed(1, 23) != data.stable_seed(12, 3)
-
-
-def per_image_loader(images):
-    """What the speed is compared with: a torch DataLoader of 2 workers over torchvision's per-image transforms."""
-    from torchvision import transforms as T
-    transform = T.Compose([T.ToPILImage(), T.RandomCrop(32, padding=4, padding_mode="reflect"),
-                           T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD),
-                           T.RandomErasing(p=1.0, scale=(1 / 16, 1 / 16), ratio=(1, 1))])
-    pairs = [(transform, image.permute(2, 0, 1)) for image in images]
-    return torch.utils.data.DataLoader(PerImage(pairs), batch_size=256, num_workers=2)
-
-
-class PerImage(torch.utils.data.Dataset):
-    def __init__(self, pairs):
-        self.pairs = pairs
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, index):
-        transform, image = self.pairs[index]
-        return transform(image)
-
-
-def rate(iterator, windows, steps):
-    """Images a second in the best of some windows of some steps; the first batch, which starts things up, is free."""
-    next(iterator)
-    best = 0.0
-    for _ in range(windows):
-        start = time.perf_counter()
-        count = sum(len(next(iterator)) for _ in range(steps))
-        best = max(best, count / (time.perf_counter() - start))
-    return best
-
-
-def test_ten_times_the_speed_of_a_loader_with_two_workers():
-    images = image_set(8192, 32, 32)
-    # Windows of 6 batches: as workers hold 2 batches each ready, a shorter one could find them all waiting
-    theirs = rate(iter(per_image_loader(images.images[:13 * 256])), windows=2, steps=6)
-    augmentation = Augmentation(mean=MEAN, std=STD, cutout=8)
-    ours = TrainBatches(images, 512, seed=0, augmentation=augmentation, device="cpu")
-    best, threads = 0.0, torch.get_num_threads()
-    try:
-        for count in {1, threads}:      # beside other busy processes, one thread is often the faster
-            torch.set_num_threads(count)
-            best = max(best, *(rate((x for x, _ in ours.epoch(e)), windows=5, steps=3) for e in range(4)))
-    finally:
-        torch.set_num_threads(threads)
-    print(f"{best:,.0f} images/s against {theirs:,.0f}: {best / theirs:.1f} times")
-    assert best >= 10 * theirs
 
 
 # --------------------------------------------------------------------------------------------------------------- sets
@@ -280,6 +71,11 @@ def test_channel_statistics():
     assert data.channel_statistics(flat)[1] == (1 / 255,) * 3
 
 
+def test_stable_seed_is_the_same_everywhere():
+    assert data.stable_seed("order", 0, 1) == data.stable_seed("order", 0, 1) == 4602570500139554110
+    assert data.stable_seed(1, 23) != data.stable_seed(12, 3)
+
+
 # ------------------------------------------------------------------------------------------------------ class folders
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -303,18 +99,6 @@ def test_image_size_resizes_images_of_any_size(tmp_path):
     train, test = load(tmp_path, image_size=24)
     assert train.image_size == test.image_size == (24, 24)
     assert (test.images[3] == torch.tensor([255, 0, 0], dtype=torch.uint8)).all()
-
-
-def test_grey_palette_and_transparent_images_become_rgb(tmp_path, recwarn):
-    make_folders(tmp_path)
-    folder = tmp_path / "cifar100/train/cat"
-    Image.new("L", (20, 16), 77).save(folder / "000.png")
-    Image.new("RGBA", (20, 16), (1, 2, 3, 128)).save(folder / "001.png")
-    palette = Image.new("RGB", (20, 16), (9, 8, 7)).convert("P", palette=Image.Palette.ADAPTIVE)
-    palette.save(folder / "002.png", transparency=bytes([0, 255]))
-    train, _ = load(tmp_path)
-    assert train.images[:3, 5, 5].tolist() == [[77, 77, 77], [1, 2, 3], [9, 8, 7]]
-    assert not recwarn.list
 
 
 def test_bad_class_folders(tmp_path, monkeypatch):
@@ -347,183 +131,6 @@ def test_class_lists_that_differ(tmp_path):
     for name in "bcde":
         (tmp_path / "cifar100/test" / name).rename(tmp_path / "cifar100/test" / f"x{name}")
     fails(tmp_path, "only in train b, c, d and 1 more", "only in test xb, xc, xd and 1 more")
-
-
-@pytest.mark.parametrize("split,index,workers", [("train", 2, 0), ("train", 2, 1), ("test", 0, 0)])
-def test_images_of_different_size(tmp_path, split, index, workers):
-    make_folders(tmp_path)
-    odd = tmp_path / "cifar100" / split / "dog" / f"{index:03d}.png"
-    Image.new("RGB", (33, 16)).save(odd)
-    fails(tmp_path, odd, "33x16", "20x16", "--image-size", num_workers=workers)
-
-
-def test_test_images_of_another_size_are_refused_from_the_cache_too(tmp_path):
-    make_folders(tmp_path)
-    load(tmp_path)
-    for path in (tmp_path / "cifar100/train").glob("*/*.png"):
-        Image.new("RGB", (21, 17)).save(path)
-    odd = tmp_path / "cifar100/test/cat/000.png"
-    fails(tmp_path, odd, "20x16", "21x17")
-
-
-def truncated(path):
-    path.write_bytes(path.read_bytes()[:200])
-
-
-def deep(path):
-    Image.fromarray(np.full((16, 20), 40000, np.uint16)).save(path)
-
-
-@pytest.mark.parametrize("spoil,why", [
-    (lambda path: path.write_text("this is text"), "not an image"), (truncated, "truncated"),
-    (lambda path: path.write_bytes(b""), "not an image"), (deep, "8 bits")])
-@pytest.mark.parametrize("index", [0, 2])
-def test_unreadable_image(tmp_path, spoil, why, index):
-    make_folders(tmp_path)
-    bad = tmp_path / "cifar100/train/cat" / f"{index:03d}.png"
-    spoil(bad)
-    fails(tmp_path, bad, why, "Replace or remove")
-    assert not list((tmp_path / ".cache").glob("*"))
-
-
-def test_decompression_bomb(tmp_path, monkeypatch):
-    make_folders(tmp_path)
-    bomb = tmp_path / "cifar100/train/dog/001.png"
-    Image.new("RGB", (300, 300)).save(bomb)
-    for limit in (80_000, 40_000):      # PIL warns above the limit, and raises above twice the limit
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        fails(tmp_path, bomb, "decompression bomb", image_size=16)
-
-
-def test_an_image_that_is_too_small(tmp_path):
-    make_folders(tmp_path, size=(8, 8))
-    fails(tmp_path, "8x8", "--image-size")
-    assert load(tmp_path, image_size=16)[0].image_size == (16, 16)
-
-
-# ------------------------------------------------------------------------------------------------------------ workers
-
-def dying_chunk(parent, files, size, resize):
-    if os.getpid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
-    pixels, place = image_files._open_rgb(files[0][0], size, resize, None)
-    return pixels[None], np.array([place])
-
-
-def failing_chunk(parent, files, size, resize):
-    if os.getpid() != parent:
-        raise MemoryError("a worker's")
-    return dying_chunk(parent, files, size, resize)
-
-
-@pytest.mark.parametrize("chunk", [dying_chunk, failing_chunk])
-def test_a_worker_that_dies_or_fails_is_replaced_by_the_main_process(tmp_path, monkeypatch, capsys, chunk):
-    make_folders(tmp_path)
-    paths = sorted(tmp_path.glob("cifar100/train/*/*.png"))
-    monkeypatch.setattr(image_files, "CHUNK", 1)
-    monkeypatch.setattr(image_files, "_decode_chunk", functools.partial(chunk, os.getpid()))
-    images = image_files.decode_images(paths, (16, 20), False, num_workers=1, progress=False).images
-    assert (images.numpy() == np.stack([np.asarray(Image.open(path)) for path in paths])).all()
-    assert capsys.readouterr().out.count("going on in the main process") == 1
-
-
-def test_no_processes_to_be_had(tmp_path, monkeypatch):
-    make_folders(tmp_path)
-
-    def refuse(self, *args):
-        raise OSError("no processes left")
-    monkeypatch.setattr(ProcessPoolExecutor, "submit", refuse)
-    assert len(load(tmp_path, num_workers=2)[0]) == 6
-
-
-# -------------------------------------------------------------------------------------------------------------- cache
-
-def decoded_anew(root, monkeypatch, **options):
-    """Load, and tell which splits were decoded rather than read from the cache."""
-    titles, decode = [], image_files.decode_images
-
-    def spy(paths, size, resize, num_workers, progress, title, crops):
-        titles.append(title)
-        return decode(paths, size, resize, num_workers, progress, title, crops)
-    with monkeypatch.context() as patch:
-        patch.setattr(image_files, "decode_images", spy)
-        loaded = load(root, **options)
-    return titles, loaded
-
-
-def test_cache(tmp_path, monkeypatch, capsys):
-    make_folders(tmp_path)
-    titles, first = decoded_anew(tmp_path, monkeypatch)
-    assert titles == ["cifar100-train", "cifar100-test"]
-    titles, second = decoded_anew(tmp_path, monkeypatch)
-    assert titles == [] and all(torch.equal(a.images, b.images) for a, b in zip(first, second))
-
-    changed = tmp_path / "cifar100/train/cat/000.png"
-    Image.new("RGB", (20, 16), (1, 2, 3)).save(changed)     # another image: decoded again, and the old cache goes
-    titles, third = decoded_anew(tmp_path, monkeypatch)
-    assert titles == ["cifar100-train"] and third[0].images[0, 0, 0].tolist() == [1, 2, 3]
-    os.utime(changed, (1, 1))                               # another time
-    assert decoded_anew(tmp_path, monkeypatch)[0] == ["cifar100-train"]
-    changed.rename(changed.with_name("zzz.png"))            # another name
-    assert decoded_anew(tmp_path, monkeypatch)[0] == ["cifar100-train"]
-    assert len(list((tmp_path / ".cache").iterdir())) == 2
-
-    assert len(decoded_anew(tmp_path, monkeypatch, image_size=16)[0]) == 2  # a size of its own, beside the other's
-    assert decoded_anew(tmp_path, monkeypatch, image_size=16)[0] == []
-    assert decoded_anew(tmp_path, monkeypatch)[0] == []
-    monkeypatch.setattr(image_files, "CACHE_VERSION", 10**6)
-    assert len(decoded_anew(tmp_path, monkeypatch)[0]) == 2
-    assert len(list((tmp_path / ".cache").iterdir())) == 4 and "damaged" not in capsys.readouterr().out
-
-
-def flip_a_byte(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 255
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("spoil", [
-    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"text"), flip_a_byte,
-    lambda path: path.write_bytes(path.read_bytes()[:-100]), lambda path: torch.save({"key": "x"}, path),
-    lambda path: torch.save({"key": path.stem[-20:], "images": torch.zeros(6, 16, 20, 3)}, path)])
-def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch, capsys, spoil):
-    make_folders(tmp_path, size=(64, 64))
-    first = load(tmp_path)[0].images.clone()    # what is loaded is mapped from the file
-    spoil(next((tmp_path / ".cache").glob("cifar100-train-*.pt")))
-    titles, second = decoded_anew(tmp_path, monkeypatch)
-    assert titles == ["cifar100-train"] and torch.equal(first, second[0].images)
-    assert capsys.readouterr().out.count("is damaged") == 1
-    assert decoded_anew(tmp_path, monkeypatch)[0] == []
-
-
-def test_without_a_place_for_the_cache(tmp_path, capsys):
-    make_folders(tmp_path)
-    (tmp_path / ".cache").write_text("a file where the folder should be")
-    assert len(load(tmp_path)[0]) == 6
-    assert capsys.readouterr().out.count("no cache in") == 1
-
-
-def test_a_full_disk_leaves_no_half_a_cache(tmp_path, monkeypatch, capsys):
-    make_folders(tmp_path)
-
-    def full(content, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(torch, "save", full)
-    assert len(load(tmp_path)[0]) == 6
-    assert list((tmp_path / ".cache").iterdir()) == [] and "No space left" in capsys.readouterr().out
-
-
-def test_leftovers_of_killed_runs_are_removed_when_old(tmp_path):
-    make_folders(tmp_path)
-    (tmp_path / ".cache").mkdir()
-    old, new = (tmp_path / ".cache" / f".cifar100-train-{n}.pt.{n}.tmp" for n in (1, 2))
-    other = tmp_path / ".cache" / "mine.pt"
-    for path in (old, new, other):
-        path.write_text("x")
-        os.utime(path, (1, 1)) if path != new else None
-    load(tmp_path)
-    assert not old.exists() and new.exists() and other.exists()
 
 
 # ---------------------------------------------------------------------------------------------------- official archive

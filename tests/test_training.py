@@ -176,6 +176,21 @@ def test_compiling_and_checkpointing_where_the_statistics_would_be_wrong(monkeyp
 
 # ---- micro-batches ----------------------------------------------------------------------------------------------------
 
+def test_where_compiled_code_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    options.keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    options.keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "learn-to-pay-attention")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))    # no folder can be made there
+    options.keep_compiled()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
 def test_parts_are_near_equal_and_none_is_a_single_image_unless_asked_for():
     for count in range(2, 40):
         for micro_batch in [None, *range(1, 45)]:

@@ -32,6 +32,8 @@ def main(task: Task, argv: list[str] | None = None) -> int:
             parser.error("--json goes with --benchmark")
     except SystemExit as stop:  # argparse has printed the help (0) or what is wrong (2)
         return stop.code
+    if getattr(args, "compile", torch.cuda.is_available()):
+        options.keep_compiled()
     try:
         if of_environment().count > 1 and (args.evaluate or args.sanity or args.benchmark):
             raise UserError("--evaluate, --sanity and --benchmark run in one process: start them without torchrun", 2)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from attention_model import without_norms
 from augmentation import resize
 from training.optimise import MovingAverage, Precision, grad_norm, input_size_at, learning_rate, make_optimizer
 from training.options import UserError
@@ -337,6 +338,7 @@ def evaluate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], num_cla
     all get the result of all. Raises Interrupted."""
     was_training, device = model.training, precision.device
     model.eval()
+    network = without_norms(model) if device.type == "cpu" else model
     try:
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         counts, right = (torch.zeros(num_classes, dtype=torch.int64, device=device) for _ in range(2))
@@ -344,7 +346,7 @@ def evaluate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], num_cla
             if ranks.count == 1 and should_stop():
                 raise Interrupted
             with precision.context():
-                logits = model(images)
+                logits = network(images)
             logits = logits.float()
             hits = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]
             sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum").double(), hits[:, 0].sum().double(),

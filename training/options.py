@@ -6,6 +6,8 @@ top of the script, or the constants below for what is no part of a recipe.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import platform
 import shlex
 import subprocess
@@ -258,6 +260,18 @@ def choose_compile(asked: bool | str, device: torch.device, checkpoint_activatio
         raise UserError(f"--compile with --checkpoint-activations gives wrong batch-norm statistics in PyTorch "
                         f"{torch.__version__}: leave one of them out, or install PyTorch 2.15", 2)
     return bool(asked)
+
+
+def keep_compiled() -> None:
+    """Have torch.compile keep what it makes in the user's cache folder, so that the next run starts fast even when the
+    machine was restarted; its own choice is /tmp. TORCHINDUCTOR_CACHE_DIR says otherwise. Call it before anything is
+    built: importing the compiler settles the place, and that happens here and there."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    with contextlib.suppress(OSError, RuntimeError):    # no home, or none to write to: /tmp then
+        folder = Path(home).expanduser() / "learn-to-pay-attention"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 COMPILES_CHECKPOINTS = (2, 15)  # the first PyTorch version that we have seen do it right

@@ -1,0 +1,88 @@
+"""What several test files make and load: sets, data folders, small networks."""
+import functools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import image_files
+from cub import load_cub
+from data import DataError, ImageSet
+
+BIRD_SIZE = 24      # that load_birds resizes pictures to
+# id: name, class id, train, (width, height), box x y width height, parts x y visible
+BIRDS = {
+    3: ("001.Red_bird/a.png", 1, 1, (50, 40), (3.2, 4.6, 20.5, 15.1), ((5.0, 6.0, 1), (12.5, 9.5, 1))),
+    4: ("001.Red_bird/b.png", 1, 0, (40, 60), (0.0, 10.0, 40.0, 30.0), ((1.0, 2.0, 1), (0.0, 0.0, 0))),
+    7: ("004.Blue_bird/c.png", 4, 1, (64, 64), (30.0, 30.0, 50.0, 20.4), ((63.9, 35.0, 1), (0.0, 0.0, 0))),
+    9: ("004.Blue_bird/d.png", 4, 0, (33, 31), (1.0, 1.0, 9.0, 9.0), ((2.0, 3.0, 1), (9.9, 10.0, 1))),
+    12: ("004.Blue_bird/e.png", 4, 1, (31, 70), (-4.0, 20.5, 20.0, 60.0), ((3.0, 30.0, 1), (4.0, 5.0, 1))),
+}
+
+
+def torchvisions(name, dtype=torch.float64, classes=7):
+    import torchvision      # not above: decoding workers import this file
+    torch.manual_seed(0)
+    return torchvision.models.get_model(name, weights=None, num_classes=classes).to(dtype).eval()
+
+
+def image_set(count=20, height=18, width=24, classes=3, seed=0):
+    rng = np.random.default_rng(seed)
+    images = torch.from_numpy(rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8))
+    return ImageSet(images, torch.arange(count) % classes, tuple("abcdefghij"[:classes]), "a test")
+
+
+def make_folders(root, classes=("cat", "dog"), per_class=3, size=(20, 16), ending="png"):
+    """Class folders under root/cifar100; returns the pixels by path."""
+    rng, pixels = np.random.default_rng(0), {}
+    for split in ("train", "test"):
+        for name in classes:
+            folder = root / "cifar100" / split / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                array = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                Image.fromarray(array).save(folder / f"{i:03d}.{ending}")
+                pixels[folder / f"{i:03d}.{ending}"] = array
+    return pixels
+
+
+def load_cifar(root, **options):
+    return data.load_cifar100(root, download=False, progress=False, **options)
+
+
+def load_birds(root, **options):
+    return load_cub(root, **{"image_size": BIRD_SIZE, "download": False, "progress": False, **options})
+
+
+def fails(load, root, *words, **options):
+    """The load fails with one line that holds every word."""
+    with pytest.raises(DataError) as caught:
+        load(root, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert str(word) in message, message
+    return message
+
+
+cifar_fails = functools.partial(fails, load_cifar)
+birds_fail = functools.partial(fails, load_birds)
+
+
+def decoded_anew(load, root, monkeypatch, **options):
+    """The splits that were decoded rather than read from the cache, and what was loaded."""
+    titles, decode = [], image_files.decode_images
+
+    def spy(*args):
+        titles.append(args[5])
+        return decode(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(image_files, "decode_images", spy)
+        loaded = load(root, **options)
+    return titles, loaded
+
+
+def listing(folder):
+    return sorted(path.name for path in folder.iterdir())

@@ -1,0 +1,76 @@
+"""training/sanity.py: the sanity pass as people use it, what it finds, and what TensorBoard shows of it."""
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tensorboard_http import tensorboard_over
+from training import run as run_module
+from training.loop import Interrupted, Trainer
+from training.report import read_metrics
+
+
+def test_sanity_pass_and_what_tensorboard_shows_of_it(cli, tmp_path):
+    status, out, _ = cli("--sanity", "--sample", "--width", 0.0625, "--run-dir", "s", "--device", "cpu")
+    assert status == 0 and re.search(r"Sanity pass passed in \d+ s", out)
+    for word in ("one epoch", "gradients", "reload", "resume", "an epoch of 50,000 images", "Peak memory"):
+        assert word in out
+    assert "largest difference of a weight 0" in out
+    with tensorboard_over(tmp_path) as board:
+        assert board.runs() == ["s"]  # hparams beside the run, not in a second one
+        row = read_metrics(tmp_path / "s" / "metrics.csv")[0]
+        for tag, name in (("loss/train", "train_loss"), ("loss/test", "eval_loss"), ("top1/test", "eval_top1"),
+                          ("top5/test", "eval_top5"), ("learning_rate", "lr")):
+            assert board.scalars("s", tag) == [(1, pytest.approx(row[name], rel=1e-5))]
+        for level in ("conv7", "conv10", "conv13"):
+            for what in ("score_sd", "entropy", "gate_gradient"):
+                assert len(board.scalars("s", f"attention/{level}/{what}")) == 1
+        assert len(board.images("s", "attention/test images")) == 1
+        assert "vgg-att3-concat-pc" in str(board.hparams())
+        assert "vgg-att3-concat-pc" in str(board.text("s", "configuration/text_summary"))
+
+
+@pytest.mark.parametrize("harm, message", [
+    (lambda m: m.gates["conv10"].compatibility.u.weight.register_hook(torch.zeros_like),
+     "no gradient reached gates.conv10.compatibility.u.weight"),
+    (lambda m: m.gates["conv7"].compatibility.u.weight.data.zero_(), "attention level conv7 is dead"),
+])
+def test_sanity_pass_fails_and_names_it(cli, monkeypatch, harm, message):
+    class Harmed(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            harm(self.model)
+            if "dead" in message:
+                self.model.gates["conv7"].compatibility.u.weight.requires_grad_(False)
+                self.average.model.load_state_dict(self.model.state_dict())
+    monkeypatch.setattr(run_module, "Trainer", Harmed)
+    status, out, _ = cli("--sanity", "--sample", "--width", 0.0625, "--device", "cpu")
+    assert status == 1 and f"FAILED: {message}" in out and "Sanity pass FAILED" in out
+
+
+def test_sanity_without_data_uses_the_sample_and_says_so(cli):
+    status, out, _ = cli("--sanity", "--model", "vgg", "--width", 0.0625, "--device", "cpu")
+    assert status == 0 and "built-in sample (seed 0) (no cifar100 in data)" in out
+    assert not Path("data").exists()
+
+
+def test_sanity_with_a_validation_split(cli):
+    status, out, _ = cli("--sanity", "--sample", "--model", "vgg", "--width", 0.0625, "--val-fraction", 0.25)
+    assert status == 0 and "Sanity pass passed" in out
+
+
+def test_a_signal_in_the_sanity_pass(cli, monkeypatch):
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise Interrupted
+    monkeypatch.setattr(run_module, "evaluate", signalled)
+    assert cli("--sanity", "--sample", "--model", "vgg", "--width", 0.0625, "--device", "cpu")[0] == 143
+
+
+def test_a_bare_resume_never_takes_a_sanity_pass(cli):
+    assert cli("--sanity", "--sample", "--model", "vgg", "--width", 0.0625, "--device", "cpu")[0] == 0
+    status, _, err = cli("--resume")
+    assert status == 2 and "there is no unfinished run in runs/cifar100" in err
