@@ -27,14 +27,14 @@ from torch import Tensor
 import train_cifar100
 import train_cub
 from data import DataError, ImageSet
-from image_files import one_line, replace_file
+from image_files import replace_file
 from training import options
 from training.classifiers import Classifier, find_class, from_checkpoint, from_torchvision
+from training.commands import exit_status
 from training.explain import attention_maps, class_activation_map, default_layer, feature_layers, grad_cam
 from training.gallery import (GREATEST_SIDE, Overview, Picture, Writer, complain, list_files, open_photo, parse_index,
                               printable)
 from training.localise import Measures, part_lines, table_lines
-from training.loop import memory_ran_out
 from training.options import UserError
 from training.pictures import COLOUR_MAPS, shown, title_of
 
@@ -96,32 +96,20 @@ def main(argv: list[str] | None = None) -> int:
         args = make_parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed the help (0) or what is wrong (2)
         return stop.code
-    try:
-        check_use(args)
-        network = from_checkpoint(args.checkpoint) if args.checkpoint else from_torchvision(args.arch, args.weights)
-        network.place_on(options.choose_device(args.device))
-        print(network.what)
-        if args.list_layers:
-            return list_layers(network)
-        methods, layer = applicable(network, args.method, args.layer)
-        if args.measure:
-            return measure(args, network, methods, layer)
-        return make_pictures(args, network, methods, layer)
-    except (UserError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "status", 1)
-    except (RuntimeError, MemoryError) as error:
-        if not memory_ran_out(error):
-            raise
-        print(f"error: out of memory: {one_line(error)[:200]}\nIs another program using the memory (nvidia-smi, top)? "
-              f"On a GPU: --device cpu.", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Stopped. What was written so far is whole.", file=sys.stderr)
-        return 130
+    return exit_status(lambda: do(args), "Stopped. What was written so far is whole.")
+
+
+def do(args: argparse.Namespace) -> int:
+    check_use(args)
+    network = from_checkpoint(args.checkpoint) if args.checkpoint else from_torchvision(args.arch, args.weights)
+    network.place_on(options.choose_device(args.device))
+    print(network.what)
+    if args.list_layers:
+        return list_layers(network)
+    methods, layer = applicable(network, args.method, args.layer)
+    if args.measure:
+        return measure(args, network, methods, layer)
+    return make_pictures(args, network, methods, layer)
 
 
 def check_use(args: argparse.Namespace) -> None:

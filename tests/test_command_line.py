@@ -14,9 +14,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_cifar100
+from image_files import DataError
 from training import checkpoint, commands, run as run_module
-from training.loop import Trainer
-from training.options import cpu_has_bf16
+from training.loop import Interrupted, Trainer
+from training.options import UserError, cpu_has_bf16
 from training.report import read_metrics
 
 NARROW = ["--sample", "--width", "0.0625", "--batch-size", "16", "--device", "cpu", "--precision", "fp32"]
@@ -349,6 +350,24 @@ def test_changed_data_is_noticed(cli, small_task, unhurt):
         task = dataclasses.replace(small_task, sample=lambda config: sets)
         status, _, err = cli("--resume", "r", "--epochs", 6, task=task)
         assert status == 1 and "the data set has changed" in err and message in err
+
+
+@pytest.mark.parametrize("error, status, words", [
+    (UserError("no such thing", 2), 2, "error: no such thing\n"), (DataError("a.png is bad"), 1, "error: a.png is bad\n"),
+    (MemoryError(), 1, "error: out of memory outside the training step: MemoryError\nIs another program"),
+    (torch.OutOfMemoryError("CUDA out of memory."), 1, "outside the training step: CUDA out of memory.\nIs another"),
+    (PermissionError(13, "Permission denied", "runs"), 1, "error: runs: Permission denied\n"),
+    (KeyboardInterrupt(), 130, "Stopped.\n"), (Interrupted(15), 143, "")])
+def test_what_a_user_can_mend_is_told_without_a_traceback(capsys, error, status, words):
+    def fail():
+        raise error
+    assert commands.exit_status(fail, "Stopped.") == status
+    assert words in capsys.readouterr().err
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        commands.exit_status(lambda: torch.zeros(2) @ torch.zeros(3), "")
 
 
 def test_a_run_folder_that_cannot_be_made(cli):

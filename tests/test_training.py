@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import pickle
+import types
 import zipfile
 
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from attention_model import build_model
 from sample_data import cifar_sample
 from train_cifar100 import FAST, PAPER
-from training import checkpoint, optimise, options
+from training import checkpoint, optimise, options, run
 from training.loop import Trainer, evaluate, parts_of
 from training.optimise import MovingAverage, Precision, input_size_at, learning_rate, parameter_groups
 from training.options import UserError
@@ -387,6 +388,17 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(saved, monkeypatch):
     monkeypatch.undo()
     assert checkpoint.read_last(folder)["mark"] == "second"
     assert {p.name for p in folder.iterdir()} == {"last.pt", "last.prev.pt"}
+
+
+@pytest.mark.parametrize("save_takes, due", [(0.2, 50), (1.0, 50), (3.0, 150)])
+def test_how_often_a_run_saves(monkeypatch, save_takes, due):
+    """Every 50 seconds; where that would cost over 2 % of the time, as often as costs 2 %."""
+    saved, clock = [], [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    state = types.SimpleNamespace(saved_at=0.0, save_seconds=save_takes, save=lambda: saved.append(clock[0]))
+    for clock[0] in (0.0, due - 0.1, due):
+        run.Run.save_when_due(state)
+    assert saved == [due] and save_takes / due <= 0.02
 
 
 def test_a_missing_run_folder_is_made_again(saved, tmp_path):

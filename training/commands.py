@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -34,21 +35,13 @@ def main(task: Task, argv: list[str] | None = None) -> int:
         return stop.code
     if getattr(args, "compile", torch.cuda.is_available()):
         options.keep_compiled()
+    return exit_status(lambda: do(task, args, argv), "Stopped before the training began: there is nothing to save.")
+
+
+def exit_status(action: Callable[[], int], when_stopped: str) -> int:
+    """What ``action`` returns; else 1 or 2 for what a user can mend, told in a line or two, and 130 after Ctrl-C."""
     try:
-        if of_environment().count > 1 and (args.evaluate or args.sanity or args.benchmark):
-            raise UserError("--evaluate, --sanity and --benchmark run in one process: start them without torchrun", 2)
-        if args.evaluate:
-            return evaluate_checkpoint(task, args, argv)
-        if args.sanity:
-            config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
-            check_recipe(config)
-            return sanity.sanity_pass(task, config, run_dir_of(task, args, "sanity"), options.command_line(argv))
-        if args.benchmark:
-            config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
-            check_recipe(config)
-            return benchmark(task, config, args.benchmark, args.json, options.command_line(argv))
-        with joined(args.device) as ranks:
-            return train(task, args, argv, ranks)
+        return action()
     except Interrupted as stop:  # in the sanity pass; a run catches its own
         return 128 + stop.args[0]
     except (UserError, DataError) as error:
@@ -58,14 +51,31 @@ def main(task: Task, argv: list[str] | None = None) -> int:
         if not memory_ran_out(error):
             raise
         print(f"error: out of memory outside the training step: {one_line(error)[:200]}\n"
-              f"Is another program using the memory (nvidia-smi, top)? Else try a smaller --image-size.", file=sys.stderr)
+              f"Is another program using the memory (nvidia-smi, top)? Else try a smaller --image-size, or --device cpu.",
+              file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Stopped before the training began: there is nothing to save.", file=sys.stderr)
+        print(when_stopped, file=sys.stderr)
         return 130
+
+
+def do(task: Task, args, argv: list[str]) -> int:
+    if of_environment().count > 1 and (args.evaluate or args.sanity or args.benchmark):
+        raise UserError("--evaluate, --sanity and --benchmark run in one process: start them without torchrun", 2)
+    if args.evaluate:
+        return evaluate_checkpoint(task, args, argv)
+    if args.sanity or args.benchmark:
+        config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
+        check_recipe(config)
+        command = options.command_line(argv)
+        if args.sanity:
+            return sanity.sanity_pass(task, config, run_dir_of(task, args, "sanity"), command)
+        return benchmark(task, config, args.benchmark, args.json, command)
+    with joined(args.device) as ranks:
+        return train(task, args, argv, ranks)
 
 
 def run_dir_of(task: Task, args, suffix: str) -> Path:
