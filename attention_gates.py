@@ -14,7 +14,7 @@ HEAD_DROPOUT = 0.5  # the authors', in front of each linear layer
 
 class ParametrisedCompatibility(nn.Module):
     """pc: c_i = u . (l_i + g) + b = u . l_i + u . g + b. The same number u . g + b is added at every position, so softmax
-    over the positions does not see it: with ``g=None`` it is left out (PAPER: exact, not an approximation)."""
+    over the positions does not see it: with ``g=None`` it is left out, which changes nothing."""
 
     def __init__(self, channels: int):
         super().__init__()

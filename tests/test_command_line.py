@@ -3,6 +3,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import pty
 import random
 import re
 import signal
@@ -76,7 +77,7 @@ def unhurt(small_task, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("after_step, number", [(3, signal.SIGTERM), (12, signal.SIGINT), (15, signal.SIGINT)])
+@pytest.mark.parametrize("after_step, number", [(3, signal.SIGTERM), (12, signal.SIGINT), (15, signal.SIGHUP)])
 def test_stopped_by_a_signal_and_resumed_equals_the_unhurt_run(cli, monkeypatch, unhurt, after_step, number):
     step, steps = Trainer.step, []
 
@@ -91,6 +92,8 @@ def test_stopped_by_a_signal_and_resumed_equals_the_unhurt_run(cli, monkeypatch,
     assert "everything is saved" in out and "--resume hurt" in out
     assert content_of("hurt")["position"]["epoch"] * 6 + content_of("hurt")["position"]["step"] == after_step
     assert cli("--resume")[0] == 2  # it is not under runs/
+    if number == signal.SIGHUP:     # the checkpoint alone is enough
+        Path("hurt/config.json").unlink()
     assert cli("--resume", "hurt")[0] == 0 and len(steps) == 24
     assert_runs_equal("hurt", unhurt)
 
@@ -119,6 +122,32 @@ def test_a_second_interrupt_leaves_at_once(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         assert left == [130]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_closed_terminal_ends_the_run_and_no_line_written_after_it_does_harm():
+    here, there = pty.openpty()
+    kept = [os.dup(1), os.dup(2)]
+    try:
+        os.dup2(there, 1)
+        os.dup2(there, 2)
+        with run_module.Signals() as signals:
+            os.close(here)
+            with pytest.raises(OSError):
+                os.write(1, b"nobody reads this")
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received == signal.SIGHUP
+            assert os.write(1, b"nor this") == os.write(2, b"nor that") == 8
+    finally:
+        for number, copy in zip((1, 2), kept):
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(there)
+
+
+def test_nohup_is_heeded(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    with run_module.Signals() as signals:
+        assert set(signals.before) == {signal.SIGINT, signal.SIGTERM}
 
 
 def in_a_process(folder: str, words: list[str]) -> None:
@@ -187,6 +216,21 @@ def test_killed_before_the_first_checkpoint_starts_over(cli, monkeypatch, unhurt
     status, out, _ = cli("--resume", "hurt")
     assert status == 0 and "has no checkpoint yet: starting over with its settings" in out
     assert_runs_equal("hurt", unhurt)
+
+
+def test_a_finished_run_without_its_config(cli, unhurt):
+    import shutil
+    shutil.copytree(unhurt, "r")
+    Path("r/config.json").unlink()
+    status, out, err = cli("--resume", "r")
+    assert status == 0 and "r is finished: 4 epochs" in out, err
+    Path("r/last.pt").unlink()
+    status, _, err = cli("--resume", "r")
+    assert status == 0      # last.prev.pt: the fourth epoch's last step, evaluated anew
+    shutil.rmtree("r")
+    Path("r").mkdir()
+    assert cli("--resume", "r")[::2] == (2, "error: --resume r: there is no run in this folder (no config.json, no last.pt, "
+                                            "no last.prev.pt)\n")
 
 
 def test_a_bare_resume_takes_the_newest_unfinished_run(cli, monkeypatch):

@@ -106,8 +106,9 @@ def train(task: Task, args, argv: list[str], ranks: Ranks) -> int:
     else:
         run_dir = Path(args.resume) if args.resume else ranks.same(
             checkpoint.newest_unfinished(Path("runs", task.dataset)) if ranks.first else None)
-        if not (run_dir / "config.json").exists():
-            raise UserError(f"--resume {run_dir}: there is no run in this folder (no config.json)", 2)
+        names = ("config.json", options.CHECKPOINT_NAME, options.PREVIOUS_NAME)
+        if not any((run_dir / name).exists() for name in names):
+            raise UserError(f"--resume {run_dir}: there is no run in this folder (no {', no '.join(names)})", 2)
     with checkpoint.lock(run_dir) if ranks.first else contextlib.nullcontext():
         if ranks.first:
             checkpoint.clean(run_dir)
@@ -122,7 +123,8 @@ def train(task: Task, args, argv: list[str], ranks: Ranks) -> int:
                 print(f"{run_dir} is finished: {before['epochs']} epochs. A longer run: --resume {run_dir} --epochs "
                       f"{2 * before['epochs']}")
                 if ranks.first:
-                    checkpoint.write_config(run_dir, checkpoint.read_config(run_dir) | {"finished": True})
+                    with contextlib.suppress(OSError, ValueError, TypeError):   # a config.json that is lost or damaged
+                        checkpoint.write_config(run_dir, checkpoint.read_config(run_dir) | {"finished": True})
                 return 0
             if config["epochs"] != before["epochs"]:
                 print(f"--epochs {config['epochs']} instead of {before['epochs']}: the schedule is that of the new length "

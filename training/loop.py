@@ -303,8 +303,9 @@ class Trainer:
     def diverged(self, what: str, step: int) -> UserError:
         return UserError(
             f"{what} is not finite at epoch {self.position.epoch + 1}, step {step} of {len(self.batches)}: the training "
-            f"diverged. The last good checkpoint is kept.\nTry, in this order: a lower --lr, a longer warm-up "
-            f"(--set warmup=0.3), --precision fp32")
+            f"diverged. The last good checkpoint is kept.\nStart a new run with, in this order: a lower --lr, a longer warm-up "
+            f"(--set warmup=0.3), --precision fp32. --resume keeps a run's settings; --init-from RUN_DIR/last.pt takes its "
+            f"weights along")
 
     def epoch_metrics(self) -> dict:
         """The training half of a metrics row, for the epoch that has just ended."""

@@ -1,6 +1,6 @@
 """The optimizer's side of a run: parameter groups, learning rate, precision, moving average of the weights.
 
-Every number comes from the run's config (the RECIPES dict at the top of each script).
+Every number comes from the run's config (the dicts at the top of each script).
 """
 from __future__ import annotations
 

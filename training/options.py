@@ -1,6 +1,6 @@
 """The command line that both scripts share, and what it resolves to: one flat dict of plain values, the run's config.
 
-The config is saved in config.json and in every checkpoint. A default stands in one place only: the RECIPES dict at the
+The config is saved in config.json and in every checkpoint. A default stands in one place only: the dicts at the
 top of the script, or the constants below for what is no part of a recipe.
 """
 from __future__ import annotations
@@ -39,11 +39,17 @@ class UserError(Exception):
         self.status = status
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, [], False) else super()._get_help_string(action)
+
+
 def make_parser(description: str, recipes: dict[str, dict], *, model: str, dataset: str) -> argparse.ArgumentParser:
-    """The options of DESIGN.md. None as a default means: from the recipe, or from the checkpoint on resume."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    quiet = argparse.SUPPRESS  # no "(default: None)" in the help
+    """The options of both scripts. None as a default means: from the recipe, or from the checkpoint on resume."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+    quiet = argparse.SUPPRESS  # not in the result unless it was given
     where = parser.add_argument_group("what and where")
     where.add_argument("--data-dir", default="data", help="folder that holds (or will hold) the data set")
     where.add_argument("--run-dir", default=quiet, help=f"folder of this run (default: runs/{dataset}/<time>-<model>)")

@@ -48,13 +48,19 @@ class Task:
 
 
 class Signals:
-    """SIGINT and SIGTERM ask the run to end after the step; a second SIGINT ends the process at once."""
+    """SIGINT, SIGTERM and a terminal that is closed (SIGHUP) ask the run to end after the step; a second SIGINT ends the
+    process at once."""
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
     def __init__(self):
         self.received: int | None = None
 
     def __enter__(self) -> "Signals":
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]   # Windows has no SIGHUP
+        ignored = [n for n in numbers[2:] if signal.getsignal(n) == signal.SIG_IGN]     # nohup's SIGHUP stays ignored
+        self.before = {number: signal.signal(number, self.receive) for number in numbers if number not in ignored}
+        self.terminals = [number for number in (1, 2) if os.isatty(number)]
         return self
 
     def __exit__(self, *_) -> None:
@@ -65,6 +71,10 @@ class Signals:
         if self.received is not None and number == signal.SIGINT:
             os._exit(130)
         self.received = self.received or number
+        if number == getattr(signal, "SIGHUP", None):   # nobody reads on; writing there would be an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for terminal in self.terminals:
+                os.dup2(nowhere, terminal)
         os.write(2, b"\nStopping after this step; once more Ctrl-C to leave at once without saving.\n")
 
     def __call__(self) -> bool:

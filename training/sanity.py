@@ -139,9 +139,10 @@ def missing_gradients(trainer: Trainer) -> tuple[list[str], int]:
 
 
 def non_finite(trainer: Trainer) -> list[str]:
-    """Names of weights, buffers and momenta that hold a NaN or an infinity."""
+    """Names of weights, buffers, gradients and momenta that hold a NaN or an infinity."""
     tensors = dict(trainer.model.state_dict())
-    tensors |= {f"gradient of {name}": p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    if not trainer.precision.scaler.is_enabled():   # while it looks for its scale, it meets infinite gradients and skips them
+        tensors |= {f"gradient of {name}": p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
     tensors |= {f"moving average of {name}": t for name, t in trainer.eval_model.state_dict().items()}
     for number, state in enumerate(trainer.optimizer.state.values()):
         tensors |= {f"momentum {number}": value for value in state.values() if torch.is_tensor(value)}
