@@ -29,7 +29,7 @@ class DotProductCompatibility(nn.Module):
     """dp: c_i = <l_i, g>. No parameters."""
 
     def forward(self, local: Tensor, g: Tensor) -> Tensor:
-        scores = torch.bmm(g[:, None, :], local.flatten(2))
+        scores = torch.bmm(local.flatten(2).transpose(1, 2), g[:, :, None])    # so that l's gradient is channels_last too
         return scores.view(local.shape[0], *local.shape[2:])
 
 
@@ -52,8 +52,8 @@ class AdditiveCompatibility(nn.Module):
 
 def attend(local: Tensor, attention_map: Tensor) -> Tensor:
     """The attended feature g_a = sum_i a_i l_i: (N, C, H, W), (N, H, W) -> (N, C)."""
-    weights = attention_map.flatten(1)[:, :, None].to(local.dtype)
-    return torch.bmm(local.flatten(2), weights)[:, :, 0]
+    weights = attention_map.flatten(1)[:, None, :].to(local.dtype)
+    return torch.bmm(weights, local.flatten(2).transpose(1, 2))[:, 0]      # so that l's gradient is channels_last too
 
 
 def softmax_over_positions(scores: Tensor) -> Tensor:

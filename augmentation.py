@@ -4,6 +4,7 @@ No worker processes: a batch is an index into the set, cropped, flipped, recolou
 """
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -47,13 +48,11 @@ class Augmentation:
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Draw:
         """Everything is drawn, used or not, so that crops stay the same when the cutout is switched off."""
-        def integers(end: int) -> torch.Tensor:
-            return torch.randint(end, (count,), generator=generator, device=generator.device)
-
-        def shares(*shape: int) -> torch.Tensor:
-            return torch.rand(count, *shape, generator=generator, device=generator.device)
-        return Draw(integers(2 * self.pad + 1), integers(2 * self.pad + 1), integers(2).bool(),
-                    integers(height), integers(width), shares(), shares(), shares(), shares(), shares(3))
+        ends = (2 * self.pad + 1, 2 * self.pad + 1, 2, height, width)
+        drawn = torch.rand(count, len(ends) + 7, generator=generator, device=generator.device)     # at once: a GPU is quick
+        top, left, flip, cut_y, cut_x = (drawn[:, :len(ends)] * _constants(ends, drawn.device)).long().unbind(1)
+        area, aspect, place_y, place_x = drawn[:, len(ends):-3].unbind(1)
+        return Draw(top, left, flip.bool(), cut_y, cut_x, area, aspect, place_y, place_x, drawn[:, -3:])
 
     def __call__(self, images: torch.Tensor, generator: torch.Generator, part: slice | None = None,
                  total: int | None = None) -> torch.Tensor:
@@ -76,6 +75,13 @@ class Augmentation:
         return batch
 
 
+@functools.lru_cache(maxsize=64)
+def _constants(values: tuple[float, ...], device: torch.device, times: int = 1) -> torch.Tensor:
+    """The values, so many times over, in float32. Kept, and filled on the device: to copy numbers to a GPU is to wait for
+    it."""
+    return torch.stack([torch.full((), float(value), device=device) for value in values]).repeat(times)
+
+
 def _zoom(batch: torch.Tensor, draw: Draw, least: float, size: tuple[int, int]) -> torch.Tensor:
     """(N, 3, H, W) to (N, 3, *size): a part of each picture that holds `least` to all of its area, bilinear."""
     area = least + (1 - least) * draw.area
@@ -93,7 +99,7 @@ def _zoom(batch: torch.Tensor, draw: Draw, least: float, size: tuple[int, int]) 
 def _jitter(batch: torch.Tensor, light: torch.Tensor, most: float, mean, std) -> torch.Tensor:
     """Brightness, contrast and saturation of a normalised batch (N, 3, H, W), in this order, as torchvision defines
     them. On values in [0, 1], to which each step clips."""
-    mean, std = (batch.new_tensor(values)[:, None, None] for values in (mean, std))
+    mean, std = (_constants(tuple(values), batch.device)[:, None, None] for values in (mean, std))
     brightness, contrast, saturation = (1 + most * (2 * light[:, :, None, None, None] - 1)).unbind(1)
     batch = ((batch * std + mean) * brightness).clamp_(0, 1)
     batch = torch.lerp(_grey(batch).mean((2, 3), keepdim=True), batch, contrast).clamp_(0, 1)
@@ -103,7 +109,7 @@ def _jitter(batch: torch.Tensor, light: torch.Tensor, most: float, mean, std) ->
 
 def _grey(batch: torch.Tensor) -> torch.Tensor:
     """(N, 3, H, W) to (N, 1, H, W): luma after ITU-R BT.601."""
-    return (batch * batch.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    return 0.2989 * batch[:, :1] + 0.587 * batch[:, 1:2] + 0.114 * batch[:, 2:]
 
 
 def _crop(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, pad: int) -> torch.Tensor:
@@ -142,11 +148,11 @@ def normalise(images: torch.Tensor, mean, std) -> torch.Tensor:
     """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in channels_last memory: (x / 255 - mean) / std. The transform of
     evaluation."""
     n, h, w, _ = images.shape
-
-    def row(values) -> torch.Tensor:    # (3W,): whole rows are multiplied, as a last dimension of 3 is slow
-        return torch.stack([torch.full((w,), value, device=images.device) for value in values], 1).flatten()
     batch = images.reshape(n * h, w * 3).float()
-    torch.addcmul(row([-m / s for m, s in zip(mean, std)]), batch, row([1 / (255 * s) for s in std]), out=batch)
+    # (3W,): whole rows are multiplied, as a last dimension of 3 is slow
+    shift, scale = (_constants(tuple(values), images.device, w)
+                    for values in ([-m / s for m, s in zip(mean, std)], [1 / (255 * s) for s in std]))
+    torch.addcmul(shift, batch, scale, out=batch)
     return batch.view(n, h, w, 3).permute(0, 3, 1, 2)
 
 
@@ -182,9 +188,9 @@ class TrainBatches:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(images (N, 3, H, W) float32 channels_last, labels (N,) int64) of the steps from `start_step` on."""
-        home = self.image_set.images.device
-        shuffle = torch.Generator(home).manual_seed(stable_seed("order", self.seed, epoch))
-        order = torch.randperm(len(self.image_set), generator=shuffle, device=home)
+        shuffle = torch.Generator().manual_seed(stable_seed("order", self.seed, epoch))
+        # drawn on the CPU: every device, and every rank, must get the same order, wherever its images are
+        order = torch.randperm(len(self.image_set), generator=shuffle).to(self.image_set.images.device)
         generator = torch.Generator(self.device)
         for step in range(start_step, len(self)):
             indices = order[step * self.batch_size:(step + 1) * self.batch_size]

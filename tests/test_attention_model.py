@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attention_model
 from attention_gates import (AdditiveCompatibility, AttentionGate, Classifier, DotProductCompatibility,
-                             ParametrisedCompatibility)
+                             ParametrisedCompatibility, attend)
 from attention_model import MODEL_NAMES, build_model, without_norms
 from training import options
 
@@ -337,6 +337,13 @@ def test_convolutions_start_as_the_identity():
     unit = model.trunk.block3[1]
     images = torch.rand(2, unit.conv.in_channels, 9, 9)
     torch.testing.assert_close(unit.conv(images), images)
+
+
+def test_gradients_of_the_local_features_stay_channels_last():
+    local = torch.randn(2, 8, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    g = torch.randn(2, 8)
+    for output in (attend(local, torch.rand(2, 4, 5)), DotProductCompatibility()(local, g), ParametrisedCompatibility(8)(local, g)):
+        assert torch.autograd.grad(output.sum(), local)[0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_channels_last_gives_the_same():

@@ -27,6 +27,16 @@ def test_benchmark_prints_a_table_and_writes_it(cli, tmp_path):
     assert status == 2 and "--json goes with --benchmark" in err
 
 
+def test_a_plain_way_that_does_not_fit_loses_nothing(cli, monkeypatch, tmp_path):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(benchmark, "baseline", full)
+    status, out, err = cli("--benchmark", 1, "--sample", "--width", 0.0625, "--batch-size", 8, "--device", "cpu",
+                           "--precision", "fp32", "--json", "b.json")
+    assert status == 0, err
+    assert "out of memory" in out and json.loads((tmp_path / "b.json").read_text())["ratio"] is None
+
+
 def test_the_arithmetic_is_that_of_the_convolutions():
     """vgg-gap, by hand: 2 operations a multiply-add; forward, and twice that backward, but for the image's gradient."""
     ours = trainer(model="vgg-gap", width=1 / 16)

@@ -87,8 +87,8 @@ def test_a_signal_to_one_rank_stops_all_and_another_number_of_ranks_goes_on(rank
     assert (content["position"]["epoch"], content["position"]["step"]) == (0, 4)
     assert content["position"]["sums"][2] == 4 * 16     # of both ranks
     assert "--resume r" in (tmp_path / "stdout-0").read_text()
-    assert ranks("--resume", "r", count=1, hurt={0: (signal.SIGTERM, 5)}) == [143]
-    assert ranks("--resume", "r") == [0, 0]
+    assert ranks("--resume", "r", "--device", "cpu", count=1, hurt={0: (signal.SIGTERM, 5)}) == [143]
+    assert ranks("--resume", "r", "--device", "cpu") == [0, 0]
     rows = read_metrics(tmp_path / "r" / "metrics.csv")
     assert [row["epoch"] for row in rows] == [1, 2] and content_of(tmp_path / "r")["finished"]
 
@@ -99,7 +99,7 @@ def test_a_rank_that_dies_ends_the_run_with_a_checkpoint(ranks, tmp_path):
     said = (tmp_path / "stderr-0").read_text()
     assert "rank 0 lost the others" in said and "step 3 is saved" in said and "Traceback" not in said
     assert content_of(tmp_path / "r")["position"]["step"] == 3
-    assert ranks("--resume", "r", count=1) == [0]
+    assert ranks("--resume", "r", "--device", "cpu", count=1) == [0]
 
 
 def test_shares_are_those_of_tensor_split():

@@ -62,6 +62,11 @@ def test_sanity_with_a_validation_split(cli):
     assert status == 0 and "Sanity pass passed" in out
 
 
+def test_sanity_with_one_image_at_a_time(cli):
+    status, out, err = cli("--sanity", "--sample", "--width", 0.0625, "--device", "cpu", "--micro-batch", 1, "--batch-size", 2)
+    assert status == 0 and "Sanity pass passed" in out, err
+
+
 def test_a_signal_in_the_sanity_pass(cli, monkeypatch):
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)

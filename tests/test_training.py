@@ -18,6 +18,7 @@ from training import checkpoint, optimise, options, run
 from training.loop import Trainer, evaluate, parts_of
 from training.optimise import MovingAverage, Precision, input_size_at, learning_rate, parameter_groups
 from training.options import UserError
+from training.ranks import Ranks
 
 CONFIG = FAST | {"model": "vgg-att3-concat-gate", "width": 1 / 16, "batch_size": 8, "epochs": 2, "micro_batch": "auto",
                  "checkpoint_activations": False, "progressive": "none", "input_size": [32, 32], "ema_decay": 0.9}
@@ -199,6 +200,31 @@ def test_parts_are_near_equal_and_none_is_a_single_image_unless_asked_for():
             assert sum(parts) == count and max(parts) - min(parts) <= 1
             assert min(parts) >= (1 if micro_batch == 1 else 2)
             assert max(parts) <= (1 if micro_batch == 1 else max(micro_batch or count, 3))  # 3: an odd batch by twos
+
+
+@pytest.mark.parametrize("batch, ranks, micro_batch", [(128, 3, 14), (128, 3, 43), (10, 4, 1), (10, 4, 2), (9, 2, 3)])
+def test_every_rank_makes_as_many_parts(batch, ranks, micro_batch):
+    """Where shares are uneven too: a rank that made a part more would wait in its SyncBatchNorm for ever."""
+    sizes = [len(range(batch)[Ranks(rank, ranks, rank).share(batch)]) for rank in range(ranks)]
+    parts = [[len(part) for part, _ in parts_of(torch.arange(size), torch.arange(size), micro_batch,
+                                                (batch // ranks, -(-batch // ranks)))] for size in sizes]
+    assert sum(sizes) == batch and len(set(map(len, parts))) == 1 and min(map(min, parts)) > 0
+
+
+def test_a_compiler_that_fails_does_not_end_the_run(capsys):
+    ours, reference = trainer(dropout=0.0), trainer(dropout=0.0)
+
+    def broken(images):
+        raise ImportError("Python.h: no such file")
+    ours.run_model, ours.may_do_without_compiling = broken, True
+    for each in (ours, reference):
+        each.step(*each.batches.all[0])
+    assert ours.run_model is ours.parallel
+    assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), reference.model.parameters()))
+    assert capsys.readouterr().out.startswith("torch.compile failed (Python.h: no such file): going on without it")
+    ours.run_model = broken     # asked for by --compile
+    with pytest.raises(ImportError):
+        ours.step(*ours.batches.all[0])
 
 
 def test_micro_batches_give_the_gradient_of_the_batch():

@@ -117,6 +117,8 @@ def train(task: Task, args, argv: list[str], ranks: Ranks) -> int:
                 content = checkpoint.read_last(run_dir, mend=ranks.first)
             before = content["config"] if content else stored_config(run_dir)
             config = options.resumed(before, args, task.recipes, argv)
+            if ranks.count > 1:     # as the ranks have met; the stored one may be a single GPU
+                config["device"] = args.device
             if config["dataset"] != task.dataset:
                 raise UserError(f"{run_dir} is a run of train_{config['dataset']}.py", 2)
             if content and content["finished"] and config["epochs"] <= before["epochs"]:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attention_model import without_norms
 from augmentation import resize
+from image_files import one_line
 from training.optimise import MovingAverage, Precision, grad_norm, input_size_at, learning_rate, make_optimizer
 from training.options import UserError
 from training.ranks import Ranks
@@ -27,7 +28,10 @@ from training.ranks import Ranks
 SMALLEST_FOR_STATISTICS = 8     # images; batch norm's mean and variance of fewer are mostly noise
 
 
-NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+# What else than OutOfMemoryError says that memory ran out: the CPU's allocator, CUDA, its libraries, Triton, and cuDNN,
+# of which PyTorch tries every algorithm and swallows each one's out-of-memory.
+NO_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED", "STATUS_NOT_INITIALIZED",
+             "unable to find an engine to execute this computation")
 
 
 class Interrupted(Exception):
@@ -73,6 +77,7 @@ class Trainer:
             unused = bool(self.model.parameters_without_gradient() or config["freeze_epochs"])
             self.parallel = DistributedDataParallel(self.model, find_unused_parameters=unused)
         self.run_model = torch.compile(self.parallel, dynamic=False) if compiled else self.parallel
+        self.may_do_without_compiling = compiled and config["compile"] == "auto"
         self.transferred = transferred
         self.optimizer = make_optimizer(self.model, config, precision, transferred)
         self.precision = Precision(precision, device)
@@ -159,11 +164,15 @@ class Trainer:
             try:
                 self.gradients(images, labels)
                 break
-            except (RuntimeError, MemoryError) as error:
-                if not memory_ran_out(error):
+            except Exception as error:
+                full, reason = memory_ran_out(error), one_line(error)[:200]
+                if not (full or self.may_do_without_compiling):
                     raise
-                out_of_memory = str(error).splitlines()[0]
-            self.halve_micro_batch(len(images), out_of_memory)  # outside the except: its traceback holds the activations
+            if full:
+                self.halve_micro_batch(len(images), reason)     # outside the except: its traceback holds the activations
+            else:   # no C compiler, no Python.h, a card that Triton does not know: the night's run must not end on it
+                self.run_model, self.may_do_without_compiling = self.parallel, False
+                print(f"torch.compile failed ({reason}): going on without it, slower (--no-compile says so beforehand)")
         if self.precision.scaler.is_enabled():
             self.precision.scaler.unscale_(self.optimizer)  # here, so that the gates' gradient norms are the true ones
         self.precision.scaler.step(self.optimizer)
@@ -194,8 +203,11 @@ class Trainer:
     def gradients(self, images: Tensor, labels: Tensor) -> None:
         """Fresh gradients of the batch's mean loss on the parameters; the batch's sums are added when all is well."""
         self.optimizer.zero_grad(set_to_none=True)
-        sums, parts, alone = torch.zeros_like(self.sums), list(parts_of(images, labels, self.micro_batch)), self.ranks.count == 1
+        sums, alone = torch.zeros_like(self.sums), self.ranks.count == 1
         total = len(images) if alone else self.batches.images_a_step
+        # Every rank must make as many parts: in each, SyncBatchNorm meets the others.
+        shares = (total // self.ranks.count, math.ceil(total / self.ranks.count))
+        parts = list(parts_of(images, labels, self.micro_batch, shares))
         for number, (part, answers) in enumerate(parts, start=1):
             # Ranks exchange gradients once a step, at its last part.
             with contextlib.nullcontext() if alone or number == len(parts) else self.parallel.no_sync():
@@ -288,10 +300,9 @@ class Trainer:
 
     def checked_loss(self) -> float:
         """The epoch's mean loss so far. Raises UserError when a loss was not finite."""
-        bad = self.bad_step.item()
+        loss_sum, _, seen, bad = torch.cat([self.sums, self.bad_step.double()[None]]).tolist()
         if bad >= 0:
-            raise self.diverged("the loss", bad + 1)
-        loss_sum, _, seen = self.sums.tolist()
+            raise self.diverged("the loss", int(bad) + 1)
         return loss_sum / seen if seen else math.nan
 
     def check_weights(self) -> None:
@@ -322,13 +333,14 @@ class Trainer:
         self.sums.zero_()
 
 
-def parts_of(images: Tensor, labels: Tensor, micro_batch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+def parts_of(images: Tensor, labels: Tensor, micro_batch: int | None,
+             shares: tuple[int, int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """The batch in near-equal parts of at most ``micro_batch`` images, none of a single one (batch norm cannot train on
-    it) unless the batch or ``micro_batch`` is."""
-    count = len(images)
-    pieces = 1 if not micro_batch else math.ceil(count / micro_batch)
-    if micro_batch != 1:
-        pieces = min(pieces, max(1, count // 2))
+    it) unless the batch or ``micro_batch`` is. ``shares``: images of the rank with the fewest, and with the most; each
+    makes as many parts."""
+    least, most = shares or (len(images), len(images))
+    pieces = 1 if not micro_batch else math.ceil(most / micro_batch)
+    pieces = min(pieces, least if micro_batch == 1 else max(1, least // 2))
     yield from zip(images.tensor_split(pieces), labels.tensor_split(pieces))
 
 
@@ -363,8 +375,9 @@ def evaluate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], num_cla
 
 
 def memory_ran_out(error: Exception) -> bool:
-    """The CPU's allocator and CUDA's libraries say it in words, with no exception of its own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in NO_MEMORY)
+    """Whether an error, of whatever kind, says that there was not enough memory."""
+    return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))
 
 
 def peak_memory_mib(device: torch.device) -> float:

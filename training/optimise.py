@@ -113,14 +113,15 @@ class MovingAverage:
         # Collected once: the tensors stay the same ones, optimizer steps and load_state_dict write into them.
         pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
         self.averages, self.values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
-        self.counters = [pair for pair in pairs if not pair[0].is_floating_point()]  # of batch norm
+        counters = [pair for pair in pairs if not pair[0].is_floating_point()]      # of batch norm
+        self.counters, self.counted = ([pair[i] for pair in counters] for i in (0, 1))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After optimizer step ``step`` (from 0)."""
         torch._foreach_lerp_(self.averages, self.values, 1 - min(self.decay, (1 + step) / (10 + step)))
-        for average, value in self.counters:
-            average.copy_(value)
+        if self.counters:
+            torch._foreach_copy_(self.counters, self.counted)
 
 
 def grad_norm(parameters: list[nn.Parameter]) -> float | None:

@@ -254,14 +254,15 @@ def cpu_has_bf16() -> bool:
     return any(check() for check in checks)
 
 
-def choose_compile(asked: bool | str, device: torch.device, checkpoint_activations: bool) -> bool:
-    """--compile; unless asked for, on where it pays: GPUs that Triton knows (compute capability 7.0).
+def choose_compile(asked: bool | str, device: torch.device, checkpoint_activations: bool, ranks: int = 1) -> bool:
+    """--compile; unless asked for, on where it pays: one GPU that Triton knows (compute capability 7.0). The compiler stops
+    at every SyncBatchNorm.
 
     Not with --checkpoint-activations: PyTorch 2.6 then moves the batch-norm statistics twice; 2.15 does not (measured).
     """
     if asked == "auto":
         return (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-                and not checkpoint_activations)
+                and not checkpoint_activations and ranks == 1)
     if asked and checkpoint_activations and torch_version() < COMPILES_CHECKPOINTS:
         raise UserError(f"--compile with --checkpoint-activations gives wrong batch-norm statistics in PyTorch "
                         f"{torch.__version__}: leave one of them out, or install PyTorch 2.15", 2)

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -98,7 +99,9 @@ def joined(device: str) -> Iterator[Ranks]:
                         f"--nproc-per-node at most that, and no number in --device (CUDA_VISIBLE_DEVICES chooses)", 2)
     if on_gpus:
         torch.cuda.set_device(ranks.local)
-    dist.init_process_group("nccl" if on_gpus else "gloo")
+    where = {"device_id": torch.device("cuda", ranks.local)} if on_gpus else {}
+    # The others wait while the first one downloads and decodes the data set.
+    dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timedelta(hours=2), **where)
     try:
         with contextlib.nullcontext() if ranks.first else contextlib.redirect_stdout(io.StringIO()):
             yield ranks

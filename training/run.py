@@ -90,7 +90,7 @@ class Run:
         self.task, self.config, self.run_dir, self.sanity, self.ranks = task, config, run_dir, sanity, ranks
         self.device = options.choose_device(config["device"])
         config["precision"] = options.choose_precision(config["precision"], self.device)
-        self.compiled = options.choose_compile(config["compile"], self.device, config["checkpoint_activations"])
+        self.compiled = options.choose_compile(config["compile"], self.device, config["checkpoint_activations"], ranks.count)
         self.class_names = train.class_names
         self.eval_name = "val" if config["val_fraction"] else "test"
         config["input_size"] = input_size(config, train)
@@ -130,7 +130,8 @@ class Run:
     def weights_and_statistics(self, model: nn.Module, train: ImageSet) -> tuple[tuple, tuple, frozenset[str]]:
         """Load what --init-from names. Returns the mean and std to normalise with, the source's where there is one (its
         first layers know no other input), and the names of the weights that went over."""
-        source = transfer.source_of(self.config["init_from"], model)
+        with self.ranks.first_goes_ahead():     # to download it, once
+            source = transfer.source_of(self.config["init_from"], model)
         if source:
             return source.mean, source.std, transfer.transfer(model, source, self.class_names)
         # A sanity pass without the weights takes the frozen stage all the same.
