@@ -21,7 +21,7 @@ class ParametrisedCompatibility(nn.Module):
         self.u = nn.Linear(channels, 1)
 
     def forward(self, local: Tensor, g: Tensor | None) -> Tensor:
-        scores = F.conv2d(local, self.u.weight[:, :, None, None])[:, 0]
+        scores = project(local, self.u)
         return scores if g is None else scores + self.u(g)[:, :, None]
 
 
@@ -47,7 +47,13 @@ class AdditiveCompatibility(nn.Module):
 
     def forward(self, local: Tensor, g: Tensor) -> Tensor:
         joint = F.relu(self.W(local) + self.V(g)[:, :, None, None])
-        return F.conv2d(joint, self.u.weight[:, :, None, None])[:, 0]
+        return project(joint, self.u)
+
+
+def project(features: Tensor, u: nn.Linear) -> Tensor:
+    """u . x at every position, without u's bias: (N, C, H, W) -> (N, H, W). On channels_last features a product with a
+    vector takes half of the time of a convolution with one filter."""
+    return features.permute(0, 2, 3, 1) @ u.weight[0]
 
 
 def attend(local: Tensor, attention_map: Tensor) -> Tensor:
