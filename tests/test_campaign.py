@@ -319,6 +319,11 @@ def test_short_campaign(calm, tmp_path):
     assert set(campaign.tried) == set(KINDS)
 
 
+def test_killed_ten_times_at_random_moments(calm, tmp_path):
+    campaign = hurt_run(calm, tmp_path, 2, ["SIGKILL"] * 10)
+    assert campaign.tried == {"SIGKILL": 10}
+
+
 @pytest.mark.campaign
 def test_long_campaign(calm, tmp_path):
     """200 faults; prints the table for runs/README.md."""

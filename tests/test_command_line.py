@@ -1,10 +1,8 @@
 """train_cifar100.py as people use it: runs that are hurt and resumed, evaluation, and wrong use."""
 import dataclasses
 import json
-import multiprocessing
 import os
 import pty
-import random
 import re
 import signal
 import time
@@ -14,7 +12,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train_cifar100
 from image_files import DataError
 from training import checkpoint, commands, run as run_module
 from training.loop import Interrupted, Trainer
@@ -148,62 +145,6 @@ def test_nohup_is_heeded(monkeypatch):
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
     with run_module.Signals() as signals:
         assert set(signals.before) == {signal.SIGINT, signal.SIGTERM}
-
-
-def in_a_process(folder: str, words: list[str]) -> None:
-    """A child's whole life: the script's main(), in ``folder``, saving after every check."""
-    from sample_data import cifar_sample
-    os.chdir(folder)
-    task = dataclasses.replace(train_cifar100.TASK,
-                               sample=lambda config: cifar_sample(classes=4, train_per_class=24, test_per_class=8))
-    run_module.SAVE_EVERY, run_module.SAVE_SHARE = 0.0, 1e9
-    os._exit(commands.main(task, words))
-
-
-EPOCHS = 8  # of the run that is killed: six steps each, a checkpoint after every step
-
-
-def test_killed_ten_times_at_random_moments(tmp_path):
-    """kill -9, each time at another moment, then --resume: in the end, equal to the run that was never hurt."""
-    fork = multiprocessing.get_context("forkserver")  # forks from a process that has imported everything: no wait
-    fork.set_forkserver_preload(["tests.test_command_line", "torch._dynamo", "torch.utils.tensorboard.summary"])
-    new = [*NARROW, "--epochs", str(EPOCHS), "--set", "dropout=0.5", "--overlay-every", "2", "--run-dir"]
-
-    def child(words):
-        process = fork.Process(target=in_a_process, args=(str(tmp_path), words))
-        process.start()
-        return process
-    calm = child([*new, "calm"])
-    calm.join(120)
-    assert calm.exitcode == 0
-    def written(path):
-        return path.stat().st_mtime_ns if path.exists() else 0
-
-    def await_a_write(path, before):
-        while written(path) == before:
-            assert process.exitcode is None
-            time.sleep(0.002)
-
-    rng, reached = random.Random(2), []
-    config, last_pt = tmp_path / "hurt" / "config.json", tmp_path / "hurt" / "last.pt"
-    for kill in range(10):
-        before = written(config)
-        process = child(["--resume", "hurt"] if kill else [*new, "hurt"])
-        await_a_write(config, before)  # it has begun
-        for _ in range(rng.randint(0, 5)):
-            await_a_write(last_pt, written(last_pt))
-        time.sleep(rng.uniform(0, 0.1))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        content = checkpoint.read_last(tmp_path / "hurt")
-        reached.append(content["position"]["epoch"] * 6 + content["position"]["step"] if content else 0)
-    print("killed ten times, with these steps saved:", reached)
-    assert reached == sorted(reached) and len(set(reached)) > 4 and reached[-1] < 6 * EPOCHS
-    last = child(["--resume", "hurt"])
-    last.join(120)
-    assert last.exitcode == 0
-    assert_runs_equal(tmp_path / "hurt", tmp_path / "calm")
 
 
 def test_killed_before_the_first_checkpoint_starts_over(cli, monkeypatch, unhurt):
