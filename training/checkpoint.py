@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from attention_model import build_model
+from attention_model import build_model, scaled
 from image_files import replace_file
 from training.options import CHECKPOINT_NAME, MAY_CHANGE, PREVIOUS_NAME, UserError
 
@@ -242,9 +242,12 @@ def load_model(content: dict) -> nn.Module:
     """The trained network, in evaluation mode on the CPU, from a checkpoint alone. Raises UserError."""
     config, state = content["config"], best_weights(content)
     try:
+        first = state.get("trunk.block1.0.conv.weight")     # looked at before anything is built as wide as the settings claim
+        if first is None or len(first) != scaled(64, config["width"]):
+            raise ValueError("names or shapes of the weights differ")
         build = functools.partial(build_model, config["model"], len(content["class_names"]), width=config["width"],
                                   trunk=config["trunk"] or None, dropout=config["dropout"], pool4=config["pool4"])
-        with torch.device("meta"):  # takes no memory, whatever width the settings claim
+        with torch.device("meta"):  # takes no memory
             expected = {name: tensor.shape for name, tensor in build().state_dict().items()}
         if expected != {name: tensor.shape for name, tensor in state.items()}:
             raise ValueError("names or shapes of the weights differ")
