@@ -23,8 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # what BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-from attention_gates import (HEAD_DROPOUT, AttentionGate, Classifier, DotProductCompatibility, LevelHead,
-                             ParametrisedCompatibility, softmax_over_positions)
+from attention_gates import (HEAD_DROPOUT, AttentionGate, Classifier, LevelHead, ParametrisedCompatibility,
+                             softmax_over_positions)
 
 MODEL_NAMES = ("vgg", "vgg-gap", "vgg-pan") + tuple(
     f"vgg-{levels}-{compatibility}"
@@ -232,7 +232,7 @@ class AttentionVGG(Network):
         self._levels = tuple(LEVEL_OF_BLOCK.values())[-levels:]
         wide = self.channels["conv13"]
         self.global_branch = GlobalBranch(wide, dropout, self.eps)
-        self.uses_global = compatibility != "pc"
+        self.uses_global, self.dot_product = compatibility != "pc", compatibility == "dp"
         if levels == 3 and compatibility != "gate":  # the gate's V maps g to any width by itself
             self.global_to_conv7 = nn.Sequential(
                 nn.BatchNorm1d(wide), nn.ReLU(inplace=False), nn.Dropout(HEAD_DROPOUT * dropout),
@@ -257,6 +257,8 @@ class AttentionVGG(Network):
             g_here = g
             if level == "conv7" and g is not None and hasattr(self, "global_to_conv7"):
                 g_here = self.global_to_conv7(g)
+            if self.dot_product:    # see initialise
+                g_here = g_here / math.sqrt(features.shape[1])
             g_a, scores[level] = self.gates[level](features, g_here)
             attended.append(g_a)
         return self.classifier(attended), scores
@@ -357,8 +359,11 @@ def initialise(model: nn.Module) -> None:
     - Batch norm starts at weight 1 and, behind those convolutions, at bias 1: ReLU would otherwise cut off half of what
       is left at every layer, and pass 7 % by the last.
     - Scores start with a standard deviation of order 1 over the positions, so that the maps start spread out: u is
-      N(0, 1/sqrt(C)), and for dp the linear layers that make g are scaled by 1/(2 sqrt(C)). The authors' u makes softmax almost
-      one-hot at once, and a one-hot map passes no gradient to the positions that it does not look at.
+      N(0, 1/sqrt(C)), and the layers that make dp's g start at half of PyTorch's weights. The authors' u makes softmax
+      almost one-hot at once, and a one-hot map passes no gradient to the positions that it does not look at.
+    - For dp, g comes in units of 1/sqrt(C): the network divides what its linear layer makes. <l, g> is a sum of C products,
+      and a step on that layer moves each by C more, so without it the first steps take the scores to hundreds, and the
+      maps onto one position for good (README has the measurement). u moves the scores by C, as dp now does.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -373,11 +378,9 @@ def initialise(model: nn.Module) -> None:
             nn.init.normal_(module.u.weight, std=1 / math.sqrt(module.u.in_features))
             if module.u.bias is not None:
                 nn.init.zeros_(module.u.bias)
-    if isinstance(model, AttentionVGG) and any(
-            isinstance(gate.compatibility, DotProductCompatibility) for gate in model.gates.values()):
+    if isinstance(model, AttentionVGG) and model.dot_product:
         for linear in [model.global_branch.linear] + ([model.global_to_conv7[-1]] if len(model.levels) == 3 else []):
-            linear.weight.mul_(0.5 / math.sqrt(linear.out_features))
-            linear.bias.mul_(0.5 / math.sqrt(linear.out_features))
+            linear.weight.mul_(0.5)
 
 
 @torch.no_grad()

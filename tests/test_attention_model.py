@@ -332,6 +332,22 @@ def test_the_authors_initial_gate_is_almost_one_hot():
     assert torch.special.entr(p).sum(1).exp().mean() < 0.1 * p.shape[1]
 
 
+@pytest.mark.parametrize("compatibility", ["pc", "dp", "gate"])
+def test_scores_stay_of_order_1_when_training_begins(compatibility):
+    """Five steps at the recipe's rate without its warm-up. With g in plain units, dp's were at 255 then."""
+    torch.manual_seed(0)
+    model = build_model(f"vgg-att3-concat-{compatibility}", 10, width=0.25, dropout=0.0).train()
+    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    for _ in range(6):
+        logits, scores = model.logits_and_scores(images)
+        for level, score in scores.items():
+            assert 0.1 < score.flatten(1).std(1).mean() < 10, level
+        optimizer.zero_grad()
+        F.cross_entropy(logits, labels).backward()
+        optimizer.step()
+
+
 def test_convolutions_start_as_the_identity():
     model = narrow("vgg-gap").eval()
     unit = model.trunk.block3[1]
