@@ -1,6 +1,8 @@
 """Every test runs from the repository's root or elsewhere alike: the modules are found by path."""
 import dataclasses
+import http.server
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +64,23 @@ def root(tmp_path):
     for name, lines in tables.items():
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
     return tmp_path / "data"
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(Handler, content=...) starts a server of that handler with these attributes on the loopback interface and
+    returns its address; download.py asks again without a pause."""
+    servers = []
+    monkeypatch.setattr("download.PAUSE", 0.0)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+
+    def start(handler, **attributes):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), attributes))
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -2,7 +2,6 @@
 import http.server
 import pickle
 import tarfile
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -209,22 +208,12 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """Starts a server on the loopback interface that answers with the given bytes, and points data.py at it."""
-    servers = []
-    monkeypatch.setattr(download, "PAUSE", 0.0)
-
+def server(monkeypatch, serve):
+    """Starts a server that answers with the given bytes, and points data.py at it."""
     def start(content, declared=None, status=200):
-        handler = type("Handler", (Server,), {"content": content, "declared": declared, "status": status})
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        monkeypatch.setattr(data, "CIFAR100_URL", f"http://127.0.0.1:{servers[-1].server_port}/c.tar.gz")
-        for name in ("no_proxy", "NO_PROXY"):
-            monkeypatch.setenv(name, "127.0.0.1")
-    yield start
-    for one in servers:
-        one.shutdown()
-        one.server_close()
+        address = serve(Server, content=content, declared=declared, status=status)
+        monkeypatch.setattr(data, "CIFAR100_URL", f"{address}/c.tar.gz")
+    return start
 
 
 def download_fails(root, *words):

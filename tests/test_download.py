@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import tarfile
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,26 +44,17 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """Starts a server of given bytes on the loopback interface and points cub.py at it; returns what it was asked."""
-    servers = []
-    monkeypatch.setattr(download, "PAUSE", 0.0)
+def server(monkeypatch, serve):
+    """Starts a server of given bytes and points cub.py at it; returns what it was asked."""
     monkeypatch.setattr(cub, "CUB_MIB", 1)
     monkeypatch.setattr(cub, "CUB_UNPACKED_MIB", 1)
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "127.0.0.1")
 
     def start(content, sends=(None,), ranges=True, status=200, shift=0):
-        handler = type("Handler", (Server,), {"content": content, "sends": sends, "ranges": ranges, "status": status,
-                                              "shift": shift, "asked": []})
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        monkeypatch.setattr(cub, "CUB_URL", f"http://127.0.0.1:{servers[-1].server_port}/{cub.CUB_ARCHIVE}")
-        return handler.asked
-    yield start
-    for one in servers:
-        one.shutdown()
-        one.server_close()
+        asked = []
+        address = serve(Server, content=content, sends=sends, ranges=ranges, status=status, shift=shift, asked=asked)
+        monkeypatch.setattr(cub, "CUB_URL", f"{address}/{cub.CUB_ARCHIVE}")
+        return asked
+    return start
 
 
 @pytest.fixture
