@@ -22,6 +22,7 @@ PAPER = {
     "lr": 0.01,                 # authors' 0.1 in Torch7, whose SGD dampens by the momentum: 0.01 here
     "momentum": 0.9,            # authors' code
     "nesterov": False,          # authors' code
+    "muon": 0.0,                # the 3x3 filters move by Muon (training/optimise.py), at this times lr; 0: by SGD
     "weight_decay": 5e-4,       # authors' code
     "decay_all": True,          # on every parameter; authors' code
     "schedule": "double-halve", # lr doubled after halve_every epochs and after twice as many, then halved ...

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 from attention_model import build_model
 from sample_data import cifar_sample
-from train_cifar100 import FAST, PAPER
-from training import checkpoint, optimise, options, run
+from train_cifar100 import FAST
+from training import checkpoint, options, run
 from training.loop import Trainer, evaluate, parts_of
-from training.optimise import MovingAverage, Precision, input_size_at, learning_rate, parameter_groups
+from training.optimise import Precision
 from training.options import UserError
 from training.ranks import Ranks
 
@@ -44,96 +44,6 @@ def trainer(batches=None, **changes) -> Trainer:
     torch.manual_seed(0)
     model = build_model(config["model"], 4, width=config["width"], dropout=config["dropout"])
     return Trainer(config, model, batches or Batches(), CPU, precision="fp32")
-
-
-# ---- schedule, groups, average ----------------------------------------------------------------------------------------
-
-def test_paper_schedule_halves_every_25_epochs():
-    rates = [learning_rate(PAPER, epoch * 390 + 17, 390) for epoch in (0, 24, 25, 49, 50, 299)]
-    assert rates == [0.1, 0.1, 0.05, 0.05, 0.025, 0.1 * 0.5**11]
-
-
-def test_linear_schedule_warms_up_and_ends_near_zero():
-    config = FAST | {"epochs": 10, "warmup": 0.2, "lr": 0.4}
-    rates = [learning_rate(config, step, 50) for step in range(500)]
-    assert rates[0] == pytest.approx(0.004) and max(rates) == pytest.approx(0.4)
-    assert rates.index(max(rates)) in (98, 99, 100)
-    steps = [b - a for a, b in zip(rates, rates[1:])]
-    assert all(s > 0 for s in steps[:98]) and all(s < 0 for s in steps[101:])
-    assert 0 < rates[-1] < 0.4 / 300
-    assert steps[300] == pytest.approx(steps[450])
-
-
-def test_progressive_resizing_follows_the_share_of_the_run():
-    config = {"progressive": "0.5:0.6 0.75:0.8", "input_size": [32, 48]}
-    assert [input_size_at(config, share) for share in (0, 0.59, 0.6, 0.79, 0.8, 1)] == [
-        (16, 24), (16, 24), (24, 36), (24, 36), None, None]
-    for wrong in ("0.5", "2:0.5", "0.5:x", "0.5:0.9 0.75:0.3"):
-        with pytest.raises(ValueError):
-            optimise.parse_progressive(wrong)
-
-
-def test_weight_decay_choices():
-    model = build_model("vgg-att3-concat-pc", 4, width=1 / 16)
-    total = sum(p.numel() for p in model.parameters())
-    [everything] = parameter_groups(model, CONFIG | {"decay_all": True})
-    assert sum(p.numel() for p in everything["params"]) == total and everything["weight_decay"] == 5e-4
-    decayed, spared = parameter_groups(model, CONFIG)
-    assert sum(p.numel() for g in (decayed, spared) for p in g["params"]) == total and spared["weight_decay"] == 0
-    u = [gate.compatibility.u.weight for gate in model.gates.values()]
-    assert all(any(p is q for q in spared["params"]) for p in u)
-    assert all(p.ndim > 1 for p in decayed["params"])
-
-
-def test_moving_average_is_the_recurrence():
-    model = build_model("vgg-gap", 3, width=1 / 16)
-    average = MovingAverage(model, 0.5)
-    expected = {name: value.clone() for name, value in model.state_dict().items()}
-    for step in range(4):
-        with torch.no_grad():
-            for value in model.state_dict().values():
-                value.add_(torch.randn_like(value) if value.is_floating_point() else 1)
-        average.update(step)
-        decay = min(0.5, (1 + step) / (10 + step))
-        for name, value in model.state_dict().items():
-            expected[name] = expected[name] * decay + value * (1 - decay) if value.is_floating_point() else value.clone()
-    for name, value in average.model.state_dict().items():
-        torch.testing.assert_close(value, expected[name], msg=name)
-
-
-def test_one_step_is_pytorchs_nesterov_sgd():
-    """The trainer's step against the plain few lines, dropout off."""
-    config = CONFIG | {"lr": 0.01}
-    ours, batches = trainer(ema_decay=0.0, lr=0.01), Batches()
-    model = copy.deepcopy(ours.model).train()
-    groups = parameter_groups(model, CONFIG)
-    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
-    for step, (images, labels) in enumerate(batches.all):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, 3)
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
-        optimizer.step()
-    ours.train_epoch()
-    for (name, a), b in zip(ours.model.state_dict().items(), model.state_dict().values()):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
-
-
-def test_a_first_step_that_the_scaler_skips_leaves_the_momentum_clean():
-    """What fp16 does on most first steps. The fused kernel would leave a momentum that was never written."""
-    model = torch.nn.Linear(64, 64)
-    before = copy.deepcopy(model.state_dict())
-    optimizer = optimise.make_optimizer(model, CONFIG | {"weight_decay": 0.0}, "fp16")
-    scaler = torch.amp.GradScaler("cpu")
-    for gradient in (math.inf, 0.0, 0.0):
-        for p in model.parameters():
-            p.grad = torch.full_like(p, gradient)
-        scaler.scale(torch.zeros(()))
-        scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
 
 
 # ---- precision --------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ FORMAT = 2
 DAMAGED_NAME = "last.damaged.pt"    # a last.pt that could not be used, set aside
 # What a config of format 1 did not have, with the values that mean what its code did.
 SINCE_FORMAT_2 = {"zoom": 0.0, "jitter": 0.0, "transfer_lr": 1.0, "freeze_epochs": 0.0}
+LATER = {"muon": 0.0}   # the same for early runs of format 2
 REQUIRED = ("format", "model", "ema", "config", "class_names", "input_size", "mean", "std", "position")
 
 
@@ -108,18 +109,18 @@ def read_checkpoint(path: Path | str) -> dict:
     if missing:
         raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}")
     if content["format"] == 1 and isinstance(content["config"], dict):
-        content |= {"format": 2, "transferred": [], "config": with_news(content["config"])}
+        content |= {"format": 2, "transferred": []}
     if content["format"] != FORMAT:
         raise UserError(f"{path} has checkpoint format {content['format']}, and this code reads format {FORMAT}")
     wrong = [name for name, is_right in EXPECTED.items() if not is_right(content[name])]
     if wrong:
         raise UserError(f"{path} is not a checkpoint of this project: its {', '.join(wrong)} is not what it should be")
-    return content
+    return content | {"config": with_news(content["config"])}
 
 
 def with_news(config: dict) -> dict:
-    """A run's config with what format 1 did not have; one of format 2 as it is."""
-    return SINCE_FORMAT_2 | config | {"init_from": config.get("init_from") or "none"}
+    """A run's config with what its format or its version did not have yet."""
+    return SINCE_FORMAT_2 | LATER | config | {"init_from": config.get("init_from") or "none"}
 
 
 def read_last(run_dir: Path, mend: bool = False) -> dict | None:

@@ -1,6 +1,6 @@
 """The training loop: one step, one epoch, one evaluation. Every run goes through here, whatever its length.
 
-Nothing in the loop waits for the device: sums stay there and are read every CHECK_EVERY steps and at the epoch's end.
+Nothing in the loop waits for the device: sums stay there and are read about once a second and at the epoch's end.
 """
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ class Trainer:
     ``transferred`` names the weights that came from another network (see transfer.py): they train at a rate of their own,
     and those of them in the trunk not before ``freeze_epochs``."""
 
-    CHECK_EVERY = {"cpu": 1, "cuda": 20}  # steps between looks at the loss; on a GPU a look waits for the device
+    LOOK_EVERY = 1.0        # seconds between looks at the loss on a GPU: a look waits for it. A CPU's are free
+    RANKS_MEET_EVERY = 20   # steps between looks of several ranks, which must look at the same step
 
     def __init__(self, config: dict, model: nn.Module, batches, device: torch.device, *, precision: str,
                  compiled: bool = False, transferred: frozenset[str] = frozenset(), ranks: Ranks = Ranks()):
@@ -125,13 +126,14 @@ class Trainer:
 
     def train_epoch(self, should_stop: Callable[[], bool] = lambda: False,
                     on_check: Callable[[int, float], None] = lambda step, loss: None) -> None:
-        """The rest of the epoch at ``position``. ``on_check(step, mean loss)`` is called every CHECK_EVERY steps, when
-        the loss has been looked at and a checkpoint may be saved.
+        """The rest of the epoch at ``position``. ``on_check(step, mean loss)`` is called when the loss has been
+        looked at and a checkpoint may be saved.
 
         Raises Interrupted (after a whole step), UserError for a non-finite loss or when memory runs out."""
-        position, steps, check_every = self.position, len(self.batches), self.CHECK_EVERY[self.device.type]
+        position, steps = self.position, len(self.batches)
         self.mode = None
         started, before = time.perf_counter(), position.seconds
+        looked = started
         for images, labels in self.batches.epoch(position.epoch, position.step):
             self.step(images, labels)
             position.step += 1
@@ -139,15 +141,24 @@ class Trainer:
             if position.step == steps:
                 position.gate_gradients = {level: grad_norm(parameters) for level, parameters
                                            in self.model.gate_parameters().items()}
-            at_check = position.step % check_every == 0 or position.step == steps
+            at_check = position.step == steps or self.look_is_due(position.step, looked)
             # Several ranks agree on the step to stop at; that waits for the device, so they ask at checks only.
             stop = self.ranks.any(should_stop()) if at_check or self.ranks.count == 1 else False
             if at_check or stop:
                 loss = self.checked_loss()
-                position.seconds = before + time.perf_counter() - started
+                looked = time.perf_counter()
+                position.seconds = before + looked - started
                 if stop:
                     raise Interrupted
                 on_check(position.step, loss)
+
+    def look_is_due(self, step: int, looked: float) -> bool:
+        """Whether to look at the loss after this step; the last look was at ``looked``."""
+        if self.device.type == "cpu":
+            return True
+        if self.ranks.count > 1:
+            return step % self.RANKS_MEET_EVERY == 0
+        return time.perf_counter() - looked >= self.LOOK_EVERY
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """One optimizer step on a batch (N, 3, H, W), in parts of at most ``micro_batch`` images. When memory runs out,

@@ -16,30 +16,93 @@ from attention_model import SMALLEST_IMAGE
 
 def parameter_groups(model: nn.Module, config: dict, transferred: frozenset[str] = frozenset()) -> list[dict]:
     """Weight decay on everything (the paper's), or on the matrices and filters alone: not on biases, batch norms, nor on
-    a gate's vector u, which decay pulls towards a uniform map. The weights named in ``transferred`` have groups of their
-    own, whose rate is ``transfer_lr`` times the schedule's ("scale"); those of the trunk apart from the others, as all
-    weights of a group must get their first gradient in the same step (the fused SGD asks for that)."""
-    def kind(name: str, p: nn.Parameter) -> tuple[str, bool]:
-        decays = config["decay_all"] or (p.ndim > 1 and not name.endswith(".u.weight"))
-        return "new" if name not in transferred else "trunk" if name.startswith("trunk.") else "other", decays
+    a gate's vector u, which decay pulls towards a uniform map. With ``muon`` the 3x3 filters have groups of their own,
+    whose rate is that many times the schedule's ("scale"). So have the weights named in ``transferred``, with
+    ``transfer_lr``; those of the trunk apart from the others, as all weights of a group must get their first gradient in
+    the same step (the fused SGD asks for that)."""
+    def kind(name: str, p: nn.Parameter) -> tuple[str, bool, bool]:
+        origin = "new" if name not in transferred else "trunk" if name.startswith("trunk.") else "other"
+        by_muon = config["muon"] > 0 and name.endswith(".conv.weight")
+        return origin, config["decay_all"] or (p.ndim > 1 and not name.endswith(".u.weight")), by_muon
     groups = []
     for origin in ("new", "trunk", "other"):
-        for decays in (True, False):
-            params = [p for name, p in model.named_parameters() if p.requires_grad and kind(name, p) == (origin, decays)]
-            groups.append({"params": params, "weight_decay": config["weight_decay"] if decays else 0.0,
-                           "scale": 1.0 if origin == "new" else config["transfer_lr"]})
+        scale = 1.0 if origin == "new" else config["transfer_lr"]
+        for decays, by_muon in ((True, True), (True, False), (False, False)):
+            params = [p for name, p in model.named_parameters()
+                      if p.requires_grad and kind(name, p) == (origin, decays, by_muon)]
+            groups.append({"params": params, "scale": scale * config["muon"], "weight_decay": 0.0, "momentum": 0.0,
+                           "nesterov": False, "filter_momentum": config["momentum"]} if by_muon else
+                          {"params": params, "scale": scale, "weight_decay": config["weight_decay"] if decays else 0.0})
     return [group for group in groups if group["params"]]
 
 
 def make_optimizer(model: nn.Module, config: dict, precision: str,
                    transferred: frozenset[str] = frozenset()) -> torch.optim.SGD:
-    """SGD; the learning rate is set at every step by the schedule.
+    """SGD, with Muon for the 3x3 filters where the config asks for it; the learning rate is set at every step by the
+    schedule.
 
     The fused kernel makes one pass over the weights instead of one for each operation. Not with fp16: when the loss
     scaler skips the very first step, it leaves a momentum that was never written."""
     groups = parameter_groups(model, config, transferred)
-    return torch.optim.SGD(groups, lr=config["lr"], momentum=config["momentum"], nesterov=config["nesterov"],
-                           fused=precision != "fp16")
+    options = {"lr": config["lr"], "momentum": config["momentum"], "nesterov": config["nesterov"],
+               "fused": precision != "fp16"}
+    if not config["muon"]:
+        return torch.optim.SGD(groups, **options)
+    return Muon(groups, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision], **options)
+
+
+class Muon(torch.optim.SGD):
+    """Muon (Keller Jordan, kellerjordan.github.io/posts/muon) for the groups that have a ``filter_momentum``: 3x3 filters
+    in front of a batch norm. SGD for the others.
+
+    A layer's filters (C', C, 3, 3) count as a matrix C' x 9C. Its Nesterov momentum is replaced by the nearest matrix whose
+    singular values are all equal, so that every direction of it learns at the same speed, not the loudest alone. The
+    filters keep the norm sqrt(C'), which the batch norm does not see: the learning rate is their relative change in a
+    step, and they need no decay. (torch.optim.Muon, from PyTorch 2.9 on, takes matrices only.)
+
+    ``dtype``: what the products are calculated in."""
+
+    def __init__(self, groups: list[dict], dtype: torch.dtype, **options):
+        super().__init__(groups, **options)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            if "filter_momentum" in group:
+                self.prepare([p for p in group["params"] if p.grad is not None], group["filter_momentum"])
+        return super().step(closure)
+
+    def prepare(self, filters: list[nn.Parameter], decay: float) -> None:
+        """Bring the filters to their norm, and put in the place of each gradient what SGD without momentum is to take off."""
+        alike: dict[tuple, list[nn.Parameter]] = {}     # layers of one shape are calculated together
+        for p in filters:
+            alike.setdefault(tuple(p.shape), []).append(p)
+        for (wide, *_), layers in alike.items():
+            gradients = [p.grad for p in layers]
+            momenta = [self.state[p].setdefault("filter_momentum", torch.zeros_like(p)) for p in layers]
+            torch._foreach_mul_(momenta, decay)
+            torch._foreach_add_(momenta, gradients)
+            ahead = torch._foreach_add(gradients, momenta, alpha=decay)
+            # the colours last, as channels_last has them in memory: the order of the columns does not matter
+            steps = orthogonal(torch.stack([a.permute(0, 2, 3, 1).flatten(1) for a in ahead]).to(self.dtype)).float()
+            steps *= math.sqrt(wide / min(steps.shape[1:]))     # to the norm of the filters
+            torch._foreach_mul_(layers, (math.sqrt(wide) / torch.stack(torch._foreach_norm(layers))).unbind())
+            for p, s in zip(layers, steps.unbind()):
+                p.grad = s.view(wide, *p.shape[2:], p.shape[1]).permute(0, 3, 1, 2)
+
+
+def orthogonal(matrices: torch.Tensor, iterations: int = 3) -> torch.Tensor:
+    """Matrices (B, R, C) -> the nearest ones whose singular values are 1, roughly (most end between 0.5 and 1.2): so many
+    Newton-Schulz iterations, whose polynomial (Jordan's) lifts small singular values fast."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if wide else matrices.mT
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
 
 
 SCHEDULES = ("linear", "halve", "double-halve")

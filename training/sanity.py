@@ -185,9 +185,10 @@ def resumed_step(run: Run, content: dict) -> float:
 
 # ---- what a run will take ---------------------------------------------------------------------------------------------
 
-def measure(trainer: Trainer, images: int) -> tuple[float, float]:
+def measure(trainer: Trainer, images: int, warm_up: bool = False) -> tuple[float, float]:
     """Seconds an image of a training step and of an evaluation, at full input size. The run is left untouched: it works
-    on a copy of the network and puts the random states back."""
+    on a copy of the network and puts the random states back. ``warm_up``: in a process that has not trained yet, where
+    the first step takes several times what the next ones do."""
     states = checkpoint.random_states()
     model = copy.deepcopy(trainer.model)
     compiled = trainer.run_model is not trainer.model
@@ -206,7 +207,7 @@ def measure(trainer: Trainer, images: int) -> tuple[float, float]:
     net.train()
     if images == 1:     # as in the run: set_mode
         norms_to_eval(model)
-    if trainer.device.type == "cuda" or images <= LEAST_BATCH:
+    if trainer.device.type == "cuda" or images <= LEAST_BATCH or warm_up:
         step()  # the first step also sets up kernels
     training = timed(step, trainer.device)
     model.eval()

@@ -1,0 +1,191 @@
+"""The optimizer's side: schedules, parameter groups, Muon, moving average, against independent few-line references."""
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from attention_model import build_model
+from tests.test_training import CONFIG, Batches, trainer
+from train_cifar100 import FAST, PAPER
+from training import optimise
+from training.optimise import MovingAverage, input_size_at, learning_rate, parameter_groups
+
+
+def test_paper_schedule_halves_every_25_epochs():
+    rates = [learning_rate(PAPER, epoch * 390 + 17, 390) for epoch in (0, 24, 25, 49, 50, 299)]
+    assert rates == [0.1, 0.1, 0.05, 0.05, 0.025, 0.1 * 0.5**11]
+
+
+def test_linear_schedule_warms_up_and_ends_near_zero():
+    config = FAST | {"epochs": 10, "warmup": 0.2, "lr": 0.4}
+    rates = [learning_rate(config, step, 50) for step in range(500)]
+    assert rates[0] == pytest.approx(0.004) and max(rates) == pytest.approx(0.4)
+    assert rates.index(max(rates)) in (98, 99, 100)
+    steps = [b - a for a, b in zip(rates, rates[1:])]
+    assert all(s > 0 for s in steps[:98]) and all(s < 0 for s in steps[101:])
+    assert 0 < rates[-1] < 0.4 / 300
+    assert steps[300] == pytest.approx(steps[450])
+
+
+def test_progressive_resizing_follows_the_share_of_the_run():
+    config = {"progressive": "0.5:0.6 0.75:0.8", "input_size": [32, 48]}
+    assert [input_size_at(config, share) for share in (0, 0.59, 0.6, 0.79, 0.8, 1)] == [
+        (16, 24), (16, 24), (24, 36), (24, 36), None, None]
+    for wrong in ("0.5", "2:0.5", "0.5:x", "0.5:0.9 0.75:0.3"):
+        with pytest.raises(ValueError):
+            optimise.parse_progressive(wrong)
+
+
+def test_weight_decay_choices():
+    model = build_model("vgg-att3-concat-pc", 4, width=1 / 16)
+    total = sum(p.numel() for p in model.parameters())
+    [everything] = parameter_groups(model, CONFIG | {"decay_all": True, "muon": 0.0})
+    assert sum(p.numel() for p in everything["params"]) == total and everything["weight_decay"] == 5e-4
+    decayed, spared = parameter_groups(model, CONFIG | {"muon": 0.0})
+    assert sum(p.numel() for g in (decayed, spared) for p in g["params"]) == total and spared["weight_decay"] == 0
+    u = [gate.compatibility.u.weight for gate in model.gates.values()]
+    assert all(any(p is q for q in spared["params"]) for p in u)
+    assert all(p.ndim > 1 for p in decayed["params"])
+    filters, *others = parameter_groups(model, CONFIG | {"muon": 0.5})
+    assert all(p.shape[2:] == (3, 3) for p in filters["params"]) and len(filters["params"]) == 15
+    assert (filters["scale"], filters["weight_decay"], filters["filter_momentum"]) == (0.5, 0, 0.9)
+    assert sum(p.numel() for g in (filters, *others) for p in g["params"]) == total
+
+
+def test_moving_average_is_the_recurrence():
+    model = build_model("vgg-gap", 3, width=1 / 16)
+    average = MovingAverage(model, 0.5)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    for step in range(4):
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.add_(torch.randn_like(value) if value.is_floating_point() else 1)
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            expected[name] = expected[name] * decay + value * (1 - decay) if value.is_floating_point() else value.clone()
+    for name, value in average.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+def test_one_step_is_pytorchs_nesterov_sgd():
+    """The trainer's step against the plain few lines, dropout off."""
+    config = CONFIG | {"lr": 0.01, "muon": 0.0}
+    ours, batches = trainer(ema_decay=0.0, lr=0.01, muon=0.0), Batches()
+    model = copy.deepcopy(ours.model).train()
+    groups = parameter_groups(model, config)
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+    for step, (images, labels) in enumerate(batches.all):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, 3)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
+        optimizer.step()
+    ours.train_epoch()
+    for (name, a), b in zip(ours.model.state_dict().items(), model.state_dict().values()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_first_step_that_the_scaler_skips_leaves_the_momentum_clean():
+    """What fp16 does on most first steps. The fused kernel would leave a momentum that was never written."""
+    model = torch.nn.Linear(64, 64)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = optimise.make_optimizer(model, CONFIG | {"weight_decay": 0.0}, "fp16")
+    scaler = torch.amp.GradScaler("cpu")
+    for gradient in (math.inf, 0.0, 0.0):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, gradient)
+        scaler.scale(torch.zeros(()))
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+# ---- Muon -------------------------------------------------------------------------------------------------------------
+
+def orthogonalised(matrix, iterations=3):
+    """Muon's polynomial on the singular values, in float64: what the matrix products come to."""
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(iterations):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u @ torch.diag(s) @ v
+
+
+@pytest.mark.parametrize("rows, columns", [(8, 30), (30, 8), (16, 27), (5, 5)])
+def test_orthogonal_is_its_polynomial_of_the_singular_values(rows, columns):
+    torch.manual_seed(rows)
+    matrices = torch.randn(3, rows, columns)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        found = optimise.orthogonal(matrices.to(dtype))
+        for one, all_at_once in zip(matrices, found):
+            torch.testing.assert_close(all_at_once.double(), orthogonalised(one), atol=tolerance, rtol=0)
+    values = torch.linalg.svdvals(optimise.orthogonal(matrices, 5))
+    assert values.max() < 1.3 and values.median() > 0.6
+    assert not optimise.orthogonal(torch.zeros(1, rows, columns)).any()      # no gradient, no step, no 0 / 0
+
+
+def test_filters_move_by_muon_and_all_else_by_sgd():
+    """Three steps of the trainer, layer by layer in float64."""
+    config = {"lr": 0.01, "muon": 0.4, "ema_decay": 0.0}
+    ours, batches = trainer(**config), Batches()
+    model = copy.deepcopy(ours.model).train()
+    named = {name: p for name, p in model.named_parameters()}
+    filters = {name for name, p in named.items() if name.endswith(".conv.weight")}
+    others = [p for name, p in named.items() if name not in filters]
+    optimizer = torch.optim.SGD(
+        [{"params": [p for p in others if p.ndim > 1], "weight_decay": 5e-4},
+         {"params": [p for p in others if p.ndim == 1]}], lr=0.1, momentum=0.9, nesterov=True)
+    # u has two dimensions and does not decay
+    optimizer.param_groups[1]["params"] += [p for name, p in named.items() if name.endswith(".u.weight")]
+    optimizer.param_groups[0]["params"] = [p for p in others if p.ndim > 1 and not any(
+        p is q for q in optimizer.param_groups[1]["params"])]
+    momenta = {name: torch.zeros_like(named[name], dtype=torch.float64) for name in filters}
+    for step, (images, labels) in enumerate(batches.all):
+        rate = learning_rate(CONFIG | config, step, 3)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        model.zero_grad()
+        F.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for name in filters:
+                p, gradient = named[name], named[name].grad.double()
+                momenta[name] = 0.9 * momenta[name] + gradient
+                direction = orthogonalised((gradient + 0.9 * momenta[name]).flatten(1)).view(p.shape)
+                rows, columns = len(p), p[0].numel()
+                scale = math.sqrt(rows / min(rows, columns))
+                p.copy_(p * math.sqrt(rows) / p.norm() - 0.4 * rate * scale * direction)
+    ours.train_epoch()
+    for name, p in ours.model.named_parameters():
+        torch.testing.assert_close(p, named[name], atol=2e-4, rtol=1e-3, msg=name)
+        if name in filters:
+            assert p.norm().item() == pytest.approx(math.sqrt(len(p)), rel=0.02)
+
+
+def test_muon_leaves_frozen_filters_alone_and_goes_on_from_its_state():
+    def stepped(optimizer, filters, seed):
+        torch.manual_seed(seed)
+        for p in filters[1:]:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    torch.manual_seed(0)
+    filters = [torch.nn.Parameter(torch.randn(4, 3, 3, 3)) for _ in range(3)]
+    frozen = filters[0].detach().clone()
+
+    def make(filters):
+        group = {"params": filters, "momentum": 0.0, "nesterov": False, "filter_momentum": 0.9}
+        return optimise.Muon([group], torch.float32, lr=0.1)
+    one = make(filters)
+    stepped(one, filters, 1)
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in filters]
+    two = make(copies)
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    for optimizer, each in ((one, filters), (two, copies)):
+        stepped(optimizer, each, 2)
+    assert torch.equal(filters[0], frozen) and all(torch.equal(p, q) for p, q in zip(filters, copies))
+    assert not torch.equal(filters[1], filters[2])
