@@ -75,21 +75,25 @@ class Muon(torch.optim.SGD):
 
     def prepare(self, filters: list[nn.Parameter], decay: float) -> None:
         """Bring the filters to their norm, and put in the place of each gradient what SGD without momentum is to take off."""
-        alike: dict[tuple, list[nn.Parameter]] = {}     # layers of one shape are calculated together
-        for p in filters:
-            alike.setdefault(tuple(p.shape), []).append(p)
-        for (wide, *_), layers in alike.items():
-            gradients = [p.grad for p in layers]
-            momenta = [self.state[p].setdefault("filter_momentum", torch.zeros_like(p)) for p in layers]
-            torch._foreach_mul_(momenta, decay)
-            torch._foreach_add_(momenta, gradients)
-            ahead = torch._foreach_add(gradients, momenta, alpha=decay)
-            # the colours last, as channels_last has them in memory: the order of the columns does not matter
-            steps = orthogonal(torch.stack([a.permute(0, 2, 3, 1).flatten(1) for a in ahead]).to(self.dtype)).float()
-            steps *= math.sqrt(wide / min(steps.shape[1:]))     # to the norm of the filters
-            torch._foreach_mul_(layers, (math.sqrt(wide) / torch.stack(torch._foreach_norm(layers))).unbind())
-            for p, s in zip(layers, steps.unbind()):
-                p.grad = s.view(wide, *p.shape[2:], p.shape[1]).permute(0, 3, 1, 2)
+        gradients = [p.grad for p in filters]
+        momenta = [self.state[p].setdefault("filter_momentum", torch.zeros_like(p)) for p in filters]
+        torch._foreach_mul_(momenta, decay)
+        torch._foreach_add_(momenta, gradients)
+        ahead = torch._foreach_add(gradients, momenta, alpha=decay)
+        factors = torch._foreach_reciprocal(torch._foreach_norm(filters))
+        torch._foreach_mul_(factors, [math.sqrt(len(p)) for p in filters])
+        torch._foreach_mul_(filters, factors)
+        alike: dict[torch.Size, list[int]] = {}     # layers of one shape are calculated together: fewer, larger products
+        for number, p in enumerate(filters):
+            alike.setdefault(p.shape, []).append(number)
+        for (wide, colours, *sides), numbers in alike.items():
+            # The colours last, as channels_last has them in memory: the order of a matrix's columns does not matter.
+            momentum = torch.stack([ahead[number].permute(0, 2, 3, 1).flatten(1) for number in numbers])
+            steps = orthogonal(momentum.to(self.dtype)).float()
+            if wide > steps.shape[2]:
+                steps *= math.sqrt(wide / steps.shape[2])   # to the norm of the filters
+            for number, step in zip(numbers, steps.unbind()):
+                filters[number].grad = step.view(wide, *sides, colours).permute(0, 3, 1, 2)
 
 
 def orthogonal(matrices: torch.Tensor, iterations: int = 3) -> torch.Tensor:
