@@ -124,8 +124,7 @@ def test_orthogonal_is_its_polynomial_of_the_singular_values(rows, columns):
         found = optimise.orthogonal(matrices.to(dtype))
         for one, all_at_once in zip(matrices, found):
             torch.testing.assert_close(all_at_once.double(), orthogonalised(one), atol=tolerance, rtol=0)
-    values = torch.linalg.svdvals(optimise.orthogonal(matrices, 5))
-    assert values.max() < 1.3 and values.median() > 0.6
+    assert torch.linalg.svdvals(found.float()).max() < 1.3      # in bfloat16, too
     assert not optimise.orthogonal(torch.zeros(1, rows, columns)).any()      # no gradient, no step, no 0 / 0
 
 
