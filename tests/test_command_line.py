@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from image_files import DataError
 from training import checkpoint, commands, run as run_module
 from training.loop import Interrupted, Trainer
-from training.options import UserError, cpu_has_bf16
+from training.options import UserError
 from training.report import read_metrics
 
 NARROW = ["--sample", "--width", "0.0625", "--batch-size", "16", "--device", "cpu", "--precision", "fp32"]
@@ -369,27 +369,3 @@ def test_config_json_says_what_was_run(cli, unhurt):
     record = json.loads((unhurt / "config.json").read_text())
     assert record["finished"] and record["config"]["width"] == 0.0625 and record["config"]["dropout"] == 0.5
     assert record["environment"]["torch"] == torch.__version__ and record["environment"]["threads"] > 0
-
-
-# ---- speed -----------------------------------------------------------------------------------------------------------
-
-@pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU has no native bf16")
-def test_a_default_step_beats_plain_fp32():
-    """Full width, batch 32: the default settings (bf16, channels_last) against fp32 and NCHW, in turn, in one run."""
-    import torch.nn.functional as F
-    from attention_model import build_model
-    labels = torch.zeros(32, dtype=torch.int64)
-    seconds = {"bf16": [], "fp32": []}
-    models = {"bf16": build_model("vgg-att3-concat-pc", 100, dropout=0.0).to(memory_format=torch.channels_last),
-              "fp32": build_model("vgg-att3-concat-pc", 100, dropout=0.0)}
-    for _ in range(3):
-        for name, model in models.items():
-            images = torch.randn(32, 3, 32, 32)
-            if name == "bf16":
-                images = images.contiguous(memory_format=torch.channels_last)
-            started = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
-                logits = model(images)
-            F.cross_entropy(logits.float(), labels).backward()
-            seconds[name].append(time.perf_counter() - started)
-    assert min(seconds["fp32"]) / min(seconds["bf16"]) >= 1.9

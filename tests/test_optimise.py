@@ -121,11 +121,11 @@ def test_orthogonal_is_its_polynomial_of_the_singular_values(rows, columns):
     torch.manual_seed(rows)
     matrices = torch.randn(3, rows, columns)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
-        found = optimise.orthogonal(matrices.to(dtype))
+        found = optimise.orthogonal(matrices, dtype)
         for one, all_at_once in zip(matrices, found):
             torch.testing.assert_close(all_at_once.double(), orthogonalised(one), atol=tolerance, rtol=0)
     assert torch.linalg.svdvals(found.float()).max() < 1.3      # in bfloat16, too
-    assert not optimise.orthogonal(torch.zeros(1, rows, columns)).any()      # no gradient, no step, no 0 / 0
+    assert not optimise.orthogonal(torch.zeros(1, rows, columns), torch.float32).any()      # no gradient, no step, no 0 / 0
 
 
 def test_filters_move_by_muon_and_all_else_by_sgd():

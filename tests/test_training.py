@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import pickle
+import platform
 import types
 import zipfile
 
@@ -101,6 +102,18 @@ def test_where_compiled_code_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))    # no folder can be made there
     options.keep_compiled()
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's malloc")
+def test_large_blocks_are_kept_from_one_step_to_the_next():
+    import resource
+
+    def new_pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.empty(10 * 2**20).fill_(1.0) for _ in range(6)]     # 40 MiB each: 61,440 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before if blocks else 0
+    options.keep_memory()
+    assert min(new_pages() for _ in range(6)) < 1000    # the heap takes its final size in the first few rounds
 
 
 def test_parts_are_near_equal_and_none_is_a_single_image_unless_asked_for():

@@ -35,6 +35,8 @@ def main(task: Task, argv: list[str] | None = None) -> int:
         return stop.code
     if getattr(args, "compile", torch.cuda.is_available()):
         options.keep_compiled()
+    if args.device == "cpu" or not torch.cuda.is_available():
+        options.keep_memory()
     return exit_status(lambda: do(task, args, argv), "Stopped before the training began: there is nothing to save.")
 
 

@@ -77,9 +77,9 @@ class Muon(torch.optim.SGD):
         """Bring the filters to their norm, and put in the place of each gradient what SGD without momentum is to take off."""
         gradients = [p.grad for p in filters]
         momenta = [self.state[p].setdefault("filter_momentum", torch.zeros_like(p)) for p in filters]
-        torch._foreach_mul_(momenta, decay)
-        torch._foreach_add_(momenta, gradients)
-        ahead = torch._foreach_add(gradients, momenta, alpha=decay)
+        # Nesterov's momentum, but for a factor that the norm takes away.
+        torch._foreach_lerp_(momenta, gradients, 1 - decay)
+        ahead = torch._foreach_lerp(gradients, momenta, decay)
         factors = torch._foreach_reciprocal(torch._foreach_norm(filters))
         torch._foreach_mul_(factors, [math.sqrt(len(p)) for p in filters])
         torch._foreach_mul_(filters, factors)
@@ -88,8 +88,8 @@ class Muon(torch.optim.SGD):
             alike.setdefault(p.shape, []).append(number)
         for (wide, colours, *sides), numbers in alike.items():
             # The colours last, as channels_last has them in memory: the order of a matrix's columns does not matter.
-            momentum = torch.stack([ahead[number].permute(0, 2, 3, 1).flatten(1) for number in numbers])
-            steps = orthogonal(momentum.to(self.dtype)).float()
+            rows = torch.stack([ahead[number].permute(0, 2, 3, 1).flatten(1) for number in numbers])
+            steps = orthogonal(rows, self.dtype).float()
             if wide > steps.shape[2]:
                 steps *= math.sqrt(wide / steps.shape[2])   # to the norm of the filters
             for number, step in zip(numbers, steps.unbind()):
@@ -99,16 +99,17 @@ class Muon(torch.optim.SGD):
 NEWTON_SCHULZ = 3   # iterations; five, calculated as below, overshoot in bfloat16 (singular values up to 4)
 
 
-def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices (B, R, C) -> the nearest ones whose singular values are 1, roughly (most end between 0.5 and 1.2), by
-    Newton-Schulz iterations x <- (a + b x x^T + c (x x^T)^2) x, whose polynomial (Jordan's) lifts small singular values fast.
+def orthogonal(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Matrices (B, R, C) in float32 -> the nearest ones whose singular values are 1, roughly (most end between 0.5 and
+    1.2), calculated in ``dtype``: Newton-Schulz iterations x <- (a + b x x^T + c (x x^T)^2) x, whose polynomial (Jordan's)
+    lifts small singular values fast.
 
     The factors are polynomials of the Gram matrix g = x x^T, so they are multiplied up there, R x R, and x is only needed
     at the beginning and at the end: for R = 512, C = 4608 that is half of the arithmetic."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
-    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
+    x = (x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-20)).to(dtype)
     identity = a * torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
     g, product = x @ x.mT, None
     for number in range(NEWTON_SCHULZ):
