@@ -144,6 +144,7 @@ def test_filters_move_by_muon_and_all_else_by_sgd():
     optimizer.param_groups[0]["params"] = [p for p in others if p.ndim > 1 and not any(
         p is q for q in optimizer.param_groups[1]["params"])]
     momenta = {name: torch.zeros_like(named[name], dtype=torch.float64) for name in filters}
+    norms = {name: named[name].detach().norm() for name in filters}
     for step, (images, labels) in enumerate(batches.all):
         rate = learning_rate(CONFIG | config, step, 3)
         for group in optimizer.param_groups:
@@ -156,14 +157,13 @@ def test_filters_move_by_muon_and_all_else_by_sgd():
                 p, gradient = named[name], named[name].grad.double()
                 momenta[name] = 0.9 * momenta[name] + gradient
                 direction = orthogonalised((gradient + 0.9 * momenta[name]).flatten(1)).view(p.shape)
-                rows, columns = len(p), p[0].numel()
-                scale = math.sqrt(rows / min(rows, columns))
-                p.copy_(p * math.sqrt(rows) / p.norm() - 0.4 * rate * scale * direction)
+                size = norms[name] / math.sqrt(min(direction.flatten(1).shape))
+                p.copy_(p * norms[name] / p.norm() - 0.4 * rate * size * direction)
     ours.train_epoch()
     for name, p in ours.model.named_parameters():
         torch.testing.assert_close(p, named[name], atol=2e-4, rtol=1e-3, msg=name)
         if name in filters:
-            assert p.norm().item() == pytest.approx(math.sqrt(len(p)), rel=0.02)
+            assert p.norm().item() == pytest.approx(norms[name].item(), rel=0.02)
 
 
 def test_muon_leaves_frozen_filters_alone_and_goes_on_from_its_state():
@@ -186,5 +186,8 @@ def test_muon_leaves_frozen_filters_alone_and_goes_on_from_its_state():
     two.load_state_dict(copy.deepcopy(one.state_dict()))
     for optimizer, each in ((one, filters), (two, copies)):
         stepped(optimizer, each, 2)
+    for p in filters:
+        p.grad = None
+    one.step()      # all frozen
     assert torch.equal(filters[0], frozen) and all(torch.equal(p, q) for p, q in zip(filters, copies))
     assert not torch.equal(filters[1], filters[2])

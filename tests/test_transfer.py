@@ -192,7 +192,9 @@ def test_the_frozen_trunk_and_its_statistics_stay_then_everything_trains(capsys)
 
 
 def test_transferred_layers_have_a_lower_rate_and_the_schedule_does_not_jump():
-    ours, rates = staged(), []
+    filters = [group for group in staged(muon=0.5).optimizer.param_groups if "filter_momentum" in group]
+    assert [group["scale"] for group in filters] == [0.05, 0.05]     # of the trunk, and of the global branch
+    ours, rates = staged(muon=0.0), []
     for _ in range(2):
         for images, labels in ours.batches.epoch(0):
             ours.step(images, labels)
@@ -318,7 +320,7 @@ def test_small_parts_from_scratch_say_what_batch_norm_sees():
 
 def test_single_images_train_on_running_statistics_and_equal_the_whole_batch():
     """With the statistics fixed, parts of one give the gradient of the batch: each image is on its own anyway."""
-    single, reference = staged(freeze_epochs=0.0, micro_batch=1), staged(freeze_epochs=0.0)
+    single, reference = staged(freeze_epochs=0.0, micro_batch=1, muon=0.0), staged(freeze_epochs=0.0)
     single.step(*single.batches.all[0])
     reference.model.eval()
     images, labels = reference.batches.all[0]

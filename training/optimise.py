@@ -57,8 +57,8 @@ class Muon(torch.optim.SGD):
 
     A layer's filters (C', C, 3, 3) count as a matrix C' x 9C. Its Nesterov momentum is replaced by the nearest matrix whose
     singular values are all equal, so that every direction of it learns at the same speed, not the loudest alone. The
-    filters keep the norm sqrt(C'), which the batch norm does not see: the learning rate is their relative change in a
-    step, and they need no decay. (torch.optim.Muon, from PyTorch 2.9 on, takes matrices only.)
+    filters keep the norm that they began with, as the batch norm does not see it: the learning rate is their relative
+    change in a step, and they need no decay. (torch.optim.Muon, from PyTorch 2.9 on, takes matrices only.)
 
     ``dtype``: what the products are calculated in."""
 
@@ -70,19 +70,22 @@ class Muon(torch.optim.SGD):
     def step(self, closure=None):
         for group in self.param_groups:
             if "filter_momentum" in group:
-                self.prepare([p for p in group["params"] if p.grad is not None], group["filter_momentum"])
+                filters = [p for p in group["params"] if p.grad is not None]
+                if filters:     # a frozen trunk has no gradients
+                    self.prepare(filters, group["filter_momentum"])
         return super().step(closure)
 
     def prepare(self, filters: list[nn.Parameter], decay: float) -> None:
         """Bring the filters to their norm, and put in the place of each gradient what SGD without momentum is to take off."""
+        for p in filters:
+            if "filter_norm" not in self.state[p]:
+                self.state[p] |= {"filter_norm": p.norm(), "filter_momentum": torch.zeros_like(p)}
+        norms, momenta = ([self.state[p][name] for p in filters] for name in ("filter_norm", "filter_momentum"))
+        # Nesterov's momentum, but for a factor that orthogonal() takes away.
         gradients = [p.grad for p in filters]
-        momenta = [self.state[p].setdefault("filter_momentum", torch.zeros_like(p)) for p in filters]
-        # Nesterov's momentum, but for a factor that the norm takes away.
         torch._foreach_lerp_(momenta, gradients, 1 - decay)
         ahead = torch._foreach_lerp(gradients, momenta, decay)
-        factors = torch._foreach_reciprocal(torch._foreach_norm(filters))
-        torch._foreach_mul_(factors, [math.sqrt(len(p)) for p in filters])
-        torch._foreach_mul_(filters, factors)
+        torch._foreach_mul_(filters, torch._foreach_div(norms, torch._foreach_norm(filters)))
         alike: dict[torch.Size, list[int]] = {}     # layers of one shape are calculated together: fewer, larger products
         for number, p in enumerate(filters):
             alike.setdefault(p.shape, []).append(number)
@@ -90,8 +93,8 @@ class Muon(torch.optim.SGD):
             # The colours last, as channels_last has them in memory: the order of a matrix's columns does not matter.
             rows = torch.stack([ahead[number].permute(0, 2, 3, 1).flatten(1) for number in numbers])
             steps = orthogonal(rows, self.dtype).float()
-            if wide > steps.shape[2]:
-                steps *= math.sqrt(wide / steps.shape[2])   # to the norm of the filters
+            rank = min(rows.shape[1:])      # all singular values 1: the step's norm is the root of it
+            steps *= torch.stack([norms[number] for number in numbers])[:, None, None] / math.sqrt(rank)
             for number, step in zip(numbers, steps.unbind()):
                 filters[number].grad = step.view(wide, *sides, colours).permute(0, 3, 1, 2)
 
