@@ -166,6 +166,20 @@ def test_filters_move_by_muon_and_all_else_by_sgd():
             assert p.norm().item() == pytest.approx(norms[name].item(), rel=0.02)
 
 
+@pytest.mark.parametrize("colours", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_steps_are_the_same_in_any_layout_of_memory(colours, layout):
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(4, colours, 3, 3), torch.randn(4, colours, 3, 3)
+    p = torch.nn.Parameter(weight.clone(memory_format=layout))
+    p.grad = gradient.clone(memory_format=layout)
+    group = {"params": [p], "momentum": 0.0, "nesterov": False, "filter_momentum": 0.9}
+    optimise.Muon([group], torch.float32, lr=0.1, fused=True).step()
+    direction = orthogonalised(gradient.flatten(1)).view(weight.shape)
+    expected = weight - 0.1 * weight.norm() / math.sqrt(min(4, 9 * colours)) * direction
+    torch.testing.assert_close(p.double(), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_muon_leaves_frozen_filters_alone_and_goes_on_from_its_state():
     def stepped(optimizer, filters, seed):
         torch.manual_seed(seed)

@@ -96,7 +96,9 @@ class Muon(torch.optim.SGD):
             rank = min(rows.shape[1:])      # all singular values 1: the step's norm is the root of it
             steps *= torch.stack([norms[number] for number in numbers])[:, None, None] / math.sqrt(rank)
             for number, step in zip(numbers, steps.unbind()):
-                filters[number].grad = step.view(wide, *sides, colours).permute(0, 3, 1, 2)
+                step, p = step.view(wide, *sides, colours).permute(0, 3, 1, 2), filters[number]
+                # The fused SGD goes through memory in order: weight and gradient must lie in the same one.
+                p.grad = step if step.stride() == p.stride() else torch.empty_like(p).copy_(step)
 
 
 NEWTON_SCHULZ = 3   # iterations; five, calculated as below, overshoot in bfloat16 (singular values up to 4)
