@@ -135,14 +135,10 @@ def test_filters_move_by_muon_and_all_else_by_sgd():
     model = copy.deepcopy(ours.model).train()
     named = {name: p for name, p in model.named_parameters()}
     filters = {name for name, p in named.items() if name.endswith(".conv.weight")}
-    others = [p for name, p in named.items() if name not in filters]
+    decaying = {name for name, p in named.items() if p.ndim > 1 and not name.endswith(".u.weight")} - filters
     optimizer = torch.optim.SGD(
-        [{"params": [p for p in others if p.ndim > 1], "weight_decay": 5e-4},
-         {"params": [p for p in others if p.ndim == 1]}], lr=0.1, momentum=0.9, nesterov=True)
-    # u has two dimensions and does not decay
-    optimizer.param_groups[1]["params"] += [p for name, p in named.items() if name.endswith(".u.weight")]
-    optimizer.param_groups[0]["params"] = [p for p in others if p.ndim > 1 and not any(
-        p is q for q in optimizer.param_groups[1]["params"])]
+        [{"params": [named[name] for name in decaying], "weight_decay": 5e-4},
+         {"params": [named[name] for name in named.keys() - decaying - filters]}], lr=0.1, momentum=0.9, nesterov=True)
     momenta = {name: torch.zeros_like(named[name], dtype=torch.float64) for name in filters}
     norms = {name: named[name].detach().norm() for name in filters}
     for step, (images, labels) in enumerate(batches.all):

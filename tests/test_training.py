@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from attention_model import build_model
 from sample_data import cifar_sample
 from train_cifar100 import FAST
-from training import checkpoint, options, run
+from training import checkpoint, loop, options, run
 from training.loop import Trainer, evaluate, parts_of
 from training.optimise import Precision
 from training.options import UserError
@@ -193,7 +193,18 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_whole_step(capsys,
         ours.step(*ours.batches.all[1])
 
 
-# ---- non-finite losses, evaluation ------------------------------------------------------------------------------------
+# ---- looks at the loss, evaluation ------------------------------------------------------------------------------------
+
+def test_when_the_loss_is_looked_at(monkeypatch):
+    """On a GPU once a second, as a look waits for it; several ranks at the same steps; on a CPU always."""
+    ours, now = trainer(), [100.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    assert ours.look_is_due(1, looked=100.0)
+    ours.device = torch.device("cuda")
+    assert not ours.look_is_due(20, looked=99.5) and ours.look_is_due(7, looked=98.9)
+    ours.ranks = Ranks(0, 2, 0)
+    assert [step for step in range(1, 50) if ours.look_is_due(step, looked=0.0)] == [20, 40]
+
 
 def test_a_loss_that_is_not_finite_names_epoch_and_step():
     batches = Batches()
@@ -320,6 +331,9 @@ def test_what_is_not_ours_says_so(tmp_path, saved):
     torch.save(older, tmp_path / "older.pt")
     read = checkpoint.read_checkpoint(tmp_path / "older.pt")
     assert read["config"] == saved[1]["config"] and read["transferred"] == [] and read["format"] == 2
+    before_muon = saved[1] | {"config": {k: v for k, v in saved[1]["config"].items() if k != "muon"}}
+    torch.save(before_muon, tmp_path / "before.pt")
+    assert checkpoint.read_checkpoint(tmp_path / "before.pt")["config"]["muon"] == 0.0     # it trained by SGD
     with pytest.raises(UserError, match="there is no such file"):
         checkpoint.read_checkpoint(tmp_path / "none.pt")
     with pytest.raises(UserError, match="is a folder; name the checkpoint in it"):

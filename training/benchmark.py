@@ -144,11 +144,11 @@ def flop_an_image(trainer: Trainer) -> int:
     return counter.get_total_flops() // 2
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype | None) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large matrix product in this precision: what the device can reach. In fp32
     a GPU's convolutions may use TF32, so the product may too."""
     side, before = MATRIX[device.type], torch.backends.cuda.matmul.allow_tf32
-    a, b = (torch.randn(side, side, device=device, dtype=dtype or torch.float32) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     try:
         return statistics.median(2 * side**2 * rate for rate in rates_of(lambda: a @ b, device, 2 * WINDOWS, side))

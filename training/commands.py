@@ -258,7 +258,7 @@ def check_start(config: dict) -> None:
 
 def say_how_long(run: Run) -> None:
     """Without a GPU: what the run takes here, from a small step."""
-    cost = sanity.measure(run.trainer, images=8, warm_up=True)
+    cost = sanity.measure(run.trainer, images=8)
     left = run.config["epochs"] - run.trainer.position.epoch
     seconds = sanity.epoch_seconds(run.config, cost, len(run.train_set), len(run.eval_set)) * left
     advice = "--width 0.25 takes a sixteenth of the arithmetic; " if run.config["width"] >= 0.5 else ""

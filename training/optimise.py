@@ -26,13 +26,15 @@ def parameter_groups(model: nn.Module, config: dict, transferred: frozenset[str]
         return origin, config["decay_all"] or (p.ndim > 1 and not name.endswith(".u.weight")), by_muon
     groups = []
     for origin in ("new", "trunk", "other"):
-        scale = 1.0 if origin == "new" else config["transfer_lr"]
         for decays, by_muon in ((True, True), (True, False), (False, False)):
             params = [p for name, p in model.named_parameters()
                       if p.requires_grad and kind(name, p) == (origin, decays, by_muon)]
-            groups.append({"params": params, "scale": scale * config["muon"], "weight_decay": 0.0, "momentum": 0.0,
-                           "nesterov": False, "filter_momentum": config["momentum"]} if by_muon else
-                          {"params": params, "scale": scale, "weight_decay": config["weight_decay"] if decays else 0.0})
+            group = {"params": params, "weight_decay": config["weight_decay"] if decays else 0.0,
+                     "scale": 1.0 if origin == "new" else config["transfer_lr"]}
+            if by_muon:     # which has a momentum of its own, and keeps the norm
+                group |= {"filter_momentum": config["momentum"], "momentum": 0.0, "nesterov": False, "weight_decay": 0.0,
+                          "scale": group["scale"] * config["muon"]}
+            groups.append(group)
     return [group for group in groups if group["params"]]
 
 
@@ -48,7 +50,7 @@ def make_optimizer(model: nn.Module, config: dict, precision: str,
                "fused": precision != "fp16"}
     if not config["muon"]:
         return torch.optim.SGD(groups, **options)
-    return Muon(groups, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision], **options)
+    return Muon(groups, DTYPES[precision], **options)
 
 
 class Muon(torch.optim.SGD):
@@ -92,9 +94,9 @@ class Muon(torch.optim.SGD):
         for (wide, colours, *sides), numbers in alike.items():
             # The colours last, as channels_last has them in memory: the order of a matrix's columns does not matter.
             rows = torch.stack([ahead[number].permute(0, 2, 3, 1).flatten(1) for number in numbers])
-            steps = orthogonal(rows, self.dtype).float()
-            rank = min(rows.shape[1:])      # all singular values 1: the step's norm is the root of it
-            steps *= torch.stack([norms[number] for number in numbers])[:, None, None] / math.sqrt(rank)
+            rank = min(rows.shape[1:])      # all singular values 1: the norm is the root of it
+            sizes = torch.stack([norms[number] for number in numbers])[:, None, None] / math.sqrt(rank)
+            steps = orthogonal(rows, self.dtype) * sizes    # in float32 again
             for number, step in zip(numbers, steps.unbind()):
                 step, p = step.view(wide, *sides, colours).permute(0, 3, 1, 2), filters[number]
                 # The fused SGD goes through memory in order: weight and gradient must lie in the same one.
@@ -115,10 +117,10 @@ def orthogonal(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = (x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-20)).to(dtype)
-    identity = a * torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
     g, product = x @ x.mT, None
     for number in range(NEWTON_SCHULZ):
-        factor = torch.baddbmm(g, g, g, beta=b, alpha=c) + identity
+        factor = torch.baddbmm(g, g, g, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
         product = factor if product is None else factor @ product
         if number < NEWTON_SCHULZ - 1:
             g = factor @ g @ factor
@@ -170,17 +172,20 @@ def parse_progressive(text: str) -> list[tuple[float, float]]:
     return stages
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
 class Precision:
     """bf16, fp16 with a loss scaler, or fp32, as context and scaler."""
 
     def __init__(self, name: str, device: torch.device):
         self.name, self.device = name, device
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
+        self.dtype = DTYPES[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     def context(self):
         """Where the forward pass runs; the weights and the optimizer stay in float32."""
-        if self.dtype is None:
+        if self.dtype is torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 

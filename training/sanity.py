@@ -163,7 +163,7 @@ def reload_equal(run: Run, content: dict) -> bool:
     mine.eval()
     with run.trainer.precision.context():
         a, b = mine(images).float(), fresh(images).float()
-    tolerance = 1e-3 if run.trainer.precision.dtype is None else 2e-2
+    tolerance = 1e-3 if run.trainer.precision.dtype is torch.float32 else 2e-2
     return torch.equal(a, b) if run.device.type == "cpu" else torch.allclose(a, b, atol=tolerance, rtol=tolerance)
 
 
@@ -185,10 +185,9 @@ def resumed_step(run: Run, content: dict) -> float:
 
 # ---- what a run will take ---------------------------------------------------------------------------------------------
 
-def measure(trainer: Trainer, images: int, warm_up: bool = False) -> tuple[float, float]:
+def measure(trainer: Trainer, images: int) -> tuple[float, float]:
     """Seconds an image of a training step and of an evaluation, at full input size. The run is left untouched: it works
-    on a copy of the network and puts the random states back. ``warm_up``: in a process that has not trained yet, where
-    the first step takes several times what the next ones do."""
+    on a copy of the network and puts the random states back."""
     states = checkpoint.random_states()
     model = copy.deepcopy(trainer.model)
     compiled = trainer.run_model is not trainer.model
@@ -207,8 +206,7 @@ def measure(trainer: Trainer, images: int, warm_up: bool = False) -> tuple[float
     net.train()
     if images == 1:     # as in the run: set_mode
         norms_to_eval(model)
-    if trainer.device.type == "cuda" or images <= LEAST_BATCH or warm_up:
-        step()  # the first step also sets up kernels
+    step()  # the first step also sets up kernels, and takes several times what the next ones do
     training = timed(step, trainer.device)
     model.eval()
     with torch.no_grad():
