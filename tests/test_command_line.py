@@ -74,6 +74,15 @@ def unhurt(small_task, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def without_nohup():
+    """The tests may themselves run under nohup, where SIGHUP is ignored and so does not end a run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("without_nohup")
 @pytest.mark.parametrize("after_step, number", [(3, signal.SIGTERM), (12, signal.SIGINT), (15, signal.SIGHUP)])
 def test_stopped_by_a_signal_and_resumed_equals_the_unhurt_run(cli, monkeypatch, unhurt, after_step, number):
     step, steps = Trainer.step, []
@@ -121,6 +130,7 @@ def test_a_second_interrupt_leaves_at_once(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("without_nohup")
 def test_a_closed_terminal_ends_the_run_and_no_line_written_after_it_does_harm():
     here, there = pty.openpty()
     kept = [os.dup(1), os.dup(2)]
