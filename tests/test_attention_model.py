@@ -275,7 +275,8 @@ def kept_for_backward(trunk: str, saving: bool, dtype: torch.dtype, batch: int, 
 
 @pytest.mark.parametrize("trunk, saving, dtype, most", [
     ("full", True, torch.bfloat16, 70), ("full", False, torch.bfloat16, 370), ("pooled", False, torch.bfloat16, 90),
-    ("pooled", True, torch.bfloat16, 15), ("full", True, torch.float32, 120)])
+    ("pooled", True, torch.bfloat16, 15), ("full", True, torch.float32, 120), ("full", False, torch.float32, 700),
+    ("pooled", False, torch.float32, 130), ("pooled", True, torch.float32, 25)])
 def test_activations_kept_an_image(monkeypatch, trunk, saving, dtype, most):
     """Measured as the difference between batches of 4 and 2, so that the weights do not count."""
     four, two = (kept_for_backward(trunk, saving, dtype, batch, monkeypatch) for batch in (4, 2))
