@@ -25,7 +25,7 @@ PAPER = {
     "decay_all": True,          # on every parameter; authors' code
     "schedule": "halve",        # lr halved ...
     "halve_every": 25,          # ... every so many epochs; authors' code
-    "warmup": 0.0,              # share of the run; "linear" schedule only
+    "warmup": 0.0,              # share of the run over which the rate rises
     "label_smoothing": 0.0,     # authors' code
     "dropout": 1.0,             # factor on the authors' rates (0.3 to 0.5)
     "ema_decay": 0.0,           # moving average of the weights, a step; 0: none

@@ -27,7 +27,7 @@ PAPER = {
     "decay_all": True,          # on every parameter; authors' code
     "schedule": "double-halve", # lr doubled after halve_every epochs and after twice as many, then halved ...
     "halve_every": 30,          # ... every so many epochs; authors' code
-    "warmup": 0.0,              # share of the run; "linear" schedule only
+    "warmup": 0.0,              # share of the run over which the rate rises
     "label_smoothing": 0.0,     # authors' code
     "dropout": 1.0,             # factor on the authors' rates (0.3 to 0.5)
     "ema_decay": 0.0,           # moving average of the weights, a step; 0: none

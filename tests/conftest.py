@@ -1,6 +1,7 @@
 """Every test runs from the repository's root or elsewhere alike: the modules are found by path."""
 import dataclasses
 import http.server
+import os
 import sys
 import threading
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # for processes
 pytest.register_assert_rewrite("tests.makers")
 
 

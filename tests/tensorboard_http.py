@@ -26,7 +26,7 @@ class TensorBoard:
     def get(self, path: str, **query) -> bytes:
         """The body at /data/<path>?<query>."""
         address = f"{self.url}/data/{path}" + ("?" + urllib.parse.urlencode(query) if query else "")
-        with _opener.open(address, timeout=20) as answer:
+        with _opener.open(address, timeout=60) as answer:
             return answer.read()
 
     def runs(self) -> list[str]:
@@ -61,12 +61,12 @@ class TensorBoard:
     def _post(self, path: str, body: dict) -> dict:
         request = urllib.request.Request(f"{self.url}/data/{path}", json.dumps(body).encode(),
                                          {"Content-Type": "application/json"})
-        with _opener.open(request, timeout=20) as answer:
+        with _opener.open(request, timeout=60) as answer:
             return json.loads(answer.read())
 
 
 @contextlib.contextmanager
-def tensorboard_over(logdir: Path, seconds: float = 60) -> Iterator[TensorBoard]:
+def tensorboard_over(logdir: Path, seconds: float = 300) -> Iterator[TensorBoard]:
     """Start TensorBoard over a folder of runs on a free port; yield once it has read them; stop it at the end.
 
     Raises RuntimeError with its output when that takes longer than `seconds` or it ends by itself.
@@ -93,7 +93,7 @@ def _when_ready(process: subprocess.Popen, output, deadline: float) -> TensorBoa
     while time.monotonic() < deadline and process.poll() is None:
         output.seek(0)
         said = output.read().decode("utf-8", "replace")
-        address = re.search(r"http://127\.0\.0\.1:\d+", said)
+        address = re.search(r"http://127\.0\.0\.1:\d+(?=/)", said)
         if address:
             board = TensorBoard(address.group())
             with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):

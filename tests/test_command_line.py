@@ -1,11 +1,14 @@
 """train_cifar100.py as people use it: runs that are hurt and resumed, evaluation, and wrong use."""
+import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import pty
 import re
 import signal
-import time
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from image_files import DataError
-from training import checkpoint, commands, run as run_module
+from train_cifar100 import FAST
+from training import checkpoint, commands, options, run as run_module
 from training.loop import Interrupted, Trainer
 from training.options import UserError
+from training.ranks import Ranks
 from training.report import read_metrics
 
 NARROW = ["--sample", "--width", "0.0625", "--batch-size", "16", "--device", "cpu", "--precision", "fp32"]
@@ -131,8 +136,10 @@ def test_a_second_interrupt_leaves_at_once(monkeypatch):
 
 
 @pytest.mark.usefixtures("without_nohup")
-def test_a_closed_terminal_ends_the_run_and_no_line_written_after_it_does_harm():
-    here, there = pty.openpty()
+@pytest.mark.parametrize("numbers", [[signal.SIGHUP], [signal.SIGINT, signal.SIGHUP]])    # Ctrl-C ends `| tee` as well
+@pytest.mark.parametrize("channel", [pty.openpty, os.pipe])
+def test_a_closed_terminal_ends_the_run_and_no_line_written_after_it_does_harm(channel, numbers):
+    here, there = channel()
     kept = [os.dup(1), os.dup(2)]
     try:
         os.dup2(there, 1)
@@ -141,14 +148,34 @@ def test_a_closed_terminal_ends_the_run_and_no_line_written_after_it_does_harm()
             os.close(here)
             with pytest.raises(OSError):
                 os.write(1, b"nobody reads this")
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert signals.received == signal.SIGHUP
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            assert signals.received == numbers[0]
             assert os.write(1, b"nor this") == os.write(2, b"nor that") == 8
     finally:
         for number, copy in zip((1, 2), kept):
             os.dup2(copy, number)
             os.close(copy)
         os.close(there)
+
+
+@pytest.mark.parametrize("when, place", [(1, (0, 6)), (2, (1, 6))])
+def test_a_pipe_that_nobody_reads_saves_and_ends_the_run(cli, monkeypatch, unhurt, when, place):
+    lines = []
+
+    def broken(*words, **options):
+        lines.append(words)
+        if words[0].startswith(f"epoch {when}/"):
+            raise BrokenPipeError(32, "Broken pipe")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "print", broken, raising=False)
+        patch.setattr(run_module.Signals, "nobody_reads", staticmethod(lambda: None))
+        status, out, _ = cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "hurt")
+    assert status == 128 + signal.SIGPIPE and "everything is saved" in out
+    position = content_of("hurt")["position"]
+    assert (position["epoch"], position["step"]) == place
+    assert cli("--resume", "hurt")[0] == 0
+    assert_runs_equal("hurt", unhurt)
 
 
 def test_nohup_is_heeded(monkeypatch):
@@ -194,11 +221,17 @@ def test_a_bare_resume_takes_the_newest_unfinished_run(cli, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "step", signalled)
             assert cli(*NARROW, "--model", "vgg", "--epochs", 1, "--run-dir", f"runs/cifar100/{name}")[0] == 143
-        time.sleep(0.02)  # the clock of the file system
-    for name in ("newer", "older"):
-        status, out, _ = cli("--resume")
+    for path in Path("runs/cifar100/older").iterdir():
+        os.utime(path, (1e9, 1e9))
+    with checkpoint.lock(Path("runs/cifar100/newer")), checkpoint.lock(Path("runs/cifar100/older")):
+        status, _, err = cli("--resume")
+    assert status == 2 and "every unfinished run in runs/cifar100 is being trained" in err
+    for name in ("older", "newer"):     # the older one while the newer one is being trained
+        with checkpoint.lock(Path("runs/cifar100/newer")) if name == "older" else contextlib.nullcontext():
+            status, out, _ = cli("--resume")
         assert status == 0 and f"Run directory runs/cifar100/{name};" in out
-    assert cli("--resume")[0] == 2
+    status, _, err = cli("--resume")
+    assert status == 2 and "there is no unfinished run" in err
 
 
 def test_a_longer_run_and_a_finished_one(cli):
@@ -276,6 +309,51 @@ def test_init_from_a_checkpoint(cli, unhurt):
                                      r"cifar100\): \d+ of \d+ tensors loaded; starting fresh: classifier", out)
 
 
+def test_evaluate_takes_the_settings_from_the_checkpoint(cli, unhurt, monkeypatch):
+    for words in (["--sample"], ["--width", 0.5], ["--set", "dropout=0"], ["--run-dir", "x"]):
+        status, _, err = cli("--evaluate", unhurt / "last.pt", *words)
+        assert status == 2 and f"from the checkpoint: leave out {words[0]}" in err
+    monkeypatch.setattr(options, "cpu_has_bf16", lambda: False)     # emulated, it would take hours
+    here = [commands.precision_here(name, torch.device("cpu")) for name in ("bf16", "fp16", "fp32")]
+    assert here == ["auto", "auto", "fp32"]
+    if torch.cuda.is_available():
+        assert commands.precision_here("fp16", torch.device("cuda")) == "fp16"
+
+
+def test_the_folder_to_go_on_in(cli, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        status, out, _ = cli(*NARROW, "--model", "vgg", "--epochs", 1, "--run-dir", "mine")
+    assert status == 143 and "  python train_cifar100.py --resume mine\n" in out
+    assert cli("--resume", "other", "--run-dir", "mine")[0] == 2
+    status, out, _ = cli("--run-dir", "mine", "--resume", "--precision", "auto", "--no-checkpoint-activations")
+    assert status == 0 and "Run directory mine;" in out
+    status, out, _ = cli("--resume", "mine/last.pt")
+    assert status == 0 and out.startswith("mine is finished")
+
+
+def test_every_run_has_a_folder_of_its_own(small_task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = {commands.run_dir_of(small_task, argparse.Namespace(), "vgg") for _ in range(3)}
+    assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
+
+
+def test_the_command_that_goes_on_is_the_one_it_was_started_by(small_task, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["code of mine/train_cifar100.py"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert commands.how_to_resume(small_task, Path("a run"), Ranks(0, 4, 0)) == (
+        "torchrun --nproc-per-node=2 'code of mine/train_cifar100.py' --resume 'a run'")
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_the_peak_rate_that_is_told_is_the_peak(epochs):
+    config = FAST | {"epochs": epochs, "batch_size": 64, "lr": 0.04}
+    trainer = types.SimpleNamespace(config=config, batches=range(781), transferred=())
+    told = re.fullmatch(r"Peak learning rate (.*) for batches of 64: 0.00062 an image; 0.15 of it for the 3x3 filters, by Muon",
+                        commands.rate_in_words(trainer))
+    assert float(told[1]) == pytest.approx(0.04, rel=0.005)
+
+
 def test_same_seed_same_run_and_another_seed_another(cli, unhurt):
     for seed in (0, 1):
         assert cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--seed", seed, "--run-dir", seed)[0] == 0
@@ -299,6 +377,8 @@ def test_same_seed_same_run_and_another_seed_another(cli, unhurt):
     (["--set", "momentum=nan"], "expected a finite number"),
     (["--set", "epochs=3"], "use --epochs 3 for this one"),
     (["--set", "progressive=0.5"], "expected SCALE:UNTIL pairs"),
+    (["--set", "progressive=half"], "expected SCALE:UNTIL pairs"),
+    (["--freeze-epochs", "x"], "invalid number of 0 or more value: 'x'"),
     (["--set", "schedule=cosine"], "choose linear or halve"),
     (["--device", "tpu"], "expected auto, cpu, cuda, or cuda:N"),
     (["--sample", "--model", "vgg", "--set", "trunk=full"], "vgg-gap is the baseline that has one"),
@@ -352,6 +432,7 @@ def test_changed_data_is_noticed(cli, small_task, unhurt):
     (MemoryError(), 1, "error: out of memory outside the training step: MemoryError\nIs another program"),
     (torch.OutOfMemoryError("CUDA out of memory."), 1, "outside the training step: CUDA out of memory.\nIs another"),
     (PermissionError(13, "Permission denied", "runs"), 1, "error: runs: Permission denied\n"),
+    (OSError(28, "No space left on device"), 1, "error: No space left on device\n"),
     (KeyboardInterrupt(), 130, "Stopped.\n"), (Interrupted(15), 143, "")])
 def test_what_a_user_can_mend_is_told_without_a_traceback(capsys, error, status, words):
     def fail():

@@ -29,6 +29,12 @@ def test_linear_schedule_warms_up_and_ends_near_zero():
     assert steps[300] == pytest.approx(steps[450])
 
 
+def test_every_schedule_can_warm_up():
+    rates = [learning_rate(PAPER | {"warmup": 0.1}, step, 10) for step in range(3000)]
+    assert rates[0] == pytest.approx(0.1 / 300) and rates[149] == pytest.approx(0.05)
+    assert rates[299] == pytest.approx(0.05) == rates[499] and rates[500] == 0.025  # halved after 25 epochs of 10 steps
+
+
 def test_progressive_resizing_follows_the_share_of_the_run():
     config = {"progressive": "0.5:0.6 0.75:0.8", "input_size": [32, 48]}
     assert [input_size_at(config, share) for share in (0, 0.59, 0.6, 0.79, 0.8, 1)] == [
@@ -120,12 +126,12 @@ def orthogonalised(matrix, iterations=3):
 def test_orthogonal_is_its_polynomial_of_the_singular_values(rows, columns):
     torch.manual_seed(rows)
     matrices = torch.randn(3, rows, columns)
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
-        found = optimise.orthogonal(matrices, dtype)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        found = optimise.newton_schulz(matrices, dtype)
         for one, all_at_once in zip(matrices, found):
             torch.testing.assert_close(all_at_once.double(), orthogonalised(one), atol=tolerance, rtol=0)
-    assert torch.linalg.svdvals(found.float()).max() < 1.3      # in bfloat16, too
-    assert not optimise.orthogonal(torch.zeros(1, rows, columns), torch.float32).any()      # no gradient, no step, no 0 / 0
+    assert torch.linalg.svdvals(found.float()).max() < 1.5      # in bfloat16, too
+    assert not optimise.newton_schulz(torch.zeros(1, rows, columns), torch.float32).any()      # no gradient, no step, no 0 / 0
 
 
 def test_filters_move_by_muon_and_all_else_by_sgd():

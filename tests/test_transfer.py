@@ -85,6 +85,8 @@ def vgg16_bn(tmp_path_factory):
 def home(vgg16_bn, monkeypatch, tmp_path):
     """An empty torch cache, and an address for the file that nobody answers."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setattr(transfer, "IMAGENET_URL", f"http://127.0.0.1:9/{vgg16_bn[1].name}")
     return tmp_path / "torch" / "hub" / "checkpoints"
 
@@ -227,7 +229,7 @@ def test_a_resumed_run_is_in_the_stage_that_it_was_in(stop_after):
 
 
 def test_the_authors_schedule_for_birds():
-    config = {"lr": 0.01, "schedule": "double-halve", "halve_every": 30, "epochs": 320}
+    config = {"lr": 0.01, "schedule": "double-halve", "halve_every": 30, "epochs": 320, "warmup": 0.0}
     rates = [learning_rate(config, epoch * 47, 47) for epoch in (0, 29, 30, 59, 60, 89, 90, 120, 150, 319)]
     assert rates == pytest.approx([0.01, 0.01, 0.02, 0.02, 0.04, 0.04, 0.02, 0.01, 0.005, 0.01 / 2**6])
 
@@ -260,7 +262,7 @@ def test_statistics_are_settled_without_dropout(ema_decay):
     images = ours.batches.all[0][0]
     weights = {name: p.clone() for name, p in ours.eval_model.named_parameters()}
     state = torch.get_rng_state()
-    ours.settle_statistics(iter([images]))
+    ours.recalibrate_batch_norm(iter([images]))
     seen = inputs_of_norms(ours.eval_model, images)
     for name, module in ours.eval_model.named_modules():
         if name in seen:
@@ -271,13 +273,13 @@ def test_statistics_are_settled_without_dropout(ema_decay):
     assert all(torch.equal(p, weights[name]) for name, p in ours.eval_model.named_parameters())
 
 
-def test_settling_never_takes_a_single_image():
+def test_recalibration_never_takes_a_single_image():
     """65 training images: in batches of 64, one would be left over, and batch norm has no variance of one."""
     sets = cifar_sample(classes=5, train_per_class=13, test_per_class=2)
     config = CONFIG | {"val_fraction": 0.0, "device": "cpu", "precision": "fp32", "compile": False, "image_size": None,
                        "seed": 0, "trunk": "", "init_from": "none", "overlay_every": 0, "dropout": 1.0}
     run = Run(train_cifar100.TASK, config, Path("nowhere"), *sets)
-    sizes = [len(batch) for batch in run.settling_batches()]
+    sizes = [len(batch) for batch in run.recalibration_batches()]
     assert sum(sizes) == 65 and min(sizes) > 1
     assert 0 <= run.evaluate().top1 <= 100
 
@@ -288,19 +290,20 @@ def test_statistics_that_are_kept_are_not_settled():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.3
     before = snapshot(ours)
-    ours.settle_statistics(images for images, _ in ours.batches.all)
+    ours.recalibrate_batch_norm(images for images, _ in ours.batches.all)
     changed = {name for name, value in ours.model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and not [name for name in changed if name.startswith("trunk.")]
     plain = trainer(dropout=0.0)
     before = snapshot(plain)
-    plain.settle_statistics(iter([]))
+    plain.recalibrate_batch_norm(iter([]))
     assert all(torch.equal(value, before[name]) for name, value in plain.model.state_dict().items())
 
 
 # ---- small micro-batches ----------------------------------------------------------------------------------------------
 
-def test_small_parts_use_the_statistics_that_came_with_the_weights():
-    ours = staged(freeze_epochs=0.0, micro_batch=4)
+@pytest.mark.parametrize("small", [{"micro_batch": 4}, {"batch_size": 4}, {"batch_size": 4, "micro_batch": 16}])
+def test_small_parts_use_the_statistics_that_came_with_the_weights(small):
+    ours = staged(freeze_epochs=0.0, **small)
     before = snapshot(ours)
     ours.step(*ours.batches.all[0])
     for name, value in ours.model.state_dict().items():

@@ -106,7 +106,7 @@ def now(device: torch.device) -> float:
 
 
 def parts(trainer: Trainer, batches: Iterator, steps: int) -> dict[str, float]:
-    """Milliseconds a step of PARTS: the batch's preparation; the forward pass with the loss; the backward pass; and the
+    """Milliseconds a step of PARTS: the batch's preparation; the forward pass; the loss and the backward pass; and the
     optimizer with the moving average."""
     seconds = dict.fromkeys(PARTS, 0.0)
     forward, gradients = trainer.run_model, trainer.gradients
@@ -172,8 +172,8 @@ class PlainImages(Dataset):
 
 
 def baseline(trainer: Trainer, train: ImageSet, config: dict, steps: int, mean, std) -> float:
-    """Images a second of the same network and batch in fp32 and NCHW, with a DataLoader of two workers and torchvision's
-    transforms for each image, torch's SGD, and the loss read at every step."""
+    """Images a second of the same network and batch in fp32 and NCHW, with a DataLoader of two workers (fewer by
+    --num-workers) and torchvision's transforms for each image, torch's SGD, and the loss read at every step."""
     from torchvision import transforms
 
     height, width = input_size(config, train)
@@ -211,7 +211,7 @@ def forever(loader: DataLoader) -> Iterator:
 
 def print_table(result: dict, asked: int) -> None:
     height, width = result["input_size"]
-    cut = f" (cut from {asked} for this CPU)" if result["batch_size"] != asked else ""
+    cut = f" (cut from {asked})" if result["batch_size"] != asked else ""
     in_use = [result["precision"], "channels_last"] + [name for name in ("compiled", "checkpoint_activations") if result[name]]
     print(f"\n{result['model']}, width {result['width']:g}, {height}x{width} px, batches of {result['batch_size']}{cut}\n"
           f"{result['device']}, PyTorch {result['torch']}; {result['images']}\n")

@@ -158,16 +158,19 @@ def check_own(run_dir: Path, path: Path, content: dict) -> dict:
 
 
 def newest_unfinished(runs: Path) -> Path:
-    """The run of ``runs`` that was written to last and has not finished; sanity passes do not count."""
+    """The run of ``runs`` that was written to last, has not finished and is not being trained; sanity passes do not count.
+    Raises UserError."""
     found = []
     for config_path in runs.glob("*/config.json"):
         with contextlib.suppress(OSError, ValueError):
             config = read_config(config_path.parent)
             if not config.get("sanity") and not config.get("finished"):
                 found.append((max(p.stat().st_mtime for p in config_path.parent.iterdir()), config_path.parent))
-    if not found:
-        raise UserError(f"--resume: there is no unfinished run in {runs}; name the run's folder", 2)
-    return max(found)[1]
+    for _, run_dir in sorted(found, reverse=True):
+        with contextlib.suppress(UserError), lock(run_dir):
+            return run_dir
+    which = f"every unfinished run in {runs} is being trained" if found else f"there is no unfinished run in {runs}"
+    raise UserError(f"--resume: {which}; name the run's folder", 2)
 
 
 def write_config(run_dir: Path, record: dict) -> None:

@@ -1,8 +1,10 @@
-"""What a script does with its command line: a new run, --resume, --evaluate, --sanity. main() returns the exit status:
-0 done, 1 a failure, 2 bad use, 130 or 143 stopped by SIGINT or SIGTERM after saving."""
+"""What a script does with its command line: a new run, --resume, --evaluate, --sanity, --benchmark. main() returns the
+exit status: 0 done, 1 a failure, 2 bad use, 128 + N stopped by signal N after saving (SIGINT 130, SIGTERM 143)."""
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import shlex
 import signal
 import sys
@@ -57,7 +59,7 @@ def exit_status(action: Callable[[], int], when_stopped: str) -> int:
               file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(when_stopped, file=sys.stderr)
@@ -65,7 +67,7 @@ def exit_status(action: Callable[[], int], when_stopped: str) -> int:
 
 
 def do(task: Task, args, argv: list[str]) -> int:
-    if of_environment().count > 1 and (args.evaluate or args.sanity or args.benchmark):
+    if of_environment().world_size > 1 and (args.evaluate or args.sanity or args.benchmark):
         raise UserError("--evaluate, --sanity and --benchmark run in one process: start them without torchrun", 2)
     if args.evaluate:
         return evaluate_checkpoint(task, args, argv)
@@ -81,9 +83,26 @@ def do(task: Task, args, argv: list[str]) -> int:
 
 
 def run_dir_of(task: Task, args, suffix: str) -> Path:
+    """--run-dir, or a folder of its own for every run, made here: several may start in the same second."""
     if hasattr(args, "run_dir"):
         return Path(args.run_dir)
-    return Path("runs", task.dataset, f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{suffix}")
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{suffix}"
+    for number in itertools.count(1):
+        run_dir = Path("runs", task.dataset, name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir(parents=True)
+            return run_dir
+
+
+def run_to_resume(args) -> Path | None:
+    """The folder that --resume names, its checkpoint's folder, or --run-dir; None: the newest unfinished run."""
+    named = Path(args.resume) if args.resume else None
+    if named and named.is_file():
+        named = named.parent
+    given = Path(args.run_dir) if hasattr(args, "run_dir") else None
+    if named and given and named.resolve() != given.resolve():
+        raise UserError(f"--resume {args.resume} and --run-dir {args.run_dir} name two runs: leave --run-dir out", 2)
+    return named or given
 
 
 def load(task: Task, config: dict) -> tuple[ImageSet, ImageSet]:
@@ -94,19 +113,19 @@ def load(task: Task, config: dict) -> tuple[ImageSet, ImageSet]:
 # ---- training ---------------------------------------------------------------------------------------------------------
 
 def train(task: Task, args, argv: list[str], ranks: Ranks) -> int:
-    """A new run, or the rest of one. Every rank comes here; the first one alone touches the run directory."""
+    """A new run, or the rest of one. Every rank comes here; the first one alone writes into the run directory."""
     content = None
     if args.resume is None:
         config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
         check_recipe(config)
         check_start(config)
-        run_dir = ranks.same(run_dir_of(task, args, config["model"]))
+        run_dir = ranks.broadcast_object(run_dir_of(task, args, config["model"]) if ranks.first else None)
         if ranks.first and any((run_dir / name).exists() for name in ("config.json", options.CHECKPOINT_NAME)):
             raise UserError(f"{run_dir} holds a run already: go on with it by --resume {run_dir}, or name another "
                             f"--run-dir", 2)
         run_dir.mkdir(parents=True, exist_ok=True)
     else:
-        run_dir = Path(args.resume) if args.resume else ranks.same(
+        run_dir = run_to_resume(args) or ranks.broadcast_object(
             checkpoint.newest_unfinished(Path("runs", task.dataset)) if ranks.first else None)
         names = ("config.json", options.CHECKPOINT_NAME, options.PREVIOUS_NAME)
         if not any((run_dir / name).exists() for name in names):
@@ -119,7 +138,7 @@ def train(task: Task, args, argv: list[str], ranks: Ranks) -> int:
                 content = checkpoint.read_last(run_dir, mend=ranks.first)
             before = content["config"] if content else stored_config(run_dir)
             config = options.resumed(before, args, task.recipes, argv)
-            if ranks.count > 1:     # as the ranks have met; the stored one may be a single GPU
+            if ranks.world_size > 1:     # as the ranks have met; the stored one may be a single GPU
                 config["device"] = args.device
             if config["dataset"] != task.dataset:
                 raise UserError(f"{run_dir} is a run of train_{config['dataset']}.py", 2)
@@ -136,13 +155,13 @@ def train(task: Task, args, argv: list[str], ranks: Ranks) -> int:
             begun = content["position"]["epoch"] + (content["position"]["step"] > 0) if content else 0
             if config["epochs"] < begun:
                 raise UserError(f"--epochs {config['epochs']}: this run is in epoch {begun} already", 2)
-        if config["batch_size"] < 2 * ranks.count:
-            raise UserError(f"--batch-size {config['batch_size']} is too small for {ranks.count} ranks: 2 images each are "
+        if config["batch_size"] < 2 * ranks.world_size:
+            raise UserError(f"--batch-size {config['batch_size']} is too small for {ranks.world_size} ranks: 2 images each are "
                             f"the least", 2)
         try:
             with ranks.first_goes_ahead():
                 sets = split(config, *load(task, config))
-        except DataError:
+        except (DataError, UserError, KeyboardInterrupt):
             with contextlib.suppress(OSError):
                 run_dir.rmdir()  # a folder that nothing was written to
             raise
@@ -164,26 +183,29 @@ def train_here(task: Task, config: dict, run_dir: Path, sets: tuple[ImageSet, Im
           f"{options.device_name(run.device)}, {config['precision']}, PyTorch {torch.__version__}\n"
           f"{rate_in_words(trainer)}\n"
           f"Run directory {run_dir}; curves: tensorboard --logdir {run_dir.parent}")
-    if ranks.count > 1:
-        print(f"{ranks.count} ranks, each with {config['batch_size'] / ranks.count:g} images of a batch")
-    if trainer.micro_batch and trainer.micro_batch < SMALLEST_FOR_STATISTICS:
+    if ranks.world_size > 1:
+        print(f"{ranks.world_size} ranks, each with {config['batch_size'] / ranks.world_size:g} images of a batch")
+    if trainer.micro_batch and config["micro_batch"] == "auto":
+        print(f"Going on with --micro-batch {trainer.micro_batch}, to which this run came when memory ran out.")
+    if trainer.images_at_once() < SMALLEST_FOR_STATISTICS:
         print(trainer.what_batch_norm_does())
-    if run.device.type == "cpu" and ranks.count == 1:
+    if run.device.type == "cpu" and ranks.world_size == 1:
         say_how_long(run)
     try:
         result = run.train()
     except Interrupted as stop:
         number = stop.args[0]
         print(f"\nStopped by {signal.Signals(number).name}; everything is saved. Go on with:\n"
-              f"  python train_{task.dataset}.py --resume {shlex.quote(str(run_dir))}")
+              f"  {how_to_resume(task, run_dir, ranks)}")
         return 128 + number
     except RuntimeError as error:
-        if ranks.count == 1:
+        if not ranks.lost_by(error):
             raise
-        run.save()  # as it was after the last whole step
-        raise UserError(f"rank {ranks.rank} lost the others ({' '.join(str(error).split())[:150]}). Its own error is what the "
-                        f"rank that ended first printed. Everything up to epoch {trainer.position.epoch + 1}, step "
-                        f"{trainer.position.step} is saved: start again with --resume {shlex.quote(str(run_dir))}") from None
+        saved = (f"Everything up to epoch {trainer.position.epoch + 1}, step {trainer.position.step} is saved"
+                 if ranks.steps_are_whole else "The last checkpoint is at most a minute or two old")
+        saved = f" {saved}; go on with:\n  {how_to_resume(task, run_dir, ranks)}" if ranks.first else ""
+        raise UserError(f"rank {ranks.rank} lost the others ({one_line(error)[:150]}). The rank that ended first has printed "
+                        f"why.{saved}") from None
     finally:
         if run.report:
             run.report.close()
@@ -195,12 +217,21 @@ def train_here(task: Task, config: dict, run_dir: Path, sets: tuple[ImageSet, Im
     return 0
 
 
+def how_to_resume(task: Task, run_dir: Path, ranks: Ranks) -> str:
+    """The command line that goes on with a run, as it was started: from this folder, with as many ranks."""
+    script = sys.argv[0] if Path(sys.argv[0]).name == f"train_{task.dataset}.py" else f"train_{task.dataset}.py"
+    here = os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)
+    start = "python" if ranks.world_size == 1 else f"torchrun --nproc-per-node={here}"
+    return f"{start} {shlex.quote(script)} --resume {shlex.quote(str(run_dir))}"
+
+
 def rate_in_words(trainer: Trainer) -> str:
     """The peak learning rate, for an image too: what a step does to the weights depends on both rate and batch."""
     config, steps = trainer.config, len(trainer.batches)
-    peak = max(learning_rate(config, epoch * steps + step, steps) for epoch in range(config["epochs"])
-               for step in (0, steps // 2, steps - 1))
+    peak = max(learning_rate(config, step, steps) for step in range(config["epochs"] * steps))
     words = f"Peak learning rate {peak:.3g} for batches of {config['batch_size']}: {peak / config['batch_size']:.2g} an image"
+    if config["muon"]:
+        words += f"; {config['muon']:g} of it for the 3x3 filters, by Muon"
     if trainer.transferred:
         words += f"; {config['transfer_lr']:g} of it for the transferred layers"
     if config["freeze_epochs"]:
@@ -259,8 +290,10 @@ def check_start(config: dict) -> None:
 def say_how_long(run: Run) -> None:
     """Without a GPU: what the run takes here, from a small step."""
     cost = sanity.measure(run.trainer, images=8)
-    left = run.config["epochs"] - run.trainer.position.epoch
-    seconds = sanity.epoch_seconds(run.config, cost, len(run.train_set), len(run.eval_set)) * left
+    position, epochs = run.trainer.position, run.config["epochs"]
+    left = epochs - position.epoch
+    begun = (position.epoch + position.step / len(run.trainer.batches)) / epochs
+    seconds = sanity.run_seconds(run.config, cost, len(run.train_set), len(run.eval_set), begun)
     advice = "--width 0.25 takes a sixteenth of the arithmetic; " if run.config["width"] >= 0.5 else ""
     print(f"No GPU: the epochs ahead ({left}) take about {clock(seconds)} here. {advice}--sanity gives a closer estimate.")
 
@@ -269,14 +302,19 @@ def say_how_long(run: Run) -> None:
 
 def evaluate_checkpoint(task: Task, args, argv: list[str]) -> int:
     """Loss, top-1, top-5 and each class, from the checkpoint alone; where the images are may be told."""
+    taken = ("data_dir", "num_workers", "device", "precision", "evaluate")
+    ignored = [name for name in vars(args) if options.was_given(name, argv) and name not in taken]
+    if ignored:
+        raise UserError(f"--evaluate takes the run's settings from the checkpoint: leave out "
+                        f"{', '.join('--' + name.replace('_', '-') for name in ignored)}", 2)
     content = checkpoint.read_checkpoint(args.evaluate)
     config = content["config"] | {name: getattr(args, name) for name in ("data_dir", "num_workers")
                                   if options.was_given(name, argv)}
     if config["dataset"] != task.dataset:
         raise UserError(f"{args.evaluate} is a checkpoint of train_{config['dataset']}.py", 2)
     device = options.choose_device(args.device)
-    trained_in = "auto" if config["precision"] == "fp16" and device.type == "cpu" else config["precision"]
-    precision = options.choose_precision(getattr(args, "precision", trained_in), device)
+    torch.backends.cudnn.benchmark = True   # as in training
+    precision = options.choose_precision(getattr(args, "precision", precision_here(config["precision"], device)), device)
     model = checkpoint.load_model(content).to(device, memory_format=torch.channels_last)
     _, test = load(task, config)
     if tuple(content["class_names"]) != test.class_names:
@@ -291,6 +329,12 @@ def evaluate_checkpoint(task: Task, args, argv: list[str]) -> int:
     print(f"loss {result.loss:.4f}   top-1 {result.top1:.2f} %   top-5 {result.top5:.2f} %\n")
     print_classes(test.class_names, result.class_counts, result.class_correct)
     return 0
+
+
+def precision_here(trained_in: str, device: torch.device) -> str:
+    """The precision of a run, where this device has it; else "auto": emulated bf16 would seem to hang."""
+    native = trained_in in ("fp32", options.choose_precision("auto", device)) or (trained_in, device.type) == ("fp16", "cuda")
+    return trained_in if native else "auto"
 
 
 def print_classes(names: tuple[str, ...], counts: list[int], correct: list[int]) -> None:

@@ -1,6 +1,7 @@
 """The training loop: one step, one epoch, one evaluation. Every run goes through here, whatever its length.
 
-Nothing in the loop waits for the device: sums stay there and are read about once a second and at the epoch's end.
+Nothing in the loop waits for the device (but fp16's loss scaler): sums stay there and are read about once a second and
+at the epoch's end.
 """
 from __future__ import annotations
 
@@ -28,10 +29,11 @@ from training.ranks import Ranks
 SMALLEST_FOR_STATISTICS = 8     # images; batch norm's mean and variance of fewer are mostly noise
 
 
-# What else than OutOfMemoryError says that memory ran out: the CPU's allocator, CUDA, its libraries, Triton, and cuDNN,
-# of which PyTorch tries every algorithm and swallows each one's out-of-memory.
-NO_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED", "STATUS_NOT_INITIALIZED",
-             "unable to find an engine to execute this computation")
+# What else than OutOfMemoryError says that memory ran out: the CPU's allocator, CUDA, its libraries and Triton. And what
+# may: a library that finds no memory to begin with; cuDNN, of which PyTorch tries every algorithm and swallows each one's
+# out-of-memory.
+NO_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+PERHAPS_NO_MEMORY = ("STATUS_NOT_INITIALIZED", "unable to find an engine to execute this computation")
 
 
 class Interrupted(Exception):
@@ -69,14 +71,16 @@ class Trainer:
     def __init__(self, config: dict, model: nn.Module, batches, device: torch.device, *, precision: str,
                  compiled: bool = False, transferred: frozenset[str] = frozenset(), ranks: Ranks = Ranks()):
         self.config, self.batches, self.device, self.ranks = config, batches, device, ranks
-        if ranks.count > 1 and device.type == "cuda":   # batch norm sees the whole batch, as on one GPU
+        if ranks.world_size > 1 and device.type == "cuda":   # batch norm sees the whole batch, as on one GPU
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(device, memory_format=torch.channels_last)
         self.model.checkpoint_activations = config["checkpoint_activations"]
         self.parallel = self.model
-        if ranks.count > 1:     # some parameters have no gradient, by the mathematics (pc) or while they are frozen
+        if ranks.world_size > 1:     # some parameters have no gradient, by the mathematics (pc) or while they are frozen
             unused = bool(self.model.parameters_without_gradient() or config["freeze_epochs"])
             self.parallel = DistributedDataParallel(self.model, find_unused_parameters=unused)
+        if compiled:    # for each image size, part of a batch, and frozen or not
+            torch._dynamo.config.cache_size_limit = 64
         self.run_model = torch.compile(self.parallel, dynamic=False) if compiled else self.parallel
         self.may_do_without_compiling = compiled and config["compile"] == "auto"
         self.transferred = transferred
@@ -115,8 +119,8 @@ class Trainer:
         position = dict(state["position"])
         self.sums = torch.tensor(position.pop("sums"), dtype=torch.float64, device=self.device)
         self.position = Position(**position)
-        if self.config["micro_batch"] == "auto":
-            self.micro_batch = state["micro_batch"]
+        if self.config["micro_batch"] == "auto" == state.get("config", self.config)["micro_batch"]:
+            self.micro_batch = state["micro_batch"]     # to which it came; not a number that was asked for then
         if state["schedule"]["steps_an_epoch"] != len(self.batches):
             raise UserError(f"the data set has changed since the run was stopped: an epoch had "
                             f"{state['schedule']['steps_an_epoch']} steps and has {len(self.batches)} now. Bring the old "
@@ -143,7 +147,7 @@ class Trainer:
                                            in self.model.gate_parameters().items()}
             at_check = position.step == steps or self.look_is_due(position.step, looked)
             # Several ranks agree on the step to stop at; that waits for the device, so they ask at checks only.
-            stop = self.ranks.any(should_stop()) if at_check or self.ranks.count == 1 else False
+            stop = self.ranks.any(should_stop()) if at_check or self.ranks.world_size == 1 else False
             if at_check or stop:
                 loss = self.checked_loss()
                 looked = time.perf_counter()
@@ -151,12 +155,13 @@ class Trainer:
                 if stop:
                     raise Interrupted
                 on_check(position.step, loss)
+                started += time.perf_counter() - looked     # a save is not training
 
     def look_is_due(self, step: int, looked: float) -> bool:
         """Whether to look at the loss after this step; the last look was at ``looked``."""
         if self.device.type == "cpu":
             return True
-        if self.ranks.count > 1:
+        if self.ranks.world_size > 1:
             return step % self.RANKS_MEET_EVERY == 0
         return time.perf_counter() - looked >= self.LOOK_EVERY
 
@@ -193,12 +198,14 @@ class Trainer:
 
     def set_mode(self) -> None:
         """Put the network into training mode for this step. While it is frozen, the transferred trunk neither trains nor
-        moves its batch-norm statistics. Batch norm that sees fewer than SMALLEST_FOR_STATISTICS images at a time uses its
-        running statistics, as they are, where these came with transferred weights, and everywhere when it sees one image."""
+        moves its batch-norm statistics. Batch norm that sees fewer than SMALLEST_FOR_STATISTICS images at a time (a small
+        batch or micro-batch) uses its running statistics, as they are, where these came with transferred weights, and
+        everywhere when it sees one image."""
         steps = len(self.batches)
         frozen = self.position.epoch * steps + self.position.step < self.config["freeze_epochs"] * steps
-        few = self.micro_batch is not None and self.micro_batch < SMALLEST_FOR_STATISTICS
-        mode = frozen, self.micro_batch if few else None
+        seen = self.images_at_once()
+        few = seen < SMALLEST_FOR_STATISTICS
+        mode = frozen, seen if few else None
         if mode == self.mode:
             return
         self.mode = mode
@@ -209,15 +216,21 @@ class Trainer:
             if isinstance(module, BatchNorm):
                 known = f"{name}.running_mean" in self.transferred
                 still = known and frozen and name.startswith("trunk.")
-                module.train(not (still or few and (known or self.micro_batch == 1)))
+                module.train(not (still or few and (known or seen == 1)))
+
+    def images_at_once(self) -> int:
+        """How many images batch norm sees at a time, at most."""
+        batch, ranks = self.batches.images_a_step, self.ranks.world_size
+        here = min(self.micro_batch or batch, math.ceil(batch / ranks))
+        return here * ranks if self.device.type == "cuda" else here     # SyncBatchNorm
 
     def gradients(self, images: Tensor, labels: Tensor) -> None:
         """Fresh gradients of the batch's mean loss on the parameters; the batch's sums are added when all is well."""
         self.optimizer.zero_grad(set_to_none=True)
-        sums, alone = torch.zeros_like(self.sums), self.ranks.count == 1
+        sums, alone = torch.zeros_like(self.sums), self.ranks.world_size == 1
         total = len(images) if alone else self.batches.images_a_step
         # Every rank must make as many parts: in each, SyncBatchNorm meets the others.
-        shares = (total // self.ranks.count, math.ceil(total / self.ranks.count))
+        shares = (total // self.ranks.world_size, math.ceil(total / self.ranks.world_size))
         parts = list(parts_of(images, labels, self.micro_batch, shares))
         for number, (part, answers) in enumerate(parts, start=1):
             # Ranks exchange gradients once a step, at its last part.
@@ -225,12 +238,12 @@ class Trainer:
                 with self.precision.context():
                     logits = self.run_model(part)
                 loss = F.cross_entropy(logits.float(), answers, label_smoothing=self.config["label_smoothing"])
-                weight = len(part) / total * self.ranks.count   # DistributedDataParallel takes the mean over the ranks
+                weight = len(part) / total * self.ranks.world_size   # DistributedDataParallel takes the mean over the ranks
                 self.precision.scaler.scale(loss * weight).backward()
             correct = (logits.detach().argmax(1) == answers).sum()
             sums += torch.stack([loss.detach().double() * len(part), correct.double(),
                                  torch.full_like(correct, len(part)).double()])
-        self.ranks.add_up(sums)
+        self.ranks.all_reduce(sums)
         bad = (self.bad_step < 0) & ~torch.isfinite(sums[0])
         self.bad_step = torch.where(bad, self.position.step, self.bad_step)
         self.sums += sums
@@ -239,7 +252,7 @@ class Trainer:
         """After out-of-memory: half the micro-batch, or a UserError when that is not wanted or not possible."""
         self.optimizer.zero_grad(set_to_none=True)
         now = min(self.micro_batch or batch, batch)
-        if self.config["micro_batch"] != "auto" or now <= 1 or self.ranks.count > 1:
+        if self.config["micro_batch"] != "auto" or now <= 1 or self.ranks.world_size > 1:
             peak = f"peak {peak_memory_mib(self.device):.0f} MiB"
             raise UserError(f"out of memory at {now} image{'s' * (now > 1)} at once ({peak}): {reason}\n"
                             f"Try, in this order: {', '.join(self.what_saves_memory())}")
@@ -251,7 +264,8 @@ class Trainer:
 
     def what_saves_memory(self) -> list[str]:
         """Options that would help and aren't in use, the cheapest first."""
-        alone, now = self.ranks.count == 1, self.micro_batch or math.ceil(self.config["batch_size"] / self.ranks.count)
+        ranks = self.ranks.world_size
+        alone, now = ranks == 1, self.micro_batch or math.ceil(self.config["batch_size"] / ranks)
         options = {"--micro-batch auto": alone and self.config["micro_batch"] != "auto",
                    f"--micro-batch {max(1, now // 2)}": not alone,  # ranks cannot agree on it in mid-step
                    "--checkpoint-activations": not self.config["checkpoint_activations"],
@@ -263,7 +277,7 @@ class Trainer:
 
     def what_batch_norm_does(self) -> str:
         """In words, for the micro-batch of now."""
-        count = self.micro_batch
+        count = self.images_at_once()
         if count >= SMALLEST_FOR_STATISTICS:
             return f"Batch norm sees {count} images at a time."
         if count == 1:
@@ -275,7 +289,7 @@ class Trainer:
                 f"smaller --image-size would allow more.")
 
     @torch.no_grad()
-    def settle_statistics(self, images: Iterator[Tensor]) -> None:
+    def recalibrate_batch_norm(self, images: Iterator[Tensor]) -> None:
         """Where there is dropout, take the batch norms' statistics anew without it, from batches of training images (N, 3,
         H, W), in the network that is evaluated and used. Dropout in front of a batch norm widens what the norm sees in
         training, so its running statistics do not fit evaluation (arXiv 1801.05134); a convolution that starts as the
@@ -303,11 +317,11 @@ class Trainer:
         model.eval()
         self.mode = None
 
-    def spread_buffers(self) -> None:
+    def broadcast_buffers(self) -> None:
         """Rank 0's batch-norm statistics for all, before they are used; each rank's are of its own part of the batches."""
-        self.ranks.spread(self.model.buffers())
+        self.ranks.broadcast(self.model.buffers())
         if self.average:
-            self.ranks.spread(self.average.model.buffers())
+            self.ranks.broadcast(self.average.model.buffers())
 
     def checked_loss(self) -> float:
         """The epoch's mean loss so far. Raises UserError when a loss was not finite."""
@@ -323,11 +337,11 @@ class Trainer:
             raise self.diverged("a weight", self.position.step)
 
     def diverged(self, what: str, step: int) -> UserError:
+        exact = "" if self.precision.name == "fp32" else ", --precision fp32"
         return UserError(
             f"{what} is not finite at epoch {self.position.epoch + 1}, step {step} of {len(self.batches)}: the training "
             f"diverged. The last good checkpoint is kept.\nStart a new run with, in this order: a lower --lr, a longer warm-up "
-            f"(--set warmup=0.3), --precision fp32. --resume keeps a run's settings; --init-from RUN_DIR/last.pt takes its "
-            f"weights along")
+            f"(--set warmup=0.3){exact}. --resume keeps a run's settings; --init-from RUN_DIR/last.pt takes its weights along")
 
     def epoch_metrics(self) -> dict:
         """The training half of a metrics row, for the epoch that has just ended."""
@@ -367,7 +381,7 @@ def evaluate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], num_cla
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         counts, right = (torch.zeros(num_classes, dtype=torch.int64, device=device) for _ in range(2))
         for images, labels in batches:
-            if ranks.count == 1 and should_stop():
+            if ranks.world_size == 1 and should_stop():
                 raise Interrupted
             with precision.context():
                 logits = network(images)
@@ -379,7 +393,7 @@ def evaluate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], num_cla
             right.index_add_(0, labels, hits[:, 0].long())
     finally:
         model.train(was_training)
-    ranks.add_up(sums, counts, right)
+    ranks.all_reduce(sums, counts, right)
     seen = max(1, int(counts.sum()))
     loss, top1, top5 = (sums / seen).tolist()
     return Evaluation(loss, 100 * top1, 100 * top5, counts.tolist(), right.tolist())
@@ -387,8 +401,19 @@ def evaluate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], num_cla
 
 def memory_ran_out(error: Exception) -> bool:
     """Whether an error, of whatever kind, says that there was not enough memory."""
-    return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            or isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return (any(words in said for words in NO_MEMORY)
+            or any(words in said for words in PERHAPS_NO_MEMORY) and gpu_is_half_full())
+
+
+def gpu_is_half_full() -> bool:
+    """Whether less than half of the current GPU's memory is free, or in PyTorch's hands and unused."""
+    if not torch.cuda.is_available():
+        return False
+    free, total = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < total / 2
 
 
 def peak_memory_mib(device: torch.device) -> float:

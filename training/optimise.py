@@ -19,7 +19,7 @@ def parameter_groups(model: nn.Module, config: dict, transferred: frozenset[str]
     a gate's vector u, which decay pulls towards a uniform map. With ``muon`` the 3x3 filters have groups of their own,
     whose rate is that many times the schedule's ("scale"). So have the weights named in ``transferred``, with
     ``transfer_lr``; those of the trunk apart from the others, as all weights of a group must get their first gradient in
-    the same step (the fused SGD asks for that)."""
+    the same step (the fused SGD asks for that). Returns what torch.optim takes: dicts of parameters and options."""
     def kind(name: str, p: nn.Parameter) -> tuple[str, bool, bool]:
         origin = "new" if name not in transferred else "trunk" if name.startswith("trunk.") else "other"
         by_muon = config["muon"] > 0 and name.endswith(".conv.weight")
@@ -47,7 +47,7 @@ def make_optimizer(model: nn.Module, config: dict, precision: str,
     scaler skips the very first step, it leaves a momentum that was never written."""
     groups = parameter_groups(model, config, transferred)
     options = {"lr": config["lr"], "momentum": config["momentum"], "nesterov": config["nesterov"],
-               "fused": precision != "fp16"}
+               "fused": precision != "fp16" or None}    # None: PyTorch's choice, on a GPU the foreach loop
     if not config["muon"]:
         return torch.optim.SGD(groups, **options)
     return Muon(groups, DTYPES[precision], **options)
@@ -78,12 +78,13 @@ class Muon(torch.optim.SGD):
         return super().step(closure)
 
     def prepare(self, filters: list[nn.Parameter], decay: float) -> None:
-        """Bring the filters to their norm, and put in the place of each gradient what SGD without momentum is to take off."""
+        """Bring the filters (C', C, 3, 3) to their norm, and put in the place of each gradient, in the same shape, what SGD
+        without momentum is to take off. ``decay``: the momentum, 0 to 1."""
         for p in filters:
             if "filter_norm" not in self.state[p]:
                 self.state[p] |= {"filter_norm": p.norm(), "filter_momentum": torch.zeros_like(p)}
         norms, momenta = ([self.state[p][name] for p in filters] for name in ("filter_norm", "filter_momentum"))
-        # Nesterov's momentum, but for a factor that orthogonal() takes away.
+        # Nesterov's momentum, but for a factor that newton_schulz() takes away.
         gradients = [p.grad for p in filters]
         torch._foreach_lerp_(momenta, gradients, 1 - decay)
         ahead = torch._foreach_lerp(gradients, momenta, decay)
@@ -91,14 +92,14 @@ class Muon(torch.optim.SGD):
         alike: dict[torch.Size, list[int]] = {}     # layers of one shape are calculated together: fewer, larger products
         for number, p in enumerate(filters):
             alike.setdefault(p.shape, []).append(number)
-        for (wide, colours, *sides), numbers in alike.items():
-            # The colours last, as channels_last has them in memory: the order of a matrix's columns does not matter.
+        for (out_channels, in_channels, *sides), numbers in alike.items():
+            # Input channels last, as channels_last has them in memory: the order of a matrix's columns does not matter.
             rows = torch.stack([ahead[number].permute(0, 2, 3, 1).flatten(1) for number in numbers])
             rank = min(rows.shape[1:])      # all singular values 1: the norm is the root of it
             sizes = torch.stack([norms[number] for number in numbers])[:, None, None] / math.sqrt(rank)
-            steps = orthogonal(rows, self.dtype) * sizes    # in float32 again
+            steps = newton_schulz(rows, self.dtype) * sizes    # in float32 again
             for number, step in zip(numbers, steps.unbind()):
-                step, p = step.view(wide, *sides, colours).permute(0, 3, 1, 2), filters[number]
+                step, p = step.view(out_channels, *sides, in_channels).permute(0, 3, 1, 2), filters[number]
                 # The fused SGD goes through memory in order: weight and gradient must lie in the same one.
                 p.grad = step if step.stride() == p.stride() else torch.empty_like(p).copy_(step)
 
@@ -106,7 +107,7 @@ class Muon(torch.optim.SGD):
 NEWTON_SCHULZ = 3   # iterations; five, calculated as below, overshoot in bfloat16 (singular values up to 4)
 
 
-def orthogonal(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def newton_schulz(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Matrices (B, R, C) in float32 -> the nearest ones whose singular values are 1, roughly (most end between 0.5 and
     1.2), calculated in ``dtype``: Newton-Schulz iterations x <- (a + b x x^T + c (x x^T)^2) x, whose polynomial (Jordan's)
     lifts small singular values fast.
@@ -134,20 +135,22 @@ SCHEDULES = ("linear", "halve", "double-halve")
 def learning_rate(config: dict, step: int, steps_an_epoch: int) -> float:
     """Learning rate of optimizer step ``step`` (from 0, over the whole run).
 
-    "linear": a linear warm-up over the first ``warmup`` of the run (0 to 1), then linearly down to 0 at its end.
+    The rate rises linearly over the first ``warmup`` of the run (0 to 1), whatever the schedule.
+
+    "linear": after the warm-up linearly down to 0 at the end of the run.
     "halve": the paper's for CIFAR, ``lr`` halved every ``halve_every`` epochs.
     "double-halve": the authors' for CUB, ``lr`` doubled after ``halve_every`` epochs and after twice as many, from then on
     halved every ``halve_every``.
     """
+    total = config["epochs"] * steps_an_epoch
+    rising = config["warmup"] * total
+    if step + 1 < rising:
+        return config["lr"] * (step + 1) / rising
     periods = step // steps_an_epoch // config["halve_every"]
     if config["schedule"] == "halve":
         return config["lr"] * 0.5 ** periods
     if config["schedule"] == "double-halve":
         return config["lr"] * 2.0 ** (periods if periods <= 2 else 4 - periods)
-    total = config["epochs"] * steps_an_epoch
-    rising = config["warmup"] * total
-    if step + 1 < rising:
-        return config["lr"] * (step + 1) / rising
     return config["lr"] * (total - step) / max(1.0, total - rising + 1)
 
 
@@ -165,7 +168,10 @@ def input_size_at(config: dict, share: float) -> tuple[int, int] | None:
 
 def parse_progressive(text: str) -> list[tuple[float, float]]:
     """"0.5:0.6 0.75:0.8" -> [(0.5, 0.6), (0.75, 0.8)]; "none" or "" -> []. Raises ValueError for anything else."""
-    stages = [tuple(float(number) for number in stage.split(":")) for stage in text.split() if stage != "none"]
+    try:
+        stages = [tuple(float(number) for number in stage.split(":")) for stage in text.split() if stage != "none"]
+    except ValueError:
+        stages = [()]
     if any(len(s) != 2 or not 0 < s[0] <= 1 or not 0 < s[1] <= 1 for s in stages) or stages != sorted(
             stages, key=lambda s: s[-1]):
         raise ValueError(f"progressive '{text}': expected SCALE:UNTIL pairs, both above 0 and at most 1, in order")

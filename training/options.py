@@ -90,7 +90,8 @@ def make_parser(description: str, recipes: dict[str, dict], *, model: str, datas
     how.add_argument("--micro-batch", type=auto_or_whole, default="auto", metavar="{auto,N}",
                      help="images in memory at once; gradients accumulate to the batch. auto: the batch, halved on "
                           "out-of-memory")
-    how.add_argument("--checkpoint-activations", action="store_true", help="compute activations twice, store fewer")
+    how.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
+                     help="compute activations twice, store fewer")
 
     modes = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
     modes.add_argument("--sanity", action="store_true", help="one short epoch through every path of a real run, in seconds")
@@ -140,6 +141,8 @@ def auto_or_whole(text: str) -> int | str:
     return text if text == "auto" else whole(1)(text)
 
 
+# argparse puts these into its "invalid ... value".
+positive.__name__, at_least_0.__name__, fraction.__name__ = "number above 0", "number of 0 or more", "fraction"
 auto_or_whole.__name__ = "auto or whole number"
 
 
@@ -203,7 +206,7 @@ def resumed(config: dict, args: argparse.Namespace, recipes: dict[str, dict], ar
     asked = {name: given[name] for name in given if name in config and was_given(name, argv)}
     asked |= parse_set(args.set, recipes[config["recipe"]])
     for name, value in asked.items():
-        if name not in MAY_CHANGE and value != config[name]:
+        if name not in MAY_CHANGE and value != config[name] and (name, value) != ("precision", "auto"):
             raise UserError(f"this run has --{name.replace('_', '-')} {config[name]}, and {value} would make it another "
                             f"run: leave the option out, or start a new run", 2)
     return config | {name: value for name, value in asked.items() if name in MAY_CHANGE}
@@ -238,14 +241,18 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """--precision as bf16, fp16 or fp32. auto: bf16 where it is native, else fp16 on CUDA and fp32 on CPUs."""
+    """--precision as bf16, fp16 or fp32. auto: bf16 where it is native, else fp16 on CUDA and fp32 on CPUs, and on a GTX
+    16xx, whose convolutions give NaN in fp16 (github.com/pytorch/pytorch/issues/77955)."""
     if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 (if it is native) or fp32", 2)
+        raise UserError("fp16 needs a GPU, and there is none here (nvidia-smi must list it): a run in fp16 can go on on a GPU "
+                        "only; a new one can have --precision bf16 (if the CPU has it) or fp32", 2)
     if name != "auto":
         return name
     if device.type == "cuda":
         with torch.cuda.device(device):
-            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return "bf16"
+        return "fp32" if "GTX 16" in torch.cuda.get_device_name(device) else "fp16"
     return "bf16" if cpu_has_bf16() else "fp32"
 
 

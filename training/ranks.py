@@ -1,7 +1,7 @@
 """Several processes, a GPU each, that train one network: torchrun --nproc-per-node=N train_cifar100.py.
 
 Every rank takes its part of each batch and of the evaluation set; gradients, sums and counts are added up, so that all
-ranks hold the same numbers at every step. Rank 0 alone writes and prints.
+ranks hold the same numbers at every step. Rank 0 alone writes files and standard output.
 """
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from training.options import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """This process among ``count``; ``local`` is its number on this machine. Alone, every method does nothing."""
+    """This process among ``world_size``; ``local_rank`` is its number on this machine. Alone, every method does nothing."""
     rank: int = 0
-    count: int = 1
-    local: int = 0
+    world_size: int = 1
+    local_rank: int = 0
 
     @property
     def first(self) -> bool:
@@ -31,50 +31,60 @@ class Ranks:
 
     def share(self, total: int) -> slice:
         """This rank's part of so many things: near-equal parts in order, as Tensor.tensor_split makes them."""
-        each, more = divmod(total, self.count)
+        each, more = divmod(total, self.world_size)
         start = self.rank * each + min(self.rank, more)
         return slice(start, start + each + (self.rank < more))
 
-    def add_up(self, *tensors: torch.Tensor) -> None:
+    def all_reduce(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by its sum over the ranks."""
-        if self.count > 1:
+        if self.world_size > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Waits for the device."""
-        if self.count == 1:
+        if self.world_size == 1:
             return flag
         total = torch.tensor(float(flag), device=device_of_this_rank(self))
         dist.all_reduce(total)
         return total.item() > 0
 
-    def same(self, value):
+    def broadcast_object(self, value):
         """Rank 0's value, on every rank."""
-        if self.count == 1:
+        if self.world_size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=device_of_this_rank(self))
         return box[0]
 
-    def spread(self, tensors) -> None:
+    def broadcast(self, tensors) -> None:
         """Copy rank 0's tensors into those of every rank."""
-        if self.count > 1:
+        if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
+
+    def lost_by(self, error: RuntimeError) -> bool:
+        """Whether an error says that another rank has gone, in which case it is not this rank's own."""
+        return self.world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+
+    @property
+    def steps_are_whole(self) -> bool:
+        """Whether the weights may be saved when a rank has gone. NCCL's calls end before their sums are there: steps that
+        were under way then go on with sums that are not whole."""
+        return self.world_size == 1 or dist.get_backend() != "nccl"
 
     @contextlib.contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
         """Rank 0 runs the block before the others, which find its work done (a download, a cache)."""
-        if self.count > 1 and not self.first:
+        if self.world_size > 1 and not self.first:
             dist.barrier()
         yield
-        if self.count > 1 and self.first:
+        if self.world_size > 1 and self.first:
             dist.barrier()
 
 
 def device_of_this_rank(ranks: Ranks) -> torch.device:
-    return torch.device("cuda", ranks.local) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return torch.device("cuda", ranks.local_rank) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def of_environment() -> Ranks:
@@ -90,23 +100,28 @@ def joined(device: str) -> Iterator[Ranks]:
 
     Raises UserError where this machine has fewer GPUs than ranks."""
     ranks = of_environment()
-    if ranks.count == 1:
+    if ranks.world_size == 1:
         yield ranks
         return
     on_gpus = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
-    if on_gpus and (":" in device or ranks.local >= torch.cuda.device_count()):
-        raise UserError(f"torchrun started rank {ranks.local} on a machine with {torch.cuda.device_count()} GPUs: give "
+    if on_gpus and (":" in device or ranks.local_rank >= torch.cuda.device_count()):
+        raise UserError(f"torchrun started rank {ranks.local_rank} on a machine with {torch.cuda.device_count()} GPUs: give "
                         f"--nproc-per-node at most that, and no number in --device (CUDA_VISIBLE_DEVICES chooses)", 2)
     if on_gpus:
-        torch.cuda.set_device(ranks.local)
-    where = {"device_id": torch.device("cuda", ranks.local)} if on_gpus else {}
+        torch.cuda.set_device(ranks.local_rank)
+    where = {"device_id": torch.device("cuda", ranks.local_rank)} if on_gpus else {}
     # The others wait while the first one downloads and decodes the data set.
     dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timedelta(hours=2), **where)
+    ended_well = False
     try:
         with contextlib.nullcontext() if ranks.first else contextlib.redirect_stdout(io.StringIO()):
             yield ranks
         with contextlib.suppress(RuntimeError):
             dist.barrier()  # rank 0 keeps the meeting place: it must not leave before the others are done
+        ended_well = True
     finally:
-        with contextlib.suppress(RuntimeError):     # a rank that died is missing here too
-            dist.destroy_process_group()
+        # After an error on this rank alone, NCCL would wait here for the others, and they for this one: torchrun ends them
+        # as soon as this process has ended.
+        if ended_well or not on_gpus:
+            with contextlib.suppress(RuntimeError):     # a rank that died is missing here too
+                dist.destroy_process_group()

@@ -2,10 +2,12 @@
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
 import signal
+import stat
 import sys
 import time
 import zlib
@@ -28,8 +30,9 @@ from training.ranks import Ranks, of_environment
 SAVE_EVERY = 50.0       # seconds; with a step and the save itself about a minute of work is at risk
 SAVE_SHARE = 0.02       # of the run's time may go into saving: where a save takes over a second, there are fewer
 OVERLAY_IMAGES = 16
-SETTLING_IMAGES = 1024  # see Trainer.settle_statistics
-EVAL_PIXELS = {"cpu": 2**18, "cuda": 2**20}  # of all images of an evaluation batch: 256 or 1,024 images of 32x32
+RECALIBRATION_IMAGES = 1024  # see Trainer.recalibrate_batch_norm
+# Of all images of an evaluation batch: 256 or 512 images of 32x32, for which training a batch of 128 leaves room.
+EVAL_PIXELS = {"cpu": 2**18, "cuda": 2**19}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Task:
 
 class Signals:
     """SIGINT, SIGTERM and a terminal that is closed (SIGHUP) ask the run to end after the step; a second SIGINT ends the
-    process at once."""
+    process at once. Ctrl-C also ends the `tee` behind a pipe, and whatever wrote there would then fail: see
+    ``nobody_reads``."""
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -60,7 +64,6 @@ class Signals:
         numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]   # Windows has no SIGHUP
         ignored = [n for n in numbers[2:] if signal.getsignal(n) == signal.SIG_IGN]     # nohup's SIGHUP stays ignored
         self.before = {number: signal.signal(number, self.receive) for number in numbers if number not in ignored}
-        self.terminals = [number for number in (1, 2) if os.isatty(number)]
         return self
 
     def __exit__(self, *_) -> None:
@@ -71,11 +74,19 @@ class Signals:
         if self.received is not None and number == signal.SIGINT:
             os._exit(130)
         self.received = self.received or number
-        if number == getattr(signal, "SIGHUP", None):   # nobody reads on; writing there would be an error
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for terminal in self.terminals:
-                os.dup2(nowhere, terminal)
-        os.write(2, b"\nStopping after this step; once more Ctrl-C to leave at once without saving.\n")
+        if number == getattr(signal, "SIGHUP", None):
+            self.nobody_reads()
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nStopping after this step; once more Ctrl-C to leave at once without saving.\n")
+
+    @staticmethod
+    def nobody_reads() -> None:
+        """Send what is still printed to nowhere, where it went to a terminal or a pipe: writing there would be an error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in (1, 2):
+            with contextlib.suppress(OSError):  # closed already
+                if not stat.S_ISREG(os.fstat(number).st_mode):
+                    os.dup2(nowhere, number)
 
     def __call__(self) -> bool:
         return self.received is not None
@@ -90,7 +101,8 @@ class Run:
         self.task, self.config, self.run_dir, self.sanity, self.ranks = task, config, run_dir, sanity, ranks
         self.device = options.choose_device(config["device"])
         config["precision"] = options.choose_precision(config["precision"], self.device)
-        self.compiled = options.choose_compile(config["compile"], self.device, config["checkpoint_activations"], ranks.count)
+        self.compiled = options.choose_compile(config["compile"], self.device, config["checkpoint_activations"],
+                                               ranks.world_size)
         self.class_names = train.class_names
         self.eval_name = "val" if config["val_fraction"] else "test"
         config["input_size"] = input_size(config, train)
@@ -177,7 +189,7 @@ class Run:
 
     def write_config(self) -> None:
         record = {"commands": self.commands, "config": self.config,
-                  "resolved": {"device": str(self.device), "compile": self.compiled, "ranks": self.ranks.count,
+                  "resolved": {"device": str(self.device), "compile": self.compiled, "ranks": self.ranks.world_size,
                                "precision": self.config["precision"],
                                "checkpoint_activations": self.config["checkpoint_activations"]},
                   "environment": options.environment(self.device),
@@ -187,7 +199,8 @@ class Run:
         checkpoint.write_config(self.run_dir, record)
 
     def train(self) -> Evaluation:
-        """Every epoch from the position to the end. Raises Interrupted after saving, when a signal came."""
+        """Every epoch from the position to the end. Raises Interrupted after saving, when a signal came or when nobody
+        reads what is printed any more."""
         trainer, epochs, last = self.trainer, self.config["epochs"], None
         with Signals() as signals:
             try:
@@ -196,6 +209,16 @@ class Run:
             except Interrupted:
                 self.save()
                 raise Interrupted(signals.received or signal.SIGTERM) from None  # it may have come to another rank
+            except BrokenPipeError:
+                if self.ranks.world_size > 1:   # the others are in the middle of a step
+                    raise
+                signals.nobody_reads()
+                self.save()
+                raise Interrupted(signals.received or getattr(signal, "SIGPIPE", signal.SIGTERM)) from None
+            except RuntimeError as error:
+                if self.ranks.lost_by(error) and self.ranks.steps_are_whole:
+                    self.save()     # here, as torchrun sends a SIGTERM in a moment
+                raise
             last = last or self.evaluate()  # stopped between its last epoch and its end
             self.finished = True
             if self.ranks.first:
@@ -207,7 +230,7 @@ class Run:
     def epoch(self, signals: Callable[[], bool]) -> Evaluation:
         """Train one epoch, evaluate, report, save."""
         trainer, number = self.trainer, self.trainer.position.epoch + 1
-        with Progress(f"epoch {number}/{self.config['epochs']}", len(trainer.batches), self.config["batch_size"],
+        with Progress(f"epoch {number}/{self.config['epochs']}", len(trainer.batches), trainer.batches.images_a_step,
                       trainer.position.step) as progress:
             def on_check(step: int, loss: float) -> None:
                 progress.at(step, loss)
@@ -235,16 +258,16 @@ class Run:
         return result
 
     def evaluate(self, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
-        self.trainer.settle_statistics(self.settling_batches())
-        self.trainer.spread_buffers()
+        self.trainer.recalibrate_batch_norm(self.recalibration_batches())
+        self.trainer.broadcast_buffers()
         batches = eval_batches(self.eval_set, self.device, self.mean, self.std, self.config["input_size"],
                                self.ranks.share(len(self.eval_set)))
         return evaluate(self.trainer.eval_model, batches, len(self.class_names), self.trainer.precision, should_stop,
                         self.ranks)
 
-    def settling_batches(self) -> Iterator[Tensor]:
+    def recalibration_batches(self) -> Iterator[Tensor]:
         """Training images, evenly spread over the set and augmented as in training, the same ones every time."""
-        chosen = torch.linspace(0, len(self.train_set) - 1, min(SETTLING_IMAGES, len(self.train_set))).round().long()
+        chosen = torch.linspace(0, len(self.train_set) - 1, min(RECALIBRATION_IMAGES, len(self.train_set))).round().long()
         generator = torch.Generator(self.device).manual_seed(stable_seed("statistics", self.config["seed"]))
         chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
         # No larger than in an evaluation, which has to fit anyway, and no single image: batch norm cannot take its variance.
@@ -295,10 +318,9 @@ class Run:
 
     def save(self) -> None:
         self.trainer.check_weights()  # never weights that have diverged over a good checkpoint
-        if not self.ranks.first:
-            return
         started = time.monotonic()
-        checkpoint.save_checkpoint(self.run_dir, self.content())
+        if self.ranks.first:
+            checkpoint.save_checkpoint(self.run_dir, self.content())
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - started
 

@@ -67,7 +67,7 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
         run = Run(task, config, run_dir, spread(train, STEPS * batch), spread(evaluation, tested), sanity=True)
         run.start(command)
         run.train()
-        trainer = run.trainer
+        trainer, peak = run.trainer, peak_memory_mib(device)    # what follows holds the network twice and more
         table.append(("start", start, 0.0))
         position = "progressive resizing, " if config["progressive"] != "none" else ""
         position += "frozen trunk and all, " if config["freeze_epochs"] else ""
@@ -99,7 +99,6 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
         failures += [] if told else ["metrics.csv or the TensorBoard events are missing"]
         row("report", "metrics.csv, TensorBoard scalars, pictures, text, hparams" if told else "FAILED")
         cost = measure(trainer, images=min(batch, trainer.micro_batch or batch))
-        peak = peak_memory_mib(device)  # before the search below, which fills the card
         most = most_that_fit(trainer, batch) if device.type == "cuda" else None
         run.report.close()
     print_table(table, failures)
@@ -272,12 +271,14 @@ def timed(work, device: torch.device) -> float:
     return (time.perf_counter() - started) / calls
 
 
-def epoch_seconds(config: dict, cost: tuple[float, float], train_images: int, test_images: int) -> float:
-    """Seconds of an average epoch with its evaluation; a progressively resized image costs its share of pixels."""
-    share, done = 0.0, 0.0
-    for scale, until in parse_progressive(config["progressive"]):
-        share, done = share + (until - done) * scale**2, until
-    return train_images * cost[0] * (share + 1 - done) + test_images * cost[1]
+def run_seconds(config: dict, cost: tuple[float, float], train_images: int, test_images: int, begun: float = 0.0) -> float:
+    """Seconds of what is left of a run, evaluations included, when ``begun`` (0 to 1) of it is done; a progressively
+    resized image costs its share of pixels."""
+    share, done = 0.0, begun
+    for scale, until in [*parse_progressive(config["progressive"]), (1.0, 1.0)]:
+        share, done = share + max(0.0, until - done) * scale**2, max(done, until)
+    evaluations = config["epochs"] - int(begun * config["epochs"])
+    return config["epochs"] * train_images * cost[0] * share + evaluations * test_images * cost[1]
 
 
 def print_table(table: list[tuple[str, str, float]], failures: list[str]) -> None:
@@ -293,10 +294,11 @@ def print_table(table: list[tuple[str, str, float]], failures: list[str]) -> Non
 def print_estimate(config: dict, cost: tuple[float, float], trainer: Trainer, sizes: tuple[int, int],
                    batch: int, peak: float, most: int | None) -> None:
     device = trainer.device
-    epoch = epoch_seconds(config, cost, *sizes)
+    whole = run_seconds(config, cost, *sizes)
+    epoch = clock(whole / config["epochs"])
     cut = f" (measured with {batch} images a step instead of {config['batch_size']})" if batch != config["batch_size"] else ""
-    print(f"On {options.device_name(device)}, {trainer.config['precision']}: about {clock(epoch)} an epoch of {sizes[0]:,} "
-          f"images, {clock(epoch * config['epochs'])} for {config['epochs']} epochs{cut}.\n"
+    print(f"On {options.device_name(device)}, {trainer.config['precision']}: about {epoch} an epoch of {sizes[0]:,} "
+          f"images, {clock(whole)} for {config['epochs']} epochs{cut}.\n"
           f"Peak memory {peak:,.0f} MiB ({'GPU' if device.type == 'cuda' else 'resident'}).")
     if most is not None:
         hint = "" if config["checkpoint_activations"] else "; --checkpoint-activations allows more"
