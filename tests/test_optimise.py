@@ -122,16 +122,19 @@ def orthogonalised(matrix, iterations=3):
     return u @ torch.diag(s) @ v
 
 
-@pytest.mark.parametrize("rows, columns", [(8, 30), (30, 8), (16, 27), (5, 5)])
-def test_orthogonal_is_its_polynomial_of_the_singular_values(rows, columns):
-    torch.manual_seed(rows)
-    matrices = torch.randn(3, rows, columns)
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
-        found = optimise.newton_schulz(matrices, dtype)
-        for one, all_at_once in zip(matrices, found):
-            torch.testing.assert_close(all_at_once.double(), orthogonalised(one), atol=tolerance, rtol=0)
-    assert torch.linalg.svdvals(found.float()).max() < 1.5      # in bfloat16, too
-    assert not optimise.newton_schulz(torch.zeros(1, rows, columns), torch.float32).any()      # no gradient, no step, no 0 / 0
+def test_newton_schulz_is_its_polynomial_of_the_singular_values():
+    """Stacks of several shapes at once: wide and high ones, with Gram matrices that are filled up and ones that are not."""
+    torch.manual_seed(8)
+    shapes = ((3, 8, 30), (1, 30, 8), (2, 16, 27), (2, 70, 90), (1, 90, 70))
+    stacks = [torch.randn(shape) for shape in shapes]
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        for stack, found in zip(stacks, optimise.newton_schulz(stacks, dtype), strict=True):
+            assert found.shape == stack.shape and found.dtype == dtype
+            for one, all_at_once in zip(stack, found):
+                torch.testing.assert_close(all_at_once.double(), orthogonalised(one), atol=tolerance, rtol=0)
+            assert torch.linalg.svdvals(found.float()).max() < 1.3
+    nothing = [torch.zeros(shape) for shape in shapes]      # no gradient, no step, no 0 / 0
+    assert not any(found.any() for found in optimise.newton_schulz(nothing, torch.float32))
 
 
 def test_filters_move_by_muon_and_all_else_by_sgd():

@@ -9,6 +9,7 @@ import copy
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from attention_model import SMALLEST_IMAGE
@@ -92,41 +93,57 @@ class Muon(torch.optim.SGD):
         alike: dict[torch.Size, list[int]] = {}     # layers of one shape are calculated together: fewer, larger products
         for number, p in enumerate(filters):
             alike.setdefault(p.shape, []).append(number)
-        for (out_channels, in_channels, *sides), numbers in alike.items():
-            # Input channels last, as channels_last has them in memory: the order of a matrix's columns does not matter.
-            rows = torch.stack([ahead[number].permute(0, 2, 3, 1).flatten(1) for number in numbers])
-            rank = min(rows.shape[1:])      # all singular values 1: the norm is the root of it
+        # Input channels last, as channels_last has them in memory: the order of a matrix's columns does not matter.
+        rows = [torch.stack([ahead[number].permute(0, 2, 3, 1).flatten(1) for number in numbers])
+                for numbers in alike.values()]
+        for ((out_channels, in_channels, *sides), numbers), steps in zip(alike.items(), newton_schulz(rows, self.dtype)):
+            rank = min(steps.shape[1:])     # all singular values 1: the norm is the root of it
             sizes = torch.stack([norms[number] for number in numbers])[:, None, None] / math.sqrt(rank)
-            steps = newton_schulz(rows, self.dtype) * sizes    # in float32 again
-            for number, step in zip(numbers, steps.unbind()):
+            for number, step in zip(numbers, (steps * sizes).unbind()):     # in float32 again
                 step, p = step.view(out_channels, *sides, in_channels).permute(0, 3, 1, 2), filters[number]
                 # The fused SGD goes through memory in order: weight and gradient must lie in the same one.
                 p.grad = step if step.stride() == p.stride() else torch.empty_like(p).copy_(step)
 
 
 NEWTON_SCHULZ = 3   # iterations; five, calculated as below, overshoot in bfloat16 (singular values up to 4)
+SMALLEST_GRAM = 64  # smaller matrices are filled up with zeros: few large products are sooner done than many small ones
 
 
-def newton_schulz(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Matrices (B, R, C) in float32 -> the nearest ones whose singular values are 1, roughly (most end between 0.5 and
-    1.2), calculated in ``dtype``: Newton-Schulz iterations x <- (a + b x x^T + c (x x^T)^2) x, whose polynomial (Jordan's)
-    lifts small singular values fast.
+def newton_schulz(stacks: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Matrices, each stack (B, R, C) in float32 -> the nearest ones whose singular values are 1, roughly (most end between
+    0.5 and 1.2), calculated in ``dtype``: Newton-Schulz iterations x <- (a + b x x^T + c (x x^T)^2) x, whose polynomial
+    (Jordan's) lifts small singular values fast.
 
     The factors are polynomials of the Gram matrix g = x x^T, so they are multiplied up there, R x R, and x is only needed
-    at the beginning and at the end: for R = 512, C = 4608 that is half of the arithmetic."""
+    at the beginning and at the end: for R = 512, C = 4608 that is half of the arithmetic. Stacks whose Gram matrices have
+    one size are multiplied up together."""
+    wide = [x if x.shape[1] <= x.shape[2] else x.mT for x in stacks]
+    wide = [(x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-20)).to(dtype) for x in wide]
+    grams = [x @ x.mT for x in wide]
+    sides = [max(SMALLEST_GRAM, g.shape[1]) for g in grams]
+    factors = [None] * len(stacks)
+    for side in set(sides):
+        alike = [number for number in range(len(stacks)) if sides[number] == side]
+        filled_up = [F.pad(grams[number], 2 * (0, side - grams[number].shape[1])) for number in alike]
+        product = product_of_factors(torch.cat(filled_up))
+        for number, factor in zip(alike, product.split([len(g) for g in filled_up])):
+            rank = grams[number].shape[1]
+            factors[number] = factor[:, :rank, :rank]
+    results = [factor @ x for factor, x in zip(factors, wide)]
+    return [result if result.shape == x.shape else result.mT for result, x in zip(results, stacks)]
+
+
+def product_of_factors(g: torch.Tensor) -> torch.Tensor:
+    """Gram matrices (B, R, R) of some x -> the product of the iterations' factors (B, R, R), to be multiplied with x."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrices.shape[1] <= matrices.shape[2]
-    x = matrices if wide else matrices.mT
-    x = (x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-20)).to(dtype)
-    g, product = x @ x.mT, None
+    product = None
     for number in range(NEWTON_SCHULZ):
         factor = torch.baddbmm(g, g, g, beta=b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)
         product = factor if product is None else factor @ product
         if number < NEWTON_SCHULZ - 1:
             g = factor @ g @ factor
-    x = product @ x
-    return x if wide else x.mT
+    return product
 
 
 SCHEDULES = ("linear", "halve", "double-halve")
