@@ -336,6 +336,8 @@ def test_real_birds(tmp_path):
     """The metadata of all, and the first class's images, linked into a folder of their own."""
     birds, parts, class_names, part_names = cub.read_metadata(REAL / CUB_FOLDER)
     whole = len(class_names) == 200
+    if len(class_names) not in (40, 200):
+        pytest.skip("another choice of its classes")
     assert (len(birds), len(class_names)) == ((11788, 200) if whole else (2290, 40))
     assert sum(bird.train for bird in birds) == (5994 if whole else 1200)
     assert parts.shape == (len(birds), 15, 3) and part_names[6] == "left eye" and class_names[4] == "Crested Auklet"

@@ -102,6 +102,16 @@ def test_a_rank_that_dies_ends_the_run_with_a_checkpoint(ranks, tmp_path):
     assert ranks("--resume", "r", "--device", "cpu", count=1) == [0]
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: SyncBatchNorm has no CPU code, NCCL a GPU a rank")
+def test_two_gpus_are_one_that_sees_the_whole_batch(ranks, tmp_path):
+    words = [*RUN, "--device", "cuda", "--no-compile"]
+    assert ranks(*words, "--run-dir", "two") == [0, 0]
+    assert ranks(*words, "--run-dir", "one", count=1) == [0]
+    two, one = content_of(tmp_path / "two")["model"], content_of(tmp_path / "one")["model"]
+    for name, value in one.items():     # the running statistics, too
+        torch.testing.assert_close(two[name], value, atol=1e-3, rtol=1e-3, msg=name)
+
+
 def test_shares_are_those_of_tensor_split():
     for total in range(0, 30):
         for count in range(1, 6):

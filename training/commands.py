@@ -23,7 +23,7 @@ from training.loop import Interrupted, Precision, SMALLEST_FOR_STATISTICS, Train
 from training.optimise import SCHEDULES, learning_rate, parse_progressive
 from training.options import UserError
 from training.ranks import Ranks, joined, of_environment
-from training.run import Run, Task, build, clock, eval_batches, split
+from training.run import Run, Signals, Task, build, clock, eval_batches, split
 
 
 def main(task: Task, argv: list[str] | None = None) -> int:
@@ -195,8 +195,14 @@ def train_here(task: Task, config: dict, run_dir: Path, sets: tuple[ImageSet, Im
         result = run.train()
     except Interrupted as stop:
         number = stop.args[0]
-        print(f"\nStopped by {signal.Signals(number).name}; everything is saved. Go on with:\n"
-              f"  {how_to_resume(task, run_dir, ranks)}")
+        words = (f"\nStopped by {signal.Signals(number).name}; everything is saved. Go on with:\n"
+                 f"  {how_to_resume(task, run_dir, ranks)}")
+        try:
+            print(words, flush=True)
+        except BrokenPipeError:     # Ctrl-C ends the `tee` behind a pipe as well
+            with contextlib.suppress(OSError):
+                print(words, file=sys.stderr)
+            Signals.nobody_reads()  # or Python would complain at its end
         return 128 + number
     except RuntimeError as error:
         if not ranks.lost_by(error):
