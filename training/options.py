@@ -94,7 +94,7 @@ def make_parser(description: str, recipes: dict[str, dict], *, model: str, datas
                      help="compute activations twice, store fewer")
 
     modes = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
-    modes.add_argument("--sanity", action="store_true", help="one short epoch through every path of a real run, in seconds")
+    modes.add_argument("--sanity", action="store_true", help="one short epoch through every path of a real run, in a minute or two")
     modes.add_argument("--resume", nargs="?", const="", metavar="RUN_DIR", help="go on with a run; no folder: the newest "
                                                                                "unfinished one")
     modes.add_argument("--evaluate", metavar="CHECKPOINT", help="loss, top-1, top-5 and each class of a checkpoint")
