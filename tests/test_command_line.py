@@ -282,6 +282,12 @@ def test_bad_data_leaves_no_run_folder(cli):
     assert status == 1 and err.startswith("error: ") and "Traceback" not in err and not Path("runs/r").exists()
 
 
+@pytest.mark.parametrize("words", [["--sanity", "--val-fraction", 0.001], ["--val-fraction", 0.001], ["--resume", "none"]])
+def test_what_fails_at_the_start_leaves_no_folder(cli, words):
+    status, _, err = cli(*(words if "--resume" in words else [*NARROW, *words]))
+    assert status in (1, 2) and "error: " in err and not list(Path().glob("runs/*/*")) and not Path("none").exists()
+
+
 def test_a_validation_split_keeps_the_best(cli):
     status, out, _ = cli(*NARROW, "--epochs", 2, "--val-fraction", 0.25, "--run-dir", "r")
     assert status == 0 and "72 training and 24 val images" in out and "The test set has not been looked at" in out

@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -76,7 +76,8 @@ def do(task: Task, args, argv: list[str]) -> int:
         check_recipe(config)
         command = options.command_line(argv)
         if args.sanity:
-            return sanity.sanity_pass(task, config, run_dir_of(task, args, "sanity"), command)
+            with removed_if_empty(run_dir_of(task, args, "sanity")) as run_dir:
+                return sanity.sanity_pass(task, config, run_dir, command)
         return benchmark(task, config, args.benchmark, args.json, command)
     with joined(args.device) as ranks:
         return train(task, args, argv, ranks)
@@ -92,6 +93,16 @@ def run_dir_of(task: Task, args, suffix: str) -> Path:
         with contextlib.suppress(FileExistsError):
             run_dir.mkdir(parents=True)
             return run_dir
+
+
+@contextlib.contextmanager
+def removed_if_empty(run_dir: Path) -> Iterator[Path]:
+    """Where nothing came of it, no folder is left."""
+    try:
+        yield run_dir
+    finally:
+        with contextlib.suppress(OSError):  # not empty, or not there
+            run_dir.rmdir()
 
 
 def run_to_resume(args) -> Path | None:
@@ -130,7 +141,7 @@ def train(task: Task, args, argv: list[str], ranks: Ranks) -> int:
         names = ("config.json", options.CHECKPOINT_NAME, options.PREVIOUS_NAME)
         if not any((run_dir / name).exists() for name in names):
             raise UserError(f"--resume {run_dir}: there is no run in this folder (no {', no '.join(names)})", 2)
-    with checkpoint.lock(run_dir) if ranks.first else contextlib.nullcontext():
+    with removed_if_empty(run_dir), checkpoint.lock(run_dir) if ranks.first else contextlib.nullcontext():
         if ranks.first:
             checkpoint.clean(run_dir)
         if args.resume is not None:
@@ -158,13 +169,8 @@ def train(task: Task, args, argv: list[str], ranks: Ranks) -> int:
         if config["batch_size"] < 2 * ranks.world_size:
             raise UserError(f"--batch-size {config['batch_size']} is too small for {ranks.world_size} ranks: 2 images each are "
                             f"the least", 2)
-        try:
-            with ranks.first_goes_ahead():
-                sets = split(config, *load(task, config))
-        except (DataError, UserError, KeyboardInterrupt):
-            with contextlib.suppress(OSError):
-                run_dir.rmdir()  # a folder that nothing was written to
-            raise
+        with ranks.first_goes_ahead():
+            sets = split(config, *load(task, config))
         return train_here(task, config, run_dir, sets, content, argv, ranks)
 
 
