@@ -313,12 +313,13 @@ def test_small_parts_use_the_statistics_that_came_with_the_weights(small):
     assert "running statistics that came with the transferred weights" in ours.what_batch_norm_does()
 
 
-def test_small_parts_from_scratch_say_what_batch_norm_sees():
-    ours = trainer(micro_batch=4)
+@pytest.mark.parametrize("batch, micro_batch, advice", [(8, 4, "--checkpoint-activations"), (4, "auto", "--batch-size")])
+def test_small_parts_from_scratch_say_what_batch_norm_sees(batch, micro_batch, advice):
+    ours = trainer(Batches(batch), micro_batch=micro_batch, batch_size=batch)
     before = snapshot(ours)
     ours.step(*ours.batches.all[0])
     assert not torch.equal(ours.model.trunk.block1[0].norm.running_mean, before["trunk.block1.0.norm.running_mean"])
-    assert "sees 4 images at a time, whose statistics are noisy" in ours.what_batch_norm_does()
+    assert f"sees 4 images at a time, whose statistics are noisy: {advice}" in ours.what_batch_norm_does()
 
 
 def test_single_images_train_on_running_statistics_and_equal_the_whole_batch():

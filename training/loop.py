@@ -285,8 +285,9 @@ class Trainer:
                     "fine-tune with, not to train from scratch.")
         if self.transferred:
             return "Batch norm uses the running statistics that came with the transferred weights, as they are."
-        return (f"Batch norm sees {count} images at a time, whose statistics are noisy: --checkpoint-activations or a "
-                f"smaller --image-size would allow more.")
+        small_parts = self.micro_batch and self.micro_batch < self.batches.images_a_step
+        advice = "--checkpoint-activations or a smaller --image-size would allow" if small_parts else "--batch-size gives it"
+        return f"Batch norm sees {count} images at a time, whose statistics are noisy: {advice} more."
 
     @torch.no_grad()
     def recalibrate_batch_norm(self, images: Iterator[Tensor]) -> None:
