@@ -97,13 +97,13 @@ def test_parametrised_compatibility(features):
     module = ParametrisedCompatibility(6).double()
     w = numpy_of(module)
     expected = by_position(local, lambda k, l: w["u.weight"][0] @ (l + g[k].numpy()) + w["u.bias"][0])
-    np.testing.assert_allclose(module(local, g).detach().numpy(), expected, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(module(local, g).detach().numpy(), expected, rtol=1e-12)
 
 
 def test_dot_product_compatibility(features):
     local, g = features
     expected = by_position(local, lambda k, l: l @ g[k].numpy())
-    np.testing.assert_allclose(DotProductCompatibility()(local, g).numpy(), expected, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(DotProductCompatibility()(local, g).numpy(), expected, rtol=1e-12)
 
 
 def test_additive_compatibility(features):
@@ -114,7 +114,7 @@ def test_additive_compatibility(features):
     def score(k, l):
         joint = w["W.weight"][:, :, 0, 0] @ l + w["W.bias"] + w["V.weight"] @ g[k].numpy()
         return w["u.weight"][0] @ np.maximum(joint, 0)
-    np.testing.assert_allclose(module(local, g).detach().numpy(), by_position(local, score), rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(module(local, g).detach().numpy(), by_position(local, score), rtol=1e-12)
     assert module.W.out_channels == 3  # half of 6
 
 
@@ -126,7 +126,7 @@ def test_gate_is_softmax_and_weighted_sum(features, compatibility):
     flat = scores.detach().numpy().reshape(2, -1)
     a = np.exp(flat) / np.exp(flat).sum(1, keepdims=True)
     expected = np.einsum("np,ncp->nc", a, local.numpy().reshape(2, 6, -1))
-    np.testing.assert_allclose(attended.detach().numpy(), expected, rtol=1e-5, atol=1e-6)  # the softmax is in float32
+    np.testing.assert_allclose(attended.detach().numpy(), expected, rtol=1e-5)  # the softmax is in float32
 
 
 @pytest.mark.parametrize("combination", ["concat", "indep"])

@@ -99,7 +99,7 @@ def test_a_default_step_beats_plain_fp32():
         F.cross_entropy(plain(images), labels).backward()
         optimizer.step()
     seconds = {step: math.inf for step in (ours.step, plain_step)}
-    for _ in range(8):      # the least of each: what the machine does when it is left alone
+    for _ in range(20):     # the least of each: what the machine does when it is left alone
         for step in seconds:
             started = time.perf_counter()
             step(images.contiguous(memory_format=torch.channels_last) if step == ours.step else images, labels)
@@ -108,4 +108,4 @@ def test_a_default_step_beats_plain_fp32():
         if ratio >= 1.9:
             break
     print(f"{ratio:.2f} times the images a second of plain fp32")
-    assert ratio >= 1.5     # 1.9 and more where nothing else runs (README); in fp32 it would be 1
+    assert ratio >= 1.9

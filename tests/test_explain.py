@@ -222,7 +222,7 @@ def test_memory_stays_flat_over_a_thousand_calls():
             before = measured()
     after = measured()
     print(f"\nresident MiB and tensors after 100 calls {before}, after 1,000 {after}")
-    assert after[0] - before[0] < 30 and after[1] <= before[1]
+    assert after[0] - before[0] < 4 and after[1] == before[1]
 
 
 # ---- hard cases ------------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_grad_cam_costs_little_more_than_a_forward_pass():
     def explained():
         grad_cam(model, x, torch.arange(32))
     seconds = {work: math.inf for work in (forward, explained)}
-    for number in range(7):     # the first one warms up
+    for number in range(20):    # the first one warms up
         for work in seconds:
             started = time.perf_counter()
             work()
@@ -296,4 +296,4 @@ def test_grad_cam_costs_little_more_than_a_forward_pass():
         if ratio <= 1.3:
             break
     print(f"\nforward {seconds[forward]:.2f} s, gradcam {seconds[explained]:.2f} s: {ratio:.3f} times a forward pass")
-    assert ratio <= 1.6     # 1.3 where nothing else runs
+    assert ratio <= 1.3

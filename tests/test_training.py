@@ -112,18 +112,17 @@ def test_where_compiled_code_is_kept(monkeypatch, tmp_path):
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's malloc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or tuple(map(int, platform.libc_ver()[1].split("."))) < (2, 35),
+                    reason="asks glibc's malloc, which took no such setting before 2.35")
 def test_large_blocks_are_kept_from_one_step_to_the_next():
     libc = ctypes.CDLL(None)
-    if libc.mallopt(-3, 2**30) != 1 or not hasattr(libc, "mallinfo2"):  # M_MMAP_THRESHOLD, which older versions refuse
-        pytest.skip("this glibc has no such setting, or does not tell")
 
     class Mallinfo(ctypes.Structure):
         _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
                                                          "fsmblks", "uordblks", "fordblks", "keepcost")]
     libc.mallinfo2.restype = Mallinfo
-    libc.mallopt(-3, 2**25)     # as a process begins: 32 MiB, and 128 KiB at the top are given back
-    libc.mallopt(-1, 2**17)
+    libc.mallopt(-3, 2**25)     # M_MMAP_THRESHOLD and ...
+    libc.mallopt(-1, 2**17)     # M_TRIM_THRESHOLD, as when a process begins: more than that is given back
     blocks = [torch.empty(10 * 2**20) for _ in range(6)]    # 40 MiB each
     assert libc.mallinfo2().hblks >= 6      # each mapped on its own: given back when it is freed
     del blocks
@@ -296,7 +295,7 @@ def test_a_short_training_learns_the_sample():
         ours.train_epoch()
         ours.next_epoch()
     result = evaluate(ours.eval_model, eval_batches(test, CPU, mean, std, (32, 32)), 4, ours.precision)
-    assert result.top1 > 40, result
+    assert result.top1 > 50, result
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------------
