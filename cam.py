@@ -19,6 +19,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__":
+    from training.process import settle
+    settle()    # before PyTorch is loaded
+
 import numpy as np
 import torch
 from PIL import Image
@@ -27,16 +31,17 @@ from torch import Tensor
 import train_cifar100
 import train_cub
 from data import DataError, ImageSet
-from image_files import replace_file
+from files import free_path, make_folders, replace_file
+from image_files import open_rgb, printable
 from training import options
 from training.classifiers import Classifier, find_class, from_checkpoint, from_torchvision
-from training.commands import exit_status
+from training.commands import exit_status, load
 from training.explain import attention_maps, class_activation_map, default_layer, feature_layers, grad_cam
-from training.gallery import (GREATEST_SIDE, Overview, Picture, Writer, complain, list_files, open_photo, parse_index,
-                              printable)
+from training.gallery import GREATEST_SIDE, Overview, Picture, Writer, complain, list_files, parse_index
 from training.localise import Measures, part_lines, table_lines
 from training.options import UserError
 from training.pictures import COLOUR_MAPS, shown, title_of
+from training.process import open_standard_streams, unbreakable_pipes
 
 METHODS = ("attention", "cam", "gradcam")
 TASKS = {task.dataset: task for task in (train_cifar100.TASK, train_cub.TASK)}
@@ -50,20 +55,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Where a network looks, as pictures and as localisation measures.",
                                      allow_abbrev=False)
     which = parser.add_argument_group("network")
-    which.add_argument("--checkpoint", metavar="FILE", help="a last.pt of train_cifar100.py or train_cub.py")
+    which.add_argument("--checkpoint", type=options.path, metavar="FILE", help="a last.pt of train_cifar100.py or train_cub.py")
     which.add_argument("--arch", metavar="NAME", help="a torchvision classifier (resnet50, ...), for cam and gradcam")
-    which.add_argument("--weights", metavar="{DEFAULT,NAME,FILE}",
+    which.add_argument("--weights", type=options.path, metavar="{DEFAULT,NAME,FILE}",
                        help="of --arch: torchvision's by name (downloaded), or a state dict of yours")
     what = parser.add_argument_group("images")
-    what.add_argument("images", nargs="*", metavar="IMAGE", help="files, and folders of files")
+    what.add_argument("images", nargs="*", type=options.path, metavar="IMAGE", help="files, and folders of files")
     what.add_argument("--dataset", choices=(*TASKS, "sample"), help="instead: images of a data set, or the sample")
     what.add_argument("--split", choices=("test", "train"), default="test", help="(default: test)")
     what.add_argument("--index", metavar="LIST", help=f"which of them, as 3,7,9-12 (default: the first {FIRST_IMAGES}; "
                                                       f"for --measure all)")
     what.add_argument("--crop", choices=("box", "whole"), help="of birds: the box or the whole picture (default: as "
                                                                "trained; whole for --measure)")
-    what.add_argument("--data-dir", default="data", help="folder that holds the data set (default: data)")
-    what.add_argument("--num-workers", type=options.whole(0), default=2,
+    what.add_argument("--data-dir", type=options.path, help="folder that holds the data set (default: the checkpoint's, "
+                                                            "else data)")
+    what.add_argument("--num-workers", type=options.whole(0, options.MOST_WORKERS), default=2,
                       help="processes that decode a data set's images into the cache (default: 2)")
     how = parser.add_argument_group("maps")
     how.add_argument("--method", choices=(*METHODS, "all"), default="all", help="(default: all that the network has)")
@@ -73,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     target.add_argument("--target", metavar="CLASS", help="name or number (default: the one that the network sees)")
     target.add_argument("--top-k", type=options.whole(1), default=1, metavar="K", help="the K best, side by side")
     out = parser.add_argument_group("output")
-    out.add_argument("--out", default="runs/cam", metavar="FOLDER", help="(default: runs/cam)")
+    out.add_argument("--out", type=options.path, default="runs/cam", metavar="FOLDER", help="(default: runs/cam)")
     out.add_argument("--raw", action="store_true", help="also the maps as .npy")
     out.add_argument("--measure", action="store_true", help="no pictures but how well the maps find the object, as a "
                                                             "table and CSV: for birds and the sample")
@@ -92,11 +98,13 @@ def opacity(text: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0 done, 1 a failure or an image that could not be read, 2 bad use, 130 stopped."""
-    try:
-        args = make_parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has printed the help (0) or what is wrong (2)
-        return stop.code
-    return exit_status(lambda: do(args), "Stopped. What was written so far is whole.")
+    open_standard_streams()
+    with unbreakable_pipes():
+        try:
+            args = options.parse(make_parser(), sys.argv[1:] if argv is None else argv)
+        except SystemExit as stop:  # argparse has printed the help (0) or what is wrong (2)
+            return stop.code
+        return exit_status(lambda: do(args), "Stopped. What was written so far is whole.")
 
 
 def do(args: argparse.Namespace) -> int:
@@ -124,6 +132,8 @@ def check_use(args: argparse.Namespace) -> None:
         raise UserError(f"--layer is for gradcam, not for --method {args.method}", 2)
     if args.list_layers:
         return
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise UserError(f"--out {args.out} is a file, not a folder", 2)
     if bool(args.images) == bool(args.dataset):
         raise UserError("name images (files or folders), or a --dataset" + (", not both" if args.images else ""), 2)
     if args.measure and not args.dataset:
@@ -195,13 +205,13 @@ def batches_of_files(network: Classifier, paths: list[Path], bad: list[Path]) ->
         pictures, small = [], []
         for path in paths[first:first + at_once]:
             try:
-                pixels = open_photo(path)
+                pixels = np.asarray(open_rgb(path))
             except DataError as error:
                 complain(str(error))
                 bad.append(path)
                 continue
             small.append(np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)))
-            pictures.append(Picture(printable(path), path.stem[:60], shown(pixels, 1, GREATEST_SIDE)))
+            pictures.append(Picture(printable(path), path.stem, shown(pixels, 1, GREATEST_SIDE)))
         if pictures:
             yield pictures, network.batch(torch.from_numpy(np.stack(small)))
 
@@ -224,9 +234,10 @@ def load_set(args: argparse.Namespace, network: Classifier) -> ImageSet:
     config = task.recipes["fast"] | {"crop": "whole", "image_size": image_size}
     if own == task.dataset:
         config |= network.config    # empty for torchvision's
-    config |= {"data_dir": args.data_dir, "num_workers": args.num_workers}
+    config |= {"data_dir": args.data_dir or config.get("data_dir", "data"), "num_workers": args.num_workers,
+               "sample": args.dataset == "sample"}
     config["crop"] = args.crop or ("whole" if args.measure else config["crop"])
-    train, test = task.sample(config) if args.dataset == "sample" else task.load(config)
+    train, test = load(task, config, new=network.config.get("dataset") != task.dataset)
     return {"train": train, "test": test}[args.split]
 
 
@@ -310,24 +321,30 @@ def measure(args: argparse.Namespace, network: Classifier, methods: list[str], l
     which = "the true class" if same_classes else "the class that the network sees, as its classes are others"
     print(f"{len(chosen):,} {args.split} images ({chosen.source}); cam and gradcam of {which}")
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folders(out)
     rows, parts = measures.table(), measures.part_table(chosen.part_names)
     print("\n" + "\n".join(table_lines(rows)))
-    write_csv(out / "measures.csv", rows)
+    written = [write_csv(out / "measures.csv", rows)]
     if parts:
         print("\n" + "\n".join(part_lines(parts, chosen.part_names)))
-        write_csv(out / "parts.csv", parts)
-    print(f"\nWritten to {printable(out / 'measures.csv')}{' and parts.csv' if parts else ''}")
+        written.append(write_csv(out / "parts.csv", parts))
+    print(f"\nWritten to {' and '.join(map(printable, written))}")
     return 0
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
+def write_csv(path: Path, rows: list[dict]) -> Path:
+    """Write a table, over an earlier one of ours (of the same columns), else under a name that is free. Returns the path."""
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     table.writeheader()
     table.writerows({name: round(float(value), 4) if isinstance(value, float) else value for name, value in row.items()}
                     for row in rows)
-    replace_file(path, lambda file: file.write(text.getvalue().encode()))
+    content = text.getvalue().encode()
+    header = content[:content.index(b"\n") + 1]
+    if not (path.is_file() and path.read_bytes().startswith(header)):
+        path = free_path(path)
+    replace_file(path, lambda file: file.write(content))
+    return path
 
 
 if __name__ == "__main__":

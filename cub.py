@@ -4,6 +4,7 @@ A folder CUB_200_2011 with some of the classes only is a valid data set: ids nee
 """
 from __future__ import annotations
 
+import codecs
 import math
 import os
 import re
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from data import ImageSet
-from download import check_archive, check_data_dir, check_space, fetch, unpack
+from download import around, check_archive, check_data_dir, check_space, data_folder, fetch, named, unpack
 from image_files import DataError, MIN_IMAGE_SIZE, Pictures, decoded, one_line
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
@@ -22,6 +23,7 @@ CUB_MD5 = "97eceeb196236b17998738112f37df78"
 CUB_MIB, CUB_UNPACKED_MIB = 1098, 1230      # about
 CUB_ARCHIVE = "CUB_200_2011.tgz"
 CUB_FOLDER = "CUB_200_2011"
+CUB_NAMES = (CUB_FOLDER, CUB_ARCHIVE)
 
 MAX_METADATA_BYTES = 2**26
 MAX_COORDINATE = 1e6    # pixels
@@ -40,14 +42,27 @@ class Bird(NamedTuple):
 
 def cub_present(data_dir: str | os.PathLike) -> bool:
     """Whether load_cub would find something without the network. Looks at names only, so it is cheap."""
-    root = Path(data_dir).expanduser()
-    return (root / CUB_FOLDER).is_dir() or (root / CUB_ARCHIVE).is_file()
+    return _find_cub(data_folder(data_dir)) is not None
+
+
+def _find_cub(root: Path) -> Path | None:
+    """The folder or the archive in `root` or in one of its folders, or `root` itself, where it is the folder."""
+    if (root / CUB_FOLDER).is_dir():    # if it is not whole, the reader will say what is missing
+        return next(filter(_holds_cub, (root / CUB_FOLDER, *named(root / CUB_FOLDER, CUB_NAMES))), root / CUB_FOLDER)
+    return next(filter(_holds_cub, (*around(root, CUB_NAMES), *[root] * root.is_dir())), None)
+
+
+def _holds_cub(path: Path) -> bool:
+    """Whether a folder is the data set, or a file has the archive's name."""
+    is_archive = path.name.casefold() == CUB_ARCHIVE.casefold() and path.is_file()
+    return is_archive or (path / "images.txt").is_file() and (path / "images").is_dir()
 
 
 def load_cub(data_dir: str | os.PathLike, *, image_size: int, crop: str = "box", margin: float = 0.0,
              num_workers: int = 0, download: bool = True, progress: bool = True) -> tuple[ImageSet, ImageSet]:
     """CUB-200-2011 (train, test) from the first of these that is there: the folder `<data_dir>/CUB_200_2011`, the
-    official archive in data_dir (unpacked there), the official server (only with `download`).
+    official archive in data_dir (unpacked there), the official server (only with `download`). Both are found in other
+    letters, too, one folder deeper, and where data_dir is itself the folder.
 
     image_size: side in pixels that every picture is resized to.
     crop: "box", the bird's bounding box, or "whole", the whole picture.
@@ -55,15 +70,14 @@ def load_cub(data_dir: str | os.PathLike, *, image_size: int, crop: str = "box",
     num_workers: processes that decode the images; 0 decodes in this process.
     Raises DataError for whatever a person can mend.
     """
-    root = Path(data_dir).expanduser()
+    root = data_folder(data_dir)
     if image_size < MIN_IMAGE_SIZE:
         raise DataError(f"--image-size {image_size} is too small: at least {MIN_IMAGE_SIZE} pixels are needed")
     if crop not in ("box", "whole"):
         raise ValueError(f"crop is box or whole, not {crop!r}")
     if not 0 <= margin <= 10:
         raise DataError(f"a crop margin of {margin} is not a share of the box's side: give 0 or more, 10 at most")
-    _provide(root, download, progress)
-    folder, sets = root / CUB_FOLDER, []
+    folder, sets = _provide(root, download, progress), []
     birds, parts, class_names, part_names = read_metadata(folder)
     for split in (True, False):
         chosen = [i for i, bird in enumerate(birds) if bird.train == split]
@@ -72,7 +86,7 @@ def load_cub(data_dir: str | os.PathLike, *, image_size: int, crop: str = "box",
         try:
             pictures = decoded([bird.path for bird in some], root / ".cache",
                                f"cub-{'train' if split else 'test'}-{crop}", folder, (image_size, image_size), True,
-                               num_workers, progress, crops)
+                               num_workers, progress, crops, upright=False)
         except DataError as error:
             raise DataError(f"{error}, in that case with its rows in the .txt files of {folder}") from None
         sets.append(ImageSet(pictures.images, torch.tensor([bird.label for bird in some]), class_names,
@@ -81,24 +95,23 @@ def load_cub(data_dir: str | os.PathLike, *, image_size: int, crop: str = "box",
     return sets[0], sets[1]
 
 
-def _provide(root: Path, download: bool, progress: bool) -> None:
-    """See to it that the folder is there."""
-    archive = root / CUB_ARCHIVE
-    if (root / CUB_FOLDER).is_dir():
-        return
-    if not archive.is_file():
+def _provide(root: Path, download: bool, progress: bool) -> Path:
+    """See to it that the folder is there, and return it."""
+    found = _find_cub(root)
+    if found and found.is_dir():
+        return found
+    archive = found or root / CUB_ARCHIVE
+    if not found:
         by_hand = (f"Fetch {CUB_URL} (md5 {CUB_MD5}) yourself and put it at {archive}, or unpacked at"
                    f" {root / CUB_FOLDER}/, or use --sample for the built-in sample")
-        if (root / "images.txt").is_file() and (root / "images").is_dir():
-            raise DataError(f"{root} is itself the folder with images.txt and images/: it belongs in a folder as"
-                            f" {CUB_FOLDER}, and --data-dir is the folder that holds {CUB_FOLDER}"
-                            f" ({root.absolute().parent})")
-        check_data_dir(root, download, "CUB-200-2011", CUB_FOLDER, by_hand)
+        beside = next(filter(_holds_cub, named(root.absolute().parent, CUB_NAMES)), None)
+        check_data_dir(root, download, "CUB-200-2011", CUB_FOLDER, beside, by_hand)
         check_space(root, CUB_MIB + CUB_UNPACKED_MIB, "CUB-200-2011")
         fetch(CUB_URL, CUB_MD5, archive, size_mib=CUB_MIB, what="CUB-200-2011", by_hand=by_hand, progress=progress)
     check_archive(archive, CUB_MD5, CUB_URL)
-    check_space(root, CUB_UNPACKED_MIB, f"unpacking {archive}")
-    unpack(archive, CUB_FOLDER, root, progress=progress)
+    check_space(archive.parent, CUB_UNPACKED_MIB, f"unpacking {archive}")
+    unpack(archive, CUB_FOLDER, archive.parent, progress=progress)
+    return archive.parent / CUB_FOLDER
 
 
 # ------------------------------------------------------------------------------------------------- boxes and parts
@@ -173,6 +186,7 @@ def _read_rows(path: Path, fields: int) -> list[tuple[int, list[str]]]:
             content = file.read(MAX_METADATA_BYTES + 1)
         if len(content) > MAX_METADATA_BYTES:
             raise ValueError(f"it is larger than {MAX_METADATA_BYTES // 2**20} MiB")
+        content = content.removeprefix(codecs.BOM_UTF8)     # some editors write one
         lines = [line.decode() for line in content.split(b"\n")]
     except UnicodeDecodeError:
         line = next(i for i, line in enumerate(content.split(b"\n"), 1) if not _decodes(line))

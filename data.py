@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from download import check_archive, check_data_dir, fetch
-from image_files import DataError, MIN_IMAGE_SIZE, decoded, one_line, resized
+from download import around, check_archive, check_data_dir, data_folder, fetch, named
+from image_files import DataError, MIN_IMAGE_SIZE, decoded, is_image_name, one_line, passed_over, printable, resized
 
 # The official archive. md5 sums of the archive and of the three files in it that are read.
 CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
@@ -27,8 +27,7 @@ CIFAR100_FILES = {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0a
                   "meta": "7973b15100ade9c7d40fb424638fde48"}
 CIFAR100_ARCHIVE = "cifar-100-python.tar.gz"
 CIFAR100_UNPACKED = "cifar-100-python"
-
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff")
+CIFAR100_FOLDERS = "cifar100"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,33 +66,56 @@ class ImageSet:
 
 def cifar100_present(data_dir: str | os.PathLike) -> bool:
     """Whether load_cifar100 would find something without the network. Looks at names only, so it is cheap."""
-    root = Path(data_dir).expanduser()
-    return ((root / "cifar100").is_dir() or (root / CIFAR100_ARCHIVE).is_file()
-            or all((root / CIFAR100_UNPACKED / name).is_file() for name in CIFAR100_FILES))
+    return _find_cifar100(data_folder(data_dir)) is not None
+
+
+CIFAR100_NAMES = (CIFAR100_FOLDERS, CIFAR100_UNPACKED, CIFAR100_ARCHIVE)
+
+
+def _find_cifar100(root: Path) -> tuple[str, Path] | None:
+    """("folders", "unpacked" or "archive", where it is), of what is in `root`, in one of its folders, or `root` itself."""
+    for kind, name in (("folders", CIFAR100_FOLDERS), ("unpacked", CIFAR100_UNPACKED)):
+        if (root / name).is_dir():      # if it is not whole, the reader will say what is missing
+            path = next(filter(_kind_of, (root / name, *named(root / name, CIFAR100_NAMES))), root / name)
+            return _kind_of(path) or kind, path
+    path = next(filter(_kind_of, around(root, CIFAR100_NAMES)), root)
+    kind = _kind_of(path)
+    is_named_so = path.absolute().name.casefold() in CIFAR100_NAMES     # train/ and test/ alone may be anything
+    return (kind, path) if kind == "unpacked" or kind and is_named_so else None
+
+
+def _kind_of(path: Path) -> str | None:
+    """What a file or folder holds, by the names in it; None for anything else."""
+    if all((path / name).is_file() for name in CIFAR100_FILES):
+        return "unpacked"
+    if (path / "train").is_dir() and (path / "test").is_dir():
+        return "folders"
+    return "archive" if path.name.casefold() == CIFAR100_ARCHIVE and path.is_file() else None
 
 
 def load_cifar100(data_dir: str | os.PathLike, *, image_size: int | None = None, num_workers: int = 0,
                   download: bool = True, progress: bool = True) -> tuple[ImageSet, ImageSet]:
     """CIFAR-100 (train, test) from the first of these that is there: class folders
     `<data_dir>/cifar100/{train,test}/<class>/*` (any number of classes), the unpacked official folder, the official
-    archive, the official server (only with `download`).
+    archive, the official server (only with `download`). They are found in capital letters, too, one folder deeper, and
+    where data_dir is itself the folder.
 
     image_size: side in pixels to resize to; None keeps the images as they are, which must then be of one size.
     num_workers: processes that decode class folders; 0 decodes in this process.
     Raises DataError for whatever a person can mend.
     """
-    root = Path(data_dir).expanduser()
+    root = data_folder(data_dir)
     if image_size is not None and image_size < MIN_IMAGE_SIZE:
         raise DataError(f"--image-size {image_size} is too small: at least {MIN_IMAGE_SIZE} pixels are needed")
-    if (root / "cifar100").is_dir():
-        return _load_class_folders(root / "cifar100", root / ".cache", image_size, num_workers, progress)
-    unpacked, archive = root / CIFAR100_UNPACKED, root / CIFAR100_ARCHIVE
-    if not unpacked.is_dir() and not archive.is_file():
+    kind, path = _find_cifar100(root) or ("archive", root / CIFAR100_ARCHIVE)
+    if kind == "folders":
+        return _load_class_folders(path, root / ".cache", image_size, num_workers, progress)
+    if not path.exists():
         _check_data_dir(root, download)
-        fetch(CIFAR100_URL, CIFAR100_MD5, archive, size_mib=CIFAR100_MIB, what="CIFAR-100", by_hand=_by_hand(root),
+        fetch(CIFAR100_URL, CIFAR100_MD5, path, size_mib=CIFAR100_MIB, what="CIFAR-100", by_hand=_by_hand(root),
               progress=progress)
-    files = _read_unpacked(unpacked) if unpacked.is_dir() else _read_archive(archive)
-    source = f"official CIFAR-100 files in {unpacked if unpacked.is_dir() else archive}"
+    files = _read_unpacked(path) if kind == "unpacked" else _read_archive(path)
+    source = f"official CIFAR-100 files in {path}"
     class_names = tuple(pickle.loads(files["meta"], encoding="latin1")["fine_label_names"])
     return (_official_set(files["train"], class_names, image_size, source),
             _official_set(files["test"], class_names, image_size, source))
@@ -106,10 +128,11 @@ def _by_hand(root: Path) -> str:
 
 def _check_data_dir(root: Path, download: bool) -> None:
     """Refuse what looks like a mistyped --data-dir rather than download into it."""
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        raise DataError(f"{root} holds train/ and test/ itself: they belong in a folder named cifar100, and --data-dir"
-                        f" is the folder that holds cifar100")
-    check_data_dir(root, download, "CIFAR-100", "cifar100", _by_hand(root))
+    if _kind_of(root) == "folders":
+        raise DataError(f"{root} holds train/ and test/ itself: if they are CIFAR-100, move them into a folder named"
+                        f" cifar100, and give the folder that holds cifar100 as --data-dir")
+    beside = next(filter(_kind_of, named(root.absolute().parent, CIFAR100_NAMES)), None)
+    check_data_dir(root, download, "CIFAR-100", "cifar100", beside, _by_hand(root))
 
 
 def _read_archive(path: Path) -> dict[str, bytes]:
@@ -120,7 +143,7 @@ def _read_archive(path: Path) -> dict[str, bytes]:
         with tarfile.open(path, "r:gz") as archive:
             return {name: archive.extractfile(f"{CIFAR100_UNPACKED}/{name}").read() for name in CIFAR100_FILES}
     except (OSError, EOFError, tarfile.TarError, KeyError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read ({one_line(error)}). Delete it and start again") from None
+        raise DataError(f"{path} cannot be read ({one_line(error)}). Move it away and start again") from None
 
 
 def _read_unpacked(folder: Path) -> dict[str, bytes]:
@@ -130,10 +153,10 @@ def _read_unpacked(folder: Path) -> dict[str, bytes]:
         try:
             files[name] = (folder / name).read_bytes()
         except OSError as error:
-            raise DataError(f"{folder / name} cannot be read ({one_line(error)}). Delete {folder} and start again, to"
+            raise DataError(f"{folder / name} cannot be read ({one_line(error)}). Move {folder} away and start again, to"
                             f" use {CIFAR100_ARCHIVE} or download it") from None
         if hashlib.md5(files[name], usedforsecurity=False).hexdigest() != md5:
-            raise DataError(f"{folder / name} is damaged (its md5 is not {md5}). Delete {folder} and start again, to"
+            raise DataError(f"{folder / name} is damaged (its md5 is not {md5}). Move {folder} away and start again, to"
                             f" use {CIFAR100_ARCHIVE} or download it")
     return files
 
@@ -169,25 +192,30 @@ def _load_class_folders(folder: Path, cache_dir: Path, image_size: int | None, n
 
 
 def _list_classes(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its image files, both sorted. Hidden names and files that are no images are passed over."""
+    """Class name -> its image files, both sorted. Hidden names are passed over; so is what is no image, and that is said."""
     if not folder.is_dir():
         raise DataError(f"{folder} is missing: class folders are expected at {folder.parent}/{{train,test}}/<class>/")
     names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
     if not names:
         raise DataError(f"{folder} holds no class folders. Put one folder of images for each class into it")
-    classes = {}
+    classes, others, total = {}, [], 0
     for name in names:
-        files = sorted(e.name for e in os.scandir(folder / name)
-                       if e.name.lower().endswith(IMAGE_ENDINGS) and not e.name.startswith("."))
+        listed = sorted(e.name for e in os.scandir(folder / name) if not e.name.startswith("."))
+        files = [file for file in listed if is_image_name(file)]
+        missed = [f"{name}/{file}" for file in listed if not is_image_name(file)]
         if not files:
-            raise DataError(f"class folder {folder / name} holds no images ({' '.join(IMAGE_ENDINGS)}). Put images into"
-                            f" it, or remove it from both train and test")
+            found = f": of {len(missed)} names, none ends as those of images do" if missed else ""
+            raise DataError(f"class folder {printable(folder / name)} holds no images{found}. Put images into it, or remove"
+                            f" it from both train and test")
         classes[name] = [folder / name / file for file in files]
+        others, total = others + missed, total + len(listed)
+    if others:
+        print(passed_over(folder, others, total), flush=True)
     return classes
 
 
 def _some(names: tuple[str, ...], others: tuple[str, ...]) -> str:
-    only = [name for name in names if name not in others]
+    only = [printable(name) for name in names if name not in others]
     return "none" if not only else ", ".join(only[:3]) + (f" and {len(only) - 3} more" if len(only) > 3 else "")
 
 

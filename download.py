@@ -7,17 +7,17 @@ import http.client
 import os
 import shutil
 import tarfile
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from tqdm import tqdm
 
-from image_files import DataError, one_line, remove_leftovers, shows_progress
+from files import expand_user, make_folders, remove_leftovers, remove_made, temporary_in
+from image_files import DataError, one_line, shows_progress
 
 SOCKET_TIMEOUT = 30.0   # seconds without an answer until a connection counts as broken
 ATTEMPTS = 3            # in a row without a new byte until a download is given up
@@ -30,10 +30,42 @@ class _Broken(Exception):
     """A connection that failed or ended early: worth another attempt."""
 
 
-def check_data_dir(root: Path, download: bool, what: str, folder: str, by_hand: str) -> None:
-    """Refuse what looks like a mistyped --data-dir rather than download `what` into it; it should hold `folder`."""
+def data_folder(data_dir: str | os.PathLike) -> Path:
+    """--data-dir as a path. Raises DataError for a ~ that stands for no folder."""
+    try:
+        return expand_user(data_dir)
+    except ValueError as error:
+        raise DataError(f"--data-dir {error}") from None
+
+
+def named(folder: Path, names: Sequence[str]) -> list[Path]:
+    """What has one of the names in a folder, in capital or small letters, in the order of `names`."""
+    small = [name.casefold() for name in names]
+    found = [path for path in _listed(folder) if path.name.casefold() in small]
+    return sorted(found, key=lambda path: (small.index(path.name.casefold()), path.name))
+
+
+def around(root: Path, names: Sequence[str]) -> list[Path]:
+    """What has one of the names in `root`, then what has one in a folder of root's: archives are unpacked one level too
+    deep, or beside other things."""
+    inside = (path for folder in sorted(_listed(root)) if not folder.name.startswith(".") for path in named(folder, names))
+    return [*named(root, names), *inside]
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:     # no folder, or one that we may not read
+        return []
+
+
+def check_data_dir(root: Path, download: bool, what: str, folder: str, beside: Path | None, by_hand: str) -> None:
+    """Refuse what looks like a mistyped --data-dir rather than download `what` into it; it should hold `folder`. `beside`:
+    where the data set was found in the folder that holds `root`."""
     if root.exists() and not root.is_dir():
         raise DataError(f"--data-dir {root} is a file, not a folder. Give the folder that holds {folder}/")
+    if beside:
+        raise DataError(f"no {what} in {root}, but there is one beside it, {beside}: give --data-dir {beside.parent}")
     if not root.is_dir() and not (download and root.absolute().parent.is_dir()):
         raise DataError(f"data folder {root} does not exist. Check --data-dir. {by_hand}")
     if not download:
@@ -61,28 +93,28 @@ def check_archive(path: Path, md5: str, url: str) -> None:
     try:
         right = md5_of(path) == md5
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({one_line(error)}). Delete it and start again") from None
+        raise DataError(f"{path} cannot be read ({one_line(error)}). Make it readable, or move it away and start again") from None
     if not right:
         raise DataError(f"{path} is damaged or half a download ({path.stat().st_size:,} bytes, its md5 is not {md5})."
-                        f" Delete it and start again, or fetch it from {url}")
+                        f" Move it away and start again, or fetch it from {url}")
 
 
 # ----------------------------------------------------------------------------------------------------------- download
 
 def fetch(url: str, md5: str, path: Path, *, size_mib: int, what: str, by_hand: str, progress: bool) -> None:
-    """Download `url` to `path`, making its folder. The file gets its name only when it is whole: a broken download
-    leaves nothing, and a second process that downloads the same does no harm.
+    """Download `url` to `path`, making its folder. The file gets its name only when it is whole, and only if nothing has
+    that name by then: a broken download leaves nothing, and a second process that downloads the same does no harm.
 
     size_mib: about how much will come; twice that is refused.
     what, by_hand: for messages: the data set, and what to do without a download.
     Raises DataError.
     """
-    root, folder = path.parent, None
+    root, made, folder = path.parent, [], temporary_in(path.parent)
     try:
         check_space(root, size_mib, what)
-        root.mkdir(exist_ok=True)
-        remove_leftovers(root, ".download-*")
-        folder = Path(tempfile.mkdtemp(prefix=".download-", dir=root))
+        made = make_folders(root)
+        remove_leftovers(root)
+        folder.mkdir()
         print(f"downloading {url} ({size_mib:,} MiB) to {root}", flush=True)
         partial = folder / path.name
         with open(partial, "wb") as file:
@@ -93,13 +125,14 @@ def fetch(url: str, md5: str, path: Path, *, size_mib: int, what: str, by_hand: 
         if found != md5:
             raise ValueError(f"{partial.stat().st_size:,} bytes came, with md5 {found}: half a download, or another"
                              f" file")
-        os.replace(partial, path)
+        if not os.path.lexists(path):
+            os.replace(partial, path)
     except (OSError, ValueError, _Broken) as error:
         raise DataError(f"could not download {what} to {root} ({one_line(error)}); nothing was kept. Try again, or:"
                         f" {by_hand}") from None
     finally:
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        remove_made(made)
 
 
 def _transfer(url: str, file: BinaryIO, limit: int, what: str, progress: bool) -> None:
@@ -172,10 +205,10 @@ def unpack(archive: Path, folder_name: str, root: Path, *, progress: bool) -> No
     if not hasattr(tarfile, "data_filter"):
         raise DataError(f"this Python cannot unpack {archive} safely. Use 3.10.12, 3.11.4, 3.12 or newer, or unpack"
                         f" {folder_name}/ to {root} yourself")
-    folder = None
+    folder = temporary_in(root)
     try:
-        remove_leftovers(root, ".unpack-*")
-        folder = Path(tempfile.mkdtemp(prefix=".unpack-", dir=root))
+        remove_leftovers(root)
+        folder.mkdir()
         print(f"unpacking {archive} to {root / folder_name}", flush=True)
         with open(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:gz") as tar, \
                 tqdm(desc="unpacking", total=archive.stat().st_size, unit="B", unit_scale=True, unit_divisor=1024,
@@ -194,8 +227,7 @@ def unpack(archive: Path, folder_name: str, root: Path, *, progress: bool) -> No
         raise DataError(f"could not unpack {archive} to {root} ({one_line(error)}); nothing was kept. Start again when"
                         f" that is mended, or unpack {folder_name}/ there yourself") from None
     finally:
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _belongs(member: tarfile.TarInfo, folder_name: str) -> bool:

@@ -1,34 +1,39 @@
-"""Image files decoded once, into a cache that names what it was made from, by worker processes whose errors are told as
-what they are; and files that are written whole or not at all."""
+"""Image files, opened in one way wherever they are needed, and decoded once, into a cache that names what it was made from,
+by worker processes whose errors are told as what they are."""
 from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import hashlib
 import os
-import shutil
 import sys
-import time
 import warnings
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
+from files import make_folders, remove_leftovers, remove_made, replace_file
+
 MIN_IMAGE_SIZE = 16     # pixels
-CACHE_VERSION = 2       # raise it when decoding changes: caches of an older version are made again
+CACHE_VERSION = 3       # raise it when decoding changes: caches of an older version are made again
 CHUNK = 512             # images decoded by one call of a worker, at most ...
 CHUNK_BYTES = 2**22     # ... and fewer when they are large: about so many bytes of pixels
 CHECKSUM_BYTES = 2**26  # of a tensor looked at in one go
-LEFTOVER_AGE = 3600.0   # seconds until a temporary file counts as left over by a run that was killed
+MOST_PIXELS = 300_000_000   # of an image. A larger one is refused before it is decoded: a small file can claim any size
+REDUCED_ABOVE = 2**26   # pixels; larger images are decoded smaller where the format can (JPEG), ...
+REDUCED_SIDE = 2048     # ... but not below so many pixels a side
+# Formats that Pillow lists but hands to other programs (Ghostscript among them), or cannot decode to colours.
+NOT_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 
 class DataError(Exception):
@@ -46,28 +51,30 @@ Crop = tuple[int, int, int, int]    # x0 y0 x1 y1 in pixels of the file's pictur
 
 
 def decoded(paths: list[Path], cache_dir: Path, name: str, root: Path, size: tuple[int, int] | None, resize: bool,
-            num_workers: int, progress: bool, crops: list[Crop] | None = None) -> Pictures:
-    """The images of `paths`, from the cache when it was made from the same files and crops.
+            num_workers: int, progress: bool, crops: list[Crop] | None = None, upright: bool = True) -> Pictures:
+    """The images of `paths`, from the cache when it was made from the same files and crops. With crops, or boxes that are
+    known in the file's own pixels, the orientation that a camera has written down is not heeded: `upright=False`.
 
     A cache is mapped into memory, not read: it costs no memory that the system could not take back.
     """
     stem = f"{name}-{size[0]}px-" if resize else f"{name}-"
-    key = _cache_key(paths, root, size if resize else None, crops)
+    key = _cache_key(paths, root, size if resize else None, crops, upright)
     cache = cache_dir / f"{stem}{key}.pt"
     pictures = _read_cache(cache, key, len(paths))
     if pictures is None:
-        size = size or _size_of(paths[0])
-        pictures = decode_images(paths, size, resize, num_workers, progress, name, crops)
+        size = size or _size_of(paths[0], upright)
+        pictures = decode_images(paths, size, resize, num_workers, progress, name, crops, upright)
         if _write_cache(cache, stem, key, pictures):
             pictures = _read_cache(cache, key, len(paths)) or pictures
     elif size and tuple(pictures.images.shape[1:3]) != size:
-        _open_rgb(paths[0], size, False, None)      # raises, naming the file and both sizes
+        _decode(paths[0], size, False, None, upright)       # raises, naming the file and both sizes
     return pictures
 
 
-def _cache_key(paths: list[Path], root: Path, size: tuple[int, int] | None, crops: list[Crop] | None) -> str:
+def _cache_key(paths: list[Path], root: Path, size: tuple[int, int] | None, crops: list[Crop] | None,
+               upright: bool) -> str:
     """What the cache was made from: format, size, and every file's name, length in bytes, time of change and crop."""
-    digest, beginning = hashlib.sha256(f"{CACHE_VERSION} {size}".encode()), len(str(root)) + 1
+    digest, beginning = hashlib.sha256(f"{CACHE_VERSION} {size} {upright}".encode()), len(str(root)) + 1
     for path, crop in _with_crops(paths, crops):
         try:
             stat = os.stat(path)
@@ -88,7 +95,7 @@ def _read_cache(path: Path, key: str, count: int) -> Pictures | None:
     if not path.is_file():
         return None
     try:
-        cached = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+        cached = _load_mapped(path)
         pictures = Pictures(*(cached[name] for name in Pictures._fields))
         right = (cached["key"] == key and [len(tensor) for tensor in pictures] == [count] * 3
                  and [(tensor.dtype, tensor.ndim) for tensor in pictures]
@@ -102,6 +109,12 @@ def _read_cache(path: Path, key: str, count: int) -> Pictures | None:
     return None
 
 
+def _load_mapped(path: Path) -> dict:
+    """What torch.save wrote, mapped into memory; read, where PyTorch cannot take the name, which is not in UTF-8."""
+    mapped = printable(path) == str(path)
+    return torch.load(str(path) if mapped else path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
 def _checksum(tensors: Iterable[torch.Tensor]) -> int:
     value = 0
     for tensor in tensors:
@@ -111,69 +124,36 @@ def _checksum(tensors: Iterable[torch.Tensor]) -> int:
     return value
 
 
-def replace_file(path: Path, write: Callable[[BinaryIO], object], *, temporary: Path | None = None,
-                 previous: Path | None = None) -> None:
-    """Write a file under a temporary name in its folder, see it to the disk, and only then give it its name: there is
-    never half a file. What `path` held before stays under the name `previous`, if one is given.
-
-    Raises what `write` raises (the file there before is untouched), and OSError naming the file."""
-    temporary = temporary or path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            previous.unlink(missing_ok=True)
-            try:
-                os.link(path, previous)
-            except OSError:     # a file system without links: for a moment there is only the one before
-                os.replace(path, previous)
-        os.replace(temporary, path)
-        if os.name == "posix":  # the new name itself is kept by the folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-
-
 def _write_cache(path: Path, stem: str, key: str, pictures: Pictures) -> bool:
-    """Write under a temporary name, flush to disk, rename; then remove what it replaces. Without a place to write,
-    say so and go on without a cache (False)."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write the cache, then remove what it replaces. Without a place to write, say so and go on without a cache (False)."""
+    made = []
     try:
-        path.parent.mkdir(exist_ok=True)
-        remove_leftovers(path.parent, ".*.pt.*.tmp")
+        made = make_folders(path.parent)
+        remove_leftovers(path.parent)
         content = {"key": key, "crc32": _checksum(pictures), **pictures._asdict()}
-        replace_file(path, functools.partial(torch.save, content), temporary=temporary)
-        for old in path.parent.glob(f"{stem}{'[0-9a-f]' * len(key)}.pt"):
-            if old != path:
+        replace_file(path, functools.partial(torch.save, content))
+        for old in path.parent.glob(f"{glob.escape(stem)}{'[0-9a-f]' * len(key)}.pt"):
+            if old != path and _holds_key(old, old.stem[-len(key):]):
                 old.unlink()
         return True
     except (OSError, RuntimeError) as error:    # torch.save makes a RuntimeError of a full disk
+        remove_made(made)
         _say_once(f"no cache in {path.parent} ({one_line(error)[:100]}): images are decoded anew at every start")
         return False
 
 
-def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove our temporary files and folders that nobody has written to for an hour."""
-    for path in folder.glob(pattern):
-        with contextlib.suppress(OSError):
-            if time.time() - max(p.stat().st_mtime for p in (path, *path.glob("*"))) > LEFTOVER_AGE:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _holds_key(path: Path, key: str) -> bool:
+    """Whether a file is a cache of that key: one of ours, whatever else has such a name."""
+    try:
+        return _load_mapped(path)["key"] == key
+    except Exception:   # a file of somebody else's raises nearly anything
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------- decoding
 
 def decode_images(paths: list[Path], size: tuple[int, int], resize: bool, num_workers: int = 0, progress: bool = True,
-                  title: str = "images", crops: list[Crop] | None = None) -> Pictures:
+                  title: str = "images", crops: list[Crop] | None = None, upright: bool = True) -> Pictures:
     """The images of `paths`; `size` is (H, W): resized to it, or (resize=False) an error where one differs. Of a
     picture with a crop only that part is shown; a crop is clipped to the picture.
 
@@ -199,11 +179,11 @@ def decode_images(paths: list[Path], size: tuple[int, int], resize: bool, num_wo
     try:
         for chunk in chunks:
             while pool and len(tasks) < 2 * workers and (later := next(waiting, None)):  # never all: pixels add up
-                tasks.append(_attempt(lambda: pool.submit(_decode_chunk, later, size, resize)))
+                tasks.append(_attempt(lambda: pool.submit(_decode_chunk, later, size, resize, upright)))
             task = tasks.popleft() if tasks else None
             part = _attempt(task.result) if task else None
             end = done + len(chunk)
-            images[done:end], places[done:end] = _decode_chunk(chunk, size, resize) if part is None else part
+            images[done:end], places[done:end] = part or _decode_chunk(chunk, size, resize, upright)
             bar.update(len(chunk))
             done = end
     finally:
@@ -225,27 +205,26 @@ def _attempt(call):
         return None
 
 
-def _decode_chunk(files: list[tuple[Path, Crop | None]], size: tuple[int, int],
-                  resize: bool) -> tuple[np.ndarray, np.ndarray]:
+def _decode_chunk(files: list[tuple[Path, Crop | None]], size: tuple[int, int], resize: bool,
+                  upright: bool) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (n, H, W, 3) uint8, and (n, 6) int32: crop, width and height."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        pixels, places = zip(*(_open_rgb(path, size, resize, crop) for path, crop in files))
+    pixels, places = zip(*(_decode(path, size, resize, crop, upright) for path, crop in files))
     return np.stack(pixels), np.array(places, np.int32)
 
 
-def _open_rgb(path: Path, size: tuple[int, int], resize: bool, crop: Crop | None) -> tuple[np.ndarray, tuple[int, ...]]:
+def _decode(path: Path, size: tuple[int, int], resize: bool, crop: Crop | None,
+            upright: bool) -> tuple[np.ndarray, tuple[int, ...]]:
     """One image as (H, W, 3) uint8, and its crop, width and height. DataError when it cannot be read or, without
     `resize`, is not of `size`."""
-    with _opened(path) as image:
-        if not resize and (image.height, image.width) != size:
-            raise DataError(f"{path} is {image.width}x{image.height} pixels, the images before it are"
-                            f" {size[1]}x{size[0]}. Give --image-size to resize them all")
-        image = as_rgb(image)
-        whole = (0, 0, *image.size)
-        shown = _clipped(crop, *image.size) if crop else whole
+    image = open_rgb(path, upright=upright, reduce=crop is None)
+    if not resize and (image.height, image.width) != size:
+        raise DataError(f"{printable(path)} is {image.width}x{image.height} pixels, the images before it are"
+                        f" {size[1]}x{size[0]}. Give --image-size to resize them all")
+    whole = (0, 0, *image.size)
+    shown = _clipped(crop, *image.size) if crop else whole
+    with _sane_sizes(path):     # a crop, too, counts its pixels
         pixels = resized(image.crop(shown), size[0]) if resize else np.asarray(image)
-        return pixels, (*shown, *image.size)
+    return pixels, (*shown, *image.size)
 
 
 def _clipped(crop: Crop, width: int, height: int) -> Crop:
@@ -255,13 +234,81 @@ def _clipped(crop: Crop, width: int, height: int) -> Crop:
     return x0, y0, min(max(x1, x0 + 1), width), min(max(y1, y0 + 1), height)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB. ValueError for more than 8 bits a channel, which PIL would clip to white."""
-    if image.mode[0] in "IF":
-        raise ValueError(f"pixels of type {image.mode}, more than 8 bits a channel")
-    if "transparency" in image.info:    # a palette's transparent colours; PIL warns without this step
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+# ------------------------------------------------------------------------------------------------------------ opening
+
+@functools.lru_cache(maxsize=None)
+def image_endings() -> frozenset[str]:
+    """The endings of the files that the Pillow of this machine can decode, in lower case with their dots."""
+    Image.init()
+    formats = Image.OPEN.keys() - NOT_PICTURES | {"MPO"}    # MPO: phones' JPEG with several pictures
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
+
+
+def is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in image_endings()
+
+
+def passed_over(folder: Path, names: list[str], total: int) -> str:
+    """A line about the files of a folder that are not taken for images, by their names in it."""
+    kinds = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in names)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) + (", ..." if len(kinds) > 5 else "")
+    some = ", ".join(map(printable, names[:3])) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+    return (f"{printable(folder)}: passed over {len(names):,} of {total:,} files, whose names do not end as those of images "
+            f"that Pillow reads here ({counts}): {some}")
+
+
+def open_rgb(path: Path, *, upright: bool = True, reduce: bool = True) -> Image.Image:
+    """An image file of any mode as an RGB image, the way that every viewer shows it: the way up that its EXIF data say
+    (unless `upright` is false), and white where it is transparent. With `reduce`, one of over REDUCED_ABOVE pixels comes
+    smaller where its format can be decoded so.
+
+    Raises DataError, which names the file; also for one of over MOST_PIXELS, before it is decoded."""
+    with _sane_sizes(path), _opened(path) as image:
+        if reduce and image.width * image.height > REDUCED_ABOVE:
+            image.draft(None, (min(image.width, REDUCED_SIDE), min(image.height, REDUCED_SIDE)))
+        if image.mode[0] in "IF":
+            raise ValueError(f"pixels of type {image.mode}, more than 8 bits a channel")    # PIL would clip them to white
+        image.load()    # of a TIFF this heeds the orientation, and takes it out of the EXIF data
+        if upright:
+            image = _turned_upright(image)
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            white.alpha_composite(image.convert("RGBA"))
+            image = white
+        return image.convert("RGB")
+
+
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}    # by EXIF's Orientation
+
+
+def _turned_upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:   # damaged EXIF data, of a picture that can be seen all the same
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+@contextlib.contextmanager
+def _sane_sizes(path: Path) -> Iterator[None]:
+    """PIL's guard against small files that claim to be enormous, at our limit. Raises DataError, which says the size."""
+    before = Image.MAX_IMAGE_PIXELS
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            Image.MAX_IMAGE_PIXELS = MOST_PIXELS
+            yield
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        Image.MAX_IMAGE_PIXELS = None
+        size = "too many"
+        with contextlib.suppress(Exception), Image.open(path) as image:
+            size = f"{image.width}x{image.height}"
+        raise DataError(f"{printable(path)} has {size} pixels: more than {MOST_PIXELS / 1e6:,.0f} megapixels are not read."
+                        f" Replace or remove it") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 @contextlib.contextmanager
@@ -270,28 +317,38 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
-    except (DataError, MemoryError):
+    except (DataError, MemoryError, Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise
     except Exception as error:      # PIL raises OSError, SyntaxError, ValueError, struct.error and more for bad files
-        raise DataError(f"{path} cannot be read as an image ({one_line(error)}). Replace or remove it") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise DataError(f"{printable(path)} cannot be read as an image ({reason}). Replace or remove it") from None
 
 
 def resized(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))    # PIL's bilinear antialiases
 
 
-def _size_of(path: Path) -> tuple[int, int]:
-    with _opened(path) as image:
-        if min(image.size) < MIN_IMAGE_SIZE:
-            raise DataError(f"{path} is only {image.width}x{image.height} pixels. Give --image-size, at least"
-                            f" {MIN_IMAGE_SIZE}")
-        return image.height, image.width
+def _size_of(path: Path, upright: bool) -> tuple[int, int]:
+    image = open_rgb(path, upright=upright)
+    if min(image.size) < MIN_IMAGE_SIZE:
+        raise DataError(f"{printable(path)} is only {image.width}x{image.height} pixels. Give --image-size, at least"
+                        f" {MIN_IMAGE_SIZE}")
+    return image.height, image.width
 
 
 def one_line(error: object) -> str:
     """An error's text in one line, without the memory address that PIL puts into it."""
     text = " ".join(str(error).split()) or type(error).__name__
     return "not an image" if "cannot identify image file" in text else text
+
+
+def printable(path: Path | str) -> str:
+    """A name on one line, with what cannot be printed escaped."""
+    text = os.fspath(path)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() if not "\udc80" <= c <= "\udcff" else
+                   f"\\x{ord(c) - 0xdc00:02x}" for c in text)
 
 
 def shows_progress(progress: bool) -> bool:

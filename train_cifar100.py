@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import sys
 
+if __name__ == "__main__":
+    from training.process import settle
+    settle()    # before PyTorch is loaded
+
 from data import cifar100_present, load_cifar100
 from sample_data import cifar_sample
 from training.commands import main
@@ -63,8 +67,8 @@ TASK = Task(
     recipes={"fast": FAST, "paper": PAPER},
     short={"fast": SHORT},
     model="vgg-att3-concat-pc",
-    load=lambda config: load_cifar100(config["data_dir"], image_size=config["image_size"],
-                                      num_workers=config["num_workers"]),
+    load=lambda config, download: load_cifar100(config["data_dir"], image_size=config["image_size"],
+                                                num_workers=config["num_workers"], download=download),
     sample=lambda config: cifar_sample(),
     present=cifar100_present,
     train_images=50_000,

@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import sys
 
+if __name__ == "__main__":
+    from training.process import settle
+    settle()    # before PyTorch is loaded
+
 from cub import cub_present, load_cub
 from cub_sample import cub_sample
 from training.commands import main
@@ -83,7 +87,7 @@ TASK = Task(
     recipes={"fast": DEFAULT, "paper": PAPER},
     short={},
     model="vgg-att3-concat-pc",
-    load=lambda config: load_cub(config["data_dir"], **stored(config)),
+    load=lambda config, download: load_cub(config["data_dir"], **stored(config), download=download),
     sample=lambda config: cub_sample(**stored(config)),
     present=cub_present,
     train_images=5_994,

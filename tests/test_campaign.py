@@ -22,6 +22,7 @@ from PIL import Image
 
 import image_files
 import train_cifar100
+from files import temporary_in
 from sample_data import cifar_sample
 from tests.test_command_line import NARROW, assert_runs_equal
 from training import checkpoint, commands, run as run_module
@@ -263,8 +264,8 @@ class Campaign:
             for cache in (self.data / ".cache").glob("*.pt"):
                 cache.write_bytes(cache.read_bytes()[:rng.randrange(5000)])
         elif kind.startswith("half-written"):
-            (run / ".last.pt.tmp").write_bytes(b"half")
-            (run / ".config.json.tmp").write_bytes(b"{")
+            for half in (b"half", b"{"):
+                temporary_in(run).write_bytes(half)
 
     def all_said(self) -> str:
         said = self.folder / "said"

@@ -330,7 +330,7 @@ def test_the_folder_to_go_on_in(cli, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         status, out, _ = cli(*NARROW, "--model", "vgg", "--epochs", 1, "--run-dir", "mine")
-    assert status == 143 and "  python train_cifar100.py --resume mine\n" in out
+    assert status == 143 and "python train_cifar100.py --resume mine\n" in out
     assert cli("--resume", "other", "--run-dir", "mine")[0] == 2
     status, out, _ = cli("--run-dir", "mine", "--resume", "--precision", "auto", "--no-checkpoint-activations")
     assert status == 0 and "Run directory mine;" in out
@@ -340,13 +340,17 @@ def test_the_folder_to_go_on_in(cli, monkeypatch):
 
 def test_every_run_has_a_folder_of_its_own(small_task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = {commands.run_dir_of(small_task, argparse.Namespace(), "vgg") for _ in range(3)}
-    assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
+    with contextlib.ExitStack() as stack:
+        folders = {stack.enter_context(checkpoint.new_folder(commands.new_run_dirs(small_task, argparse.Namespace(), "vgg")))
+                   for _ in range(3)}
+        assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
+    assert not Path("runs").exists()    # nothing came into them
 
 
 def test_the_command_that_goes_on_is_the_one_it_was_started_by(small_task, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["code of mine/train_cifar100.py"])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(commands, "program", lambda name, module=None: name)
     assert commands.how_to_resume(small_task, Path("a run"), Ranks(0, 4, 0)) == (
         "torchrun --nproc-per-node=2 'code of mine/train_cifar100.py' --resume 'a run'")
 
@@ -388,7 +392,7 @@ def test_same_seed_same_run_and_another_seed_another(cli, unhurt):
     (["--set", "schedule=cosine"], "choose linear or halve"),
     (["--device", "tpu"], "expected auto, cpu, cuda, or cuda:N"),
     (["--sample", "--model", "vgg", "--set", "trunk=full"], "vgg-gap is the baseline that has one"),
-    (["--set", "momentum=0"], "Nesterov needs a momentum"),
+    (["--set", "momentum=0", "--set", "nesterov=true"], "Nesterov needs a momentum"),
     (["--set", "label_smoothing=2"], "expected a number below 1"),
     (["--set", "crop_pad=40"], "expected a number below 16"),
     (["--recipe", "paper", "--set", "halve_every=0"], "expected 1 epoch or more"),

@@ -84,7 +84,7 @@ def test_grey_palette_transparent_and_cmyk_images_become_rgb(root, recwarn):
     colour = Image.new("RGB", (50, 40), (90, 80, 70))
     for image, path, expected in ((Image.new("L", (50, 40), 77), TRAIN[0], [77] * 3),
                                   (colour.convert("P", palette=Image.Palette.ADAPTIVE), TRAIN[1], [90, 80, 70]),
-                                  (Image.new("RGBA", (50, 40), (1, 2, 3, 9)), TRAIN[2], [1, 2, 3])):
+                                  (Image.new("RGBA", (50, 40), (1, 2, 3, 9)), TRAIN[2], [246] * 3)):
         image.save(images / BIRDS[path][0])
         assert load(root)[0].images[TRAIN.index(path), 5, 5].tolist() == expected
     colour.convert("CMYK").save(images / BIRDS[TRAIN[0]][0], format="jpeg")
@@ -194,12 +194,12 @@ def truncated_jpeg(path):
     (truncated_jpeg, "truncated"), (lambda path: path.write_text("this is text"), "not an image"),
     (lambda path: path.write_bytes(b""), "not an image"), (Path.unlink, "No such file"),
     (lambda path: path.unlink() or path.mkdir(), "Is a directory"),
-    (lambda path: Image.new("RGB", (300, 300)).save(path), "decompression bomb")])
+    (lambda path: Image.new("RGB", (300, 200)).save(path), "has 300x200 pixels: more than 0 megapixels")])
 @pytest.mark.parametrize("number", [TRAIN[1], TEST[0]])
 def test_unreadable_images(root, monkeypatch, spoil, why, number):
     path = root / CUB_FOLDER / "images" / BIRDS[number][0]
     spoil(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
+    monkeypatch.setattr(image_files, "MOST_PIXELS", 40_000)
     fails(root, path, why, "Replace or remove", "rows")
     assert len(list((root / ".cache").glob("*"))) == (number in TEST)
 
@@ -213,30 +213,31 @@ def test_bad_options(root):
 
 
 def test_mistyped_data_dir(root):
-    fails(root / CUB_FOLDER, "is itself the folder", f"({root})", download=True)
-    fails(root / "nowhere", "does not exist", cub.CUB_URL, cub.CUB_MD5, "--sample")
+    fails(root / "nowhere", "no CUB-200-2011 in", "but there is one beside it", f"give --data-dir {root}", download=True)
+    fails(root.parent / "nowhere", "does not exist", cub.CUB_URL, cub.CUB_MD5, "--sample")
     fails(root / "no" / "where", "does not exist", download=True)
-    (root / "empty").mkdir()
-    fails(root / "empty", "no CUB-200-2011 in", root / "empty" / cub.CUB_ARCHIVE)
-    (root / "file").write_text("")
-    fails(root / "file", "is a file", download=True)
-    assert cub_present(root) and not cub_present(root / "empty") and not cub_present(root / "file")
+    empty = root.parent / "empty"
+    empty.mkdir()
+    fails(empty, "no CUB-200-2011 in", empty / cub.CUB_ARCHIVE)
+    (root.parent / "file").write_text("")
+    fails(root.parent / "file", "is a file", download=True)
+    assert cub_present(root) and not cub_present(empty) and not cub_present(root.parent / "file")
     shutil.rmtree(root / CUB_FOLDER / "images")
     fails(root, BIRDS[TRAIN[0]][0], "No such file")
 
 
 # -------------------------------------------------------------------------------------------------------------- workers
 
-def dying_chunk(parent, files, size, resize):
+def dying_chunk(parent, files, *options):
     if os.getpid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
-    return image_files._decode_chunk(files, size, resize)
+    return image_files._decode_chunk(files, *options)
 
 
-def failing_chunk(parent, files, size, resize):
+def failing_chunk(parent, files, *options):
     if os.getpid() != parent and files[0][0].name == "a.png":   # the other chunks are the worker's
         raise MemoryError("a worker's")
-    return image_files._decode_chunk(files, size, resize)
+    return image_files._decode_chunk(files, *options)
 
 
 @pytest.mark.parametrize("chunk,reason", [(dying_chunk, "it was killed"), (failing_chunk, "a worker's")])

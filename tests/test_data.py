@@ -110,7 +110,10 @@ def test_bad_class_folders(tmp_path, monkeypatch):
     fails(tmp_path, tmp_path / "cifar100/train", "no class folders")
     fails(tmp_path / "cifar100", "no CIFAR-100 in")
     (tmp_path / "cifar100/test").mkdir()
-    fails(tmp_path / "cifar100", "--data-dir is the folder that holds cifar100")
+    fails(tmp_path / "cifar100", tmp_path / "cifar100/train", "no class folders")       # it is itself the folder
+    for split in ("train", "test"):
+        (tmp_path / "other" / split).mkdir(parents=True)
+    fails(tmp_path / "other", "holds train/ and test/ itself", "as --data-dir")     # which may be anything
     for size in (0, 15):
         fails(tmp_path, "--image-size", "at least 16", image_size=size)
     (tmp_path / "file").write_text("")
@@ -183,13 +186,13 @@ def test_damaged_archive_and_unpacked_folder(tmp_path, archive):
     whole = path.read_bytes()
     root = path.parent
     (root / data.CIFAR100_UNPACKED / "train").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    fails(root, root / data.CIFAR100_UNPACKED / "train", "md5", "Delete")
+    fails(root, root / data.CIFAR100_UNPACKED / "train", "md5", "Move")
     (root / data.CIFAR100_UNPACKED / "train").unlink()
-    fails(root, root / data.CIFAR100_UNPACKED / "train", "Delete")
+    fails(root, root / data.CIFAR100_UNPACKED / "train", "Move")
     (root / data.CIFAR100_UNPACKED).rename(root / "away")
     for content in (whole[:len(whole) // 2], whole + b"x", b""):
         path.write_bytes(content)
-        fails(root, path, data.CIFAR100_MD5, data.CIFAR100_URL, "Delete it")
+        fails(root, path, data.CIFAR100_MD5, data.CIFAR100_URL, "Move it away")
 
 
 class Server(http.server.BaseHTTPRequestHandler):

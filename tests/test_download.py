@@ -16,6 +16,7 @@ import torch
 import cub
 import data
 import download
+import files
 from cub import CUB_FOLDER, cub_present
 from image_files import DataError
 from tests.makers import birds_fail as fails, listing, load_birds as load
@@ -96,7 +97,7 @@ def test_download(root, archive, server, capsys):
     assert cub_present(target) and len(load(target)[0]) == 3        # from the archive
     (target / cub.CUB_ARCHIVE).write_bytes(archive[:-1])
     shutil.rmtree(target / CUB_FOLDER)
-    fails(target, target / cub.CUB_ARCHIVE, "half a download", "Delete it")
+    fails(target, target / cub.CUB_ARCHIVE, "half a download", "Move it away")
     assert asked == [None]
 
 
@@ -173,7 +174,7 @@ def test_an_interrupted_download_leaves_nothing(root, archive, server, monkeypat
     monkeypatch.setattr(download, "md5_of", interrupt)
     with pytest.raises(KeyboardInterrupt):
         load(target, download=True)
-    assert listing(target) == []
+    assert not target.exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- unpack
@@ -223,12 +224,12 @@ def test_damaged_and_foreign_archives(root, tmp_path, monkeypatch):
 def test_two_processes_that_unpack_and_leftovers(root, tmp_path, monkeypatch):
     target, path = tmp_path / "new", tmp_path / "whole.tgz"
     path.write_bytes(tar_of([(CUB_FOLDER, root / CUB_FOLDER)]))
-    old, new = target / ".unpack-old", target / ".unpack-new"
-    for folder in (old, new):
+    old, new, theirs = files.temporary_in(target), files.temporary_in(target), target / ".unpack-old"
+    for folder in (old, new, theirs):
         (folder / CUB_FOLDER).mkdir(parents=True)
-    for touched in (old / CUB_FOLDER, old):
+    for touched in (old / CUB_FOLDER, old, theirs / CUB_FOLDER, theirs):
         os.utime(touched, (1, 1))
     download.unpack(path, CUB_FOLDER, target, progress=False)
     (target / CUB_FOLDER / "mine").write_text("the faster one's")
     download.unpack(path, CUB_FOLDER, target, progress=False)       # the name is taken: nothing happens
-    assert (target / CUB_FOLDER / "mine").exists() and listing(target) == [".unpack-new", CUB_FOLDER]
+    assert (target / CUB_FOLDER / "mine").exists() and listing(target) == sorted([new.name, theirs.name, CUB_FOLDER])

@@ -124,7 +124,8 @@ def test_wrong_use(monkeypatch, capsys, tmp_path):
         monkeypatch.delenv(name, raising=False)
     assert of_environment() == Ranks(0, 1, 0)
     monkeypatch.chdir(tmp_path)
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "127.0.0.1"),
+                        ("MASTER_PORT", "29500")):
         monkeypatch.setenv(name, value)
     assert of_environment() == Ranks(1, 2, 1)
     assert commands.main(train_cifar100.TASK, ["--sanity"]) == 2

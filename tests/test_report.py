@@ -40,7 +40,7 @@ def _run(run_dir, epochs, *, start=True, finish=False):
         report.health(epoch, _health(float(epoch)))
         report.overlays(epoch, _sheet(epoch))
     if finish:
-        report.finish(HPARAMS, {"top1": 77.5})
+        report.finish(max(epochs), HPARAMS, {"top1": 77.5})
     report.close()
     return report
 
@@ -166,8 +166,6 @@ def test_cut_back_after_a_kill_in_mid_write_and_twice(tmp_path):
         file.truncate(os.path.getsize(report.events_path) - 7)  # the overlay of epoch 3 is broken
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write("4,0.1,0.")
-    (tmp_path / "events.tmp").write_bytes(b"half")
-    (tmp_path / "metrics.tmp").write_bytes(b"half")
     cut_back(tmp_path, 3)
     once = _events(tmp_path), (tmp_path / "metrics.csv").read_bytes()
     assert once[0]["attention/test images"] == [1, 2] and once[0]["attention/conv7/entropy"] == [1, 2, 3]

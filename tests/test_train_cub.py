@@ -120,7 +120,8 @@ def test_out_of_memory_is_told_with_the_options_that_help(cli, monkeypatch):
     def none(self, images):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     monkeypatch.setattr("attention_model.Network.forward", none)
-    monkeypatch.setattr(commands, "say_how_long", lambda run: None)
+    for name in ("say_how_long", "check_memory"):
+        monkeypatch.setattr(commands, name, lambda *words: None)
     status, out, err = cli(*SMALL, "--init-from", "none", "--run-dir", "r")
     assert status == 1 and "going on with --micro-batch 1 " in out and "one image has none worth using" in out
     assert re.search(r"out of memory at 1 image at once \(peak \d+ MiB\).*\nTry, in this order: --checkpoint-activations, a "
@@ -130,7 +131,7 @@ def test_out_of_memory_is_told_with_the_options_that_help(cli, monkeypatch):
 @pytest.mark.parametrize("words, message", [
     (["--recipe", "paper"], "this recipe starts from a CIFAR-100 network"),
     (["--init-from", "none", "--freeze-epochs", "1"], "--freeze-epochs keeps a transferred trunk"),
-    (["--init-from", "x.pt", "--epochs", "2"], "fewer than the 2 epochs"),
+    (["--init-from", "x.pt", "--epochs", "2", "--freeze-epochs", "2"], "fewer than the 2 epochs"),
     (["--set", "crop=boxes"], "choose box or whole"),
     (["--set", "zoom=1.5"], "expected a number below 1"),
     (["--set", "init_from=none"], "use --init-from none"),
@@ -147,6 +148,8 @@ def test_what_is_missing_exits_with_1(cli, tmp_path):
     status, _, err = cli("--init-from", "gone.pt")
     assert status == 1 and "gone.pt: there is no such file" in err
     status, _, err = cli(*SMALL, "--run-dir", "r")
+    assert status == 2 and "ImageNet weights fit --width 1, not 0.0625: give --init-from none" in err
+    status, _, err = cli(*SMALL, "--width", 1, "--run-dir", "r")
     assert status == 1 and "ImageNet weights could not be downloaded" in err and str(transfer.imagenet_file()) in err
     status, _, err = cli(*SMALL, "--init-from", "none", "--data-dir", "gone/data")
     assert status == 1 and "gone/data does not exist" in err

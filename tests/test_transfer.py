@@ -144,7 +144,7 @@ def test_imagenet_weights_are_downloaded_and_checked(vgg16_bn, home, server, mon
     assert "downloading" in capsys.readouterr().out and transfer.imagenet_file().is_file()
     assert torch.equal(weights["features.0.weight"], vgg16_bn[0][0].weight)
     transfer.imagenet_file().write_bytes(vgg16_bn[1].read_bytes()[:1000])
-    with pytest.raises(UserError, match="is damaged .* Delete it and start again"):
+    with pytest.raises(UserError, match="is damaged .* Move it away and start again"):
         transfer.imagenet_weights()
     transfer.imagenet_file().unlink()
     other = vgg16_bn[1].with_name("vgg16_bn-00000000.pth")

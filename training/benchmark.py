@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import ImageSet
+from files import replace_file
 from training import options
 from training.loop import Trainer, memory_ran_out, peak_memory_mib
+from training.options import UserError
 from training.run import Run, Task, input_size, split
 from training.sanity import cpu_batch
 
@@ -29,11 +32,13 @@ PARTS = ("data", "forward", "backward", "optimizer")
 
 def benchmark(task: Task, config: dict, steps: int, json_path: str | None, command: str) -> int:
     """Measure, print the table, write it to ``json_path`` if one is given. Nothing is downloaded or trained for good."""
+    if json_path:
+        check_json(Path(json_path))
     sample = config["sample"] or not task.present(config["data_dir"])
     if config["init_from"] != "none":
         print(f"--benchmark starts from nothing, not from {config['init_from'] or 'a checkpoint'}: the speed is the same.")
     config |= {"sample": sample, "progressive": "none", "init_from": "none", "freeze_epochs": 0.0}
-    train, evaluation = split(config, *(task.sample(config) if sample else task.load(config)))
+    train, evaluation = split(config, *(task.sample(config) if sample else task.load(config, False)))
     device = options.choose_device(config["device"])
     asked = config["batch_size"]
     config["batch_size"] = min(asked if device.type == "cuda" else cpu_batch(task, config, train), len(train))
@@ -58,9 +63,24 @@ def benchmark(task: Task, config: dict, steps: int, json_path: str | None, comma
     result["ratio"] = plain and result["images_per_second"] / plain
     print_table(result, asked)
     if json_path:
-        Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
+        text = json.dumps(result, indent=2) + "\n"
+        replace_file(Path(json_path), lambda file: file.write(text.encode()))
         print(f"Written to {json_path}")
     return 0
+
+
+def check_json(path: Path) -> None:
+    """Before the minutes that measuring takes. Raises UserError where the result could not be written, or would replace a
+    file that is not an earlier one."""
+    if not path.parent.is_dir():
+        raise UserError(f"--json {path}: there is no folder {path.parent}", 2)
+    if os.path.lexists(path):
+        try:
+            ours = json.loads(path.read_text("utf-8-sig")).keys() >= {"command", "images_per_second", "parts_ms"}
+        except (OSError, ValueError, AttributeError):
+            ours = False
+        if not ours:
+            raise UserError(f"--json {path} is there already, and not written by --benchmark: give another name", 2)
 
 
 # ---- our step ---------------------------------------------------------------------------------------------------------

@@ -11,17 +11,21 @@ import os
 import pickle
 import random
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from attention_model import build_model, scaled
-from image_files import replace_file
+from files import identity, make_folders, remove_made, replace_file, set_aside
 from training.options import CHECKPOINT_NAME, MAY_CHANGE, PREVIOUS_NAME, UserError
+from training.process import quoted
 
 FORMAT = 2
-DAMAGED_NAME = "last.damaged.pt"    # a last.pt that could not be used, set aside
+BEST_NAME = "best.pt"
+# What a run writes besides TensorBoard's event files. In the folder of a new run none of it may be there.
+RUN_FILES = ("config.json", "metrics.csv", CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME)
 # What a config of format 1 did not have, with the values that mean what its code did.
 SINCE_FORMAT_2 = {"zoom": 0.0, "jitter": 0.0, "transfer_lr": 1.0, "freeze_epochs": 0.0}
 LATER = {"muon": 0.0}   # the same for early runs of format 2
@@ -66,7 +70,7 @@ def save_file(path: Path, content: dict, previous: Path | None = None) -> None:
             cause = cause.__context__
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
         raise UserError(f"{path} could not be written: {reason}. What was saved before is untouched: make room there, "
-                        f"then --resume {path.parent}") from error
+                        f"then --resume {quoted(path.parent)}") from error
 
 
 def save_checkpoint(run_dir: Path, content: dict) -> None:
@@ -125,22 +129,40 @@ def with_news(config: dict) -> dict:
 
 def read_last(run_dir: Path, mend: bool = False) -> dict | None:
     """The newest checkpoint of a run that can be read; None when there is none yet. Says when it is the one before, and
-    with ``mend`` puts that one in the place of the last: the next save would else keep the bad one as the one before."""
+    with ``mend`` puts that one in the place of the last: the next save would else keep the bad one as the one before.
+    ``mend`` also sets aside what has a name of ours and is not this run's: the next save would put it out of the world."""
     last, previous = run_dir / CHECKPOINT_NAME, run_dir / PREVIOUS_NAME
     if not last.exists() and not previous.exists():
         return None
     try:
-        return check_own(run_dir, last, read_checkpoint(last))
+        content = check_own(run_dir, last, read_checkpoint(last))
     except UserError as error:
         if not previous.exists():
             raise
         content = check_own(run_dir, previous, read_checkpoint(previous))
-        if mend:
-            if last.exists():
-                os.replace(last, run_dir / DAMAGED_NAME)
-            os.replace(previous, last)
         print(f"{error}\nGoing on from the checkpoint before it, {previous}.")
-        return content
+        if mend:
+            if os.path.lexists(last):
+                set_aside(last, "could not be used")
+            os.replace(previous, last)
+    if mend:
+        set_others_aside(run_dir, content)
+    return content
+
+
+def set_others_aside(run_dir: Path, content: dict) -> None:
+    """Keep, under another name, what the run with this checkpoint would write over and has not written."""
+    for name in (PREVIOUS_NAME, BEST_NAME) if content["config"].get("val_fraction") else (PREVIOUS_NAME,):
+        if os.path.lexists(run_dir / name):
+            try:
+                check_own(run_dir, run_dir / name, read_checkpoint(run_dir / name))
+            except UserError:
+                set_aside(run_dir / name, "is no checkpoint of this run")
+    if os.path.lexists(run_dir / "config.json"):
+        try:
+            read_config(run_dir)["config"]["model"]
+        except (OSError, ValueError, KeyError, TypeError):
+            set_aside(run_dir / "config.json", "is damaged, or not a run's")
 
 
 def check_own(run_dir: Path, path: Path, content: dict) -> dict:
@@ -179,7 +201,7 @@ def write_config(run_dir: Path, record: dict) -> None:
 
 
 def read_config(run_dir: Path) -> dict:
-    return json.loads((run_dir / "config.json").read_text())
+    return json.loads((run_dir / "config.json").read_text("utf-8-sig"))
 
 
 def earlier_commands(run_dir: Path) -> list[str]:
@@ -190,28 +212,60 @@ def earlier_commands(run_dir: Path) -> list[str]:
         return []
 
 
-def clean(run_dir: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for temporary in run_dir.glob(".*.tmp"):
-        temporary.unlink(missing_ok=True)
+# ---- folders ----------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def new_folder(candidates: Iterator[Path]) -> Iterator[Path]:
+    """The folder of a new run, made and locked: the first of ``candidates`` that is not there yet, or the last of them. At
+    its end it goes again, with the parents that were made for it, if nothing came into it.
+
+    Raises UserError for a folder that holds what a run would write."""
+    with contextlib.ExitStack() as stack:
+        for run_dir in candidates:
+            made = make_folders(run_dir)
+            if run_dir in made:
+                break
+        stack.enter_context(lock(run_dir))
+        stack.callback(remove_made, made)   # before the lock is given up: nobody else's folder, and nobody in it
+        check_new(run_dir)
+        yield run_dir
+
+
+def check_new(run_dir: Path) -> None:
+    """Raises UserError where a new run in this folder would write over something, or mix its curves with others."""
+    found = [name for name in RUN_FILES if os.path.lexists(run_dir / name)]
+    found += sorted(path.name for path in run_dir.iterdir() if "tfevents" in path.name)
+    if "config.json" in found or CHECKPOINT_NAME in found:
+        raise UserError(f"{run_dir} holds a run already: go on with it by --resume {quoted(run_dir)}, or name another "
+                        f"--run-dir", 2)
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise UserError(f"{run_dir} holds {', '.join(found[:3])}{more}, which a run writes too: name another --run-dir, or "
+                        f"move them away", 2)
 
 
 @contextlib.contextmanager
-def lock(run_dir: Path):
+def lock(run_dir: Path) -> Iterator[None]:
     """One process a run directory. The lock is on the folder itself and ends with the process, however it ends."""
+    in_use = UserError(f"{run_dir} is in use by another process: wait for it, or stop it first")
     try:
         import fcntl
     except ImportError:  # Windows has no flock; there the check for an existing run is all there is
         yield
         return
-    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        descriptor = os.open(run_dir, os.O_RDONLY)
+    except FileNotFoundError:
+        raise in_use from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{run_dir} is in use by another process: wait for it, or stop it first") from None
+            raise in_use from None
         except OSError:  # some network file systems lock no folders
             pass
+        if identity(run_dir) != identity(descriptor):
+            raise in_use    # it had made the folder, and has just taken it away again
         yield
     finally:
         os.close(descriptor)

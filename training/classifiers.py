@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from augmentation import normalise, resize
-from image_files import one_line
+from image_files import one_line, printable
 from training import checkpoint
-from training.gallery import printable
 from training.options import UserError
 from training.run import eval_batch_size
 from training.transfer import hub_weights
@@ -116,7 +115,7 @@ def find_class(text: str, names: tuple[str, ...]) -> int:
     if found:
         return found[0]
     if plain.isascii() and plain.isdigit():
-        if int(plain) < len(names):
+        if len(plain) < 20 and int(plain) < len(names):
             return int(plain)
         raise UserError(f"--target {text}: the classes are numbered 0 to {len(names) - 1}", 2)
     raise UserError(f"--target {text}: there is no such class; near it: {nearest(text, names)}", 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shlex
 import signal
 import sys
 import time
@@ -15,22 +14,27 @@ from pathlib import Path
 
 import torch
 
+from attention_model import scaled
 from data import DataError, ImageSet
-from image_files import one_line
+from files import remove_leftovers
+from image_files import one_line, printable
 from training import checkpoint, options, sanity
 from training.benchmark import benchmark
 from training.loop import Interrupted, Precision, SMALLEST_FOR_STATISTICS, Trainer, evaluate, memory_ran_out
+from training.memory import check_memory
 from training.optimise import SCHEDULES, learning_rate, parse_progressive
 from training.options import UserError
+from training.process import open_standard_streams, program, quoted, unbreakable_pipes
 from training.ranks import Ranks, joined, of_environment
 from training.run import Run, Signals, Task, build, clock, eval_batches, split
 
 
 def main(task: Task, argv: list[str] | None = None) -> int:
+    open_standard_streams()
     argv = sys.argv[1:] if argv is None else argv
     parser = options.make_parser(task.description, task.recipes, model=task.model, dataset=task.dataset)
     try:
-        args = parser.parse_args(argv)
+        args = options.parse(parser, argv)
         if args.json and not args.benchmark:
             parser.error("--json goes with --benchmark")
     except SystemExit as stop:  # argparse has printed the help (0) or what is wrong (2)
@@ -69,45 +73,39 @@ def exit_status(action: Callable[[], int], when_stopped: str) -> int:
 def do(task: Task, args, argv: list[str]) -> int:
     if of_environment().world_size > 1 and (args.evaluate or args.sanity or args.benchmark):
         raise UserError("--evaluate, --sanity and --benchmark run in one process: start them without torchrun", 2)
-    if args.evaluate:
-        return evaluate_checkpoint(task, args, argv)
-    if args.sanity or args.benchmark:
+    if not (args.evaluate or args.sanity or args.benchmark):
+        with joined(args.device) as ranks:
+            try:
+                return train(task, args, argv, ranks)
+            except RuntimeError as error:
+                if not ranks.lost_by(error):
+                    raise
+                raise UserError(f"rank {ranks.rank} lost the others ({one_line(error)[:150]}). The rank that ended first has "
+                                f"printed why") from None
+    with unbreakable_pipes():
+        if args.evaluate:
+            return evaluate_checkpoint(task, args, argv)
         config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
         check_recipe(config)
         command = options.command_line(argv)
-        if args.sanity:
-            with removed_if_empty(run_dir_of(task, args, "sanity")) as run_dir:
-                return sanity.sanity_pass(task, config, run_dir, command)
-        return benchmark(task, config, args.benchmark, args.json, command)
-    with joined(args.device) as ranks:
-        return train(task, args, argv, ranks)
+        if args.benchmark:
+            return benchmark(task, config, args.benchmark, args.json, command)
+        with checkpoint.new_folder(new_run_dirs(task, args, "sanity")) as run_dir:
+            return sanity.sanity_pass(task, config, run_dir, command)
 
 
-def run_dir_of(task: Task, args, suffix: str) -> Path:
-    """--run-dir, or a folder of its own for every run, made here: several may start in the same second."""
+def new_run_dirs(task: Task, args, suffix: str) -> Iterator[Path]:
+    """--run-dir alone, or names of a folder under runs/, one after the other: several runs may start in one second."""
     if hasattr(args, "run_dir"):
-        return Path(args.run_dir)
+        yield Path(args.run_dir)
+        return
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{suffix}"
-    for number in itertools.count(1):
-        run_dir = Path("runs", task.dataset, name if number == 1 else f"{name}-{number}")
-        with contextlib.suppress(FileExistsError):
-            run_dir.mkdir(parents=True)
-            return run_dir
-
-
-@contextlib.contextmanager
-def removed_if_empty(run_dir: Path) -> Iterator[Path]:
-    """Where nothing came of it, no folder is left."""
-    try:
-        yield run_dir
-    finally:
-        with contextlib.suppress(OSError):  # not empty, or not there
-            run_dir.rmdir()
+    yield from (Path("runs", task.dataset, f"{name}-{number}" if number else name) for number in itertools.count())
 
 
 def run_to_resume(args) -> Path | None:
     """The folder that --resume names, its checkpoint's folder, or --run-dir; None: the newest unfinished run."""
-    named = Path(args.resume) if args.resume else None
+    named = None if args.resume is options.NEWEST else Path(args.resume)
     if named and named.is_file():
         named = named.parent
     given = Path(args.run_dir) if hasattr(args, "run_dir") else None
@@ -116,62 +114,76 @@ def run_to_resume(args) -> Path | None:
     return named or given
 
 
-def load(task: Task, config: dict) -> tuple[ImageSet, ImageSet]:
-    """Training and test set of a config: the sample, or the data set (downloaded when it is not there)."""
-    return task.sample(config) if config["sample"] else task.load(config)
+def load(task: Task, config: dict, *, new: bool) -> tuple[ImageSet, ImageSet]:
+    """Training and test set of a config: the sample, or the data set. For a new run it is downloaded when it is not there.
+    Another one was made from images that were there: raises UserError where they are not any more."""
+    if config["sample"]:
+        return task.sample(config)
+    if not new and not task.present(config["data_dir"]):
+        raise UserError(f"the images that this was trained on are not in {Path(config['data_dir']).absolute()} any more: give "
+                        f"--data-dir, the folder that holds them now")
+    return task.load(config, new)
 
 
 # ---- training ---------------------------------------------------------------------------------------------------------
 
 def train(task: Task, args, argv: list[str], ranks: Ranks) -> int:
     """A new run, or the rest of one. Every rank comes here; the first one alone writes into the run directory."""
-    content = None
-    if args.resume is None:
-        config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
-        check_recipe(config)
-        check_start(config)
-        run_dir = ranks.broadcast_object(run_dir_of(task, args, config["model"]) if ranks.first else None)
-        if ranks.first and any((run_dir / name).exists() for name in ("config.json", options.CHECKPOINT_NAME)):
-            raise UserError(f"{run_dir} holds a run already: go on with it by --resume {run_dir}, or name another "
-                            f"--run-dir", 2)
-        run_dir.mkdir(parents=True, exist_ok=True)
-    else:
-        run_dir = run_to_resume(args) or ranks.broadcast_object(
-            checkpoint.newest_unfinished(Path("runs", task.dataset)) if ranks.first else None)
-        names = ("config.json", options.CHECKPOINT_NAME, options.PREVIOUS_NAME)
-        if not any((run_dir / name).exists() for name in names):
-            raise UserError(f"--resume {run_dir}: there is no run in this folder (no {', no '.join(names)})", 2)
-    with removed_if_empty(run_dir), checkpoint.lock(run_dir) if ranks.first else contextlib.nullcontext():
-        if ranks.first:
-            checkpoint.clean(run_dir)
-        if args.resume is not None:
-            with ranks.first_goes_ahead():
-                content = checkpoint.read_last(run_dir, mend=ranks.first)
-            before = content["config"] if content else stored_config(run_dir)
-            config = options.resumed(before, args, task.recipes, argv)
-            if ranks.world_size > 1:     # as the ranks have met; the stored one may be a single GPU
-                config["device"] = args.device
-            if config["dataset"] != task.dataset:
-                raise UserError(f"{run_dir} is a run of train_{config['dataset']}.py", 2)
-            if content and content["finished"] and config["epochs"] <= before["epochs"]:
-                print(f"{run_dir} is finished: {before['epochs']} epochs. A longer run: --resume {run_dir} --epochs "
-                      f"{2 * before['epochs']}")
-                if ranks.first:
-                    with contextlib.suppress(OSError, ValueError, TypeError):   # a config.json that is lost or damaged
-                        checkpoint.write_config(run_dir, checkpoint.read_config(run_dir) | {"finished": True})
-                return 0
-            if config["epochs"] != before["epochs"]:
-                print(f"--epochs {config['epochs']} instead of {before['epochs']}: the schedule is that of the new length "
-                      f"from here on.")
-            begun = content["position"]["epoch"] + (content["position"]["step"] > 0) if content else 0
-            if config["epochs"] < begun:
-                raise UserError(f"--epochs {config['epochs']}: this run is in epoch {begun} already", 2)
-        if config["batch_size"] < 2 * ranks.world_size:
-            raise UserError(f"--batch-size {config['batch_size']} is too small for {ranks.world_size} ranks: 2 images each are "
-                            f"the least", 2)
+    return resumed_run(task, args, argv, ranks) if args.resume is not None else new_run(task, args, argv, ranks)
+
+
+def new_run(task: Task, args, argv: list[str], ranks: Ranks) -> int:
+    config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
+    check_recipe(config)
+    check_start(config)
+    check_batch(config, ranks)
+    with checkpoint.new_folder(new_run_dirs(task, args, config["model"])) if ranks.first else contextlib.nullcontext() as run_dir:
+        run_dir = ranks.broadcast_object(run_dir)
         with ranks.first_goes_ahead():
-            sets = split(config, *load(task, config))
+            sets = split(config, *load(task, config, new=True))
+        return train_here(task, config, run_dir, sets, None, argv, ranks)
+
+
+def resumed_run(task: Task, args, argv: list[str], ranks: Ranks) -> int:
+    run_dir = run_to_resume(args) or ranks.broadcast_object(
+        checkpoint.newest_unfinished(Path("runs", task.dataset)) if ranks.first else None)
+    names = ("config.json", options.CHECKPOINT_NAME, options.PREVIOUS_NAME)
+    if not any((run_dir / name).exists() for name in names):
+        raise UserError(f"--resume {run_dir}: there is no run in this folder (no {', no '.join(names)})", 2)
+    with checkpoint.lock(run_dir) if ranks.first else contextlib.nullcontext():
+        with ranks.first_goes_ahead():
+            content = checkpoint.read_last(run_dir, mend=ranks.first)
+        before = content["config"] if content else stored_config(run_dir)
+        config = options.resumed(before, args, task.recipes, argv)
+        if ranks.world_size > 1:     # as the ranks have met; the stored one may be a single GPU
+            config["device"] = args.device
+        if config["dataset"] != task.dataset:
+            raise UserError(f"{run_dir} is a run of train_{config['dataset']}.py", 2)
+        if content and content["finished"] and config["epochs"] <= before["epochs"]:
+            print(f"{run_dir} is finished: {before['epochs']} epochs. A longer run: --resume {quoted(run_dir)} --epochs "
+                  f"{2 * before['epochs']}")
+            if ranks.first:
+                with contextlib.suppress(OSError, ValueError, TypeError):   # a config.json that is lost or damaged
+                    checkpoint.write_config(run_dir, checkpoint.read_config(run_dir) | {"finished": True})
+            return 0
+        if config["epochs"] != before["epochs"]:
+            print(f"--epochs {config['epochs']} instead of {before['epochs']}: the schedule is that of the new length from "
+                  f"here on.")
+        begun = content["position"]["epoch"] + (content["position"]["step"] > 0) if content else 0
+        if config["epochs"] < begun:
+            raise UserError(f"--epochs {config['epochs']}: this run is in epoch {begun} already", 2)
+        check_batch(config, ranks)
+        if ranks.first:
+            remove_leftovers(run_dir, age=0)
+        with ranks.first_goes_ahead():
+            sets = split(config, *load(task, config, new=False))
         return train_here(task, config, run_dir, sets, content, argv, ranks)
+
+
+def check_batch(config: dict, ranks: Ranks) -> None:
+    if config["batch_size"] < 2 * ranks.world_size:
+        raise UserError(f"--batch-size {config['batch_size']} is too small for {ranks.world_size} ranks: 2 images each are "
+                        f"the least", 2)
 
 
 def train_here(task: Task, config: dict, run_dir: Path, sets: tuple[ImageSet, ImageSet], content: dict | None,
@@ -179,7 +191,7 @@ def train_here(task: Task, config: dict, run_dir: Path, sets: tuple[ImageSet, Im
     """Train, and say how it ended. The run directory is locked by the caller."""
     run = Run(task, config, run_dir, *sets, content=content, ranks=ranks)
     trainer = run.trainer
-    run.start(options.command_line(argv))
+    run.start(options.command_line(argv), resumed=options.was_given("resume", argv))
     where = f"from epoch {trainer.position.epoch + 1}, step {trainer.position.step + 1}" if content else (
         "from transferred weights" if trainer.transferred else "from scratch")
     del content  # the network, its average and the momentum a second time
@@ -188,7 +200,7 @@ def train_here(task: Task, config: dict, run_dir: Path, sets: tuple[ImageSet, Im
           f"{len(run.train_set):,} training and {len(run.eval_set):,} {run.eval_name} images ({run.train_set.source})\n"
           f"{options.device_name(run.device)}, {config['precision']}, PyTorch {torch.__version__}\n"
           f"{rate_in_words(trainer)}\n"
-          f"Run directory {run_dir}; curves: tensorboard --logdir {run_dir.parent}")
+          f"Run directory {run_dir}; curves: {program('tensorboard', 'tensorboard.main')} --logdir {quoted(run_dir.parent)}")
     if ranks.world_size > 1:
         print(f"{ranks.world_size} ranks, each with {config['batch_size'] / ranks.world_size:g} images of a batch")
     if trainer.micro_batch and config["micro_batch"] == "auto":
@@ -232,15 +244,19 @@ def train_here(task: Task, config: dict, run_dir: Path, sets: tuple[ImageSet, Im
 def how_to_resume(task: Task, run_dir: Path, ranks: Ranks) -> str:
     """The command line that goes on with a run, as it was started: from this folder, with as many ranks."""
     script = sys.argv[0] if Path(sys.argv[0]).name == f"train_{task.dataset}.py" else f"train_{task.dataset}.py"
-    here = os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)
-    start = "python" if ranks.world_size == 1 else f"torchrun --nproc-per-node={here}"
-    return f"{start} {shlex.quote(script)} --resume {shlex.quote(str(run_dir))}"
+    here = os.environ.get("LOCAL_WORLD_SIZE") or ranks.world_size
+    start = program("python") if ranks.world_size == 1 else (
+        f"{program('torchrun', 'torch.distributed.run')} --nproc-per-node={here}")
+    return f"{start} {quoted(script)} --resume {quoted(run_dir)}"
 
 
 def rate_in_words(trainer: Trainer) -> str:
     """The peak learning rate, for an image too: what a step does to the weights depends on both rate and batch."""
     config, steps = trainer.config, len(trainer.batches)
-    peak = max(learning_rate(config, step, steps) for step in range(config["epochs"] * steps))
+    total, rising = config["epochs"] * steps, int(config["warmup"] * config["epochs"] * steps)
+    # Where a schedule turns: around the warm-up's end, and at the first epochs at which the rate is doubled or halved.
+    turns = [rising + more for more in (-2, -1, 0, 1)] + [number * config["halve_every"] * steps for number in range(4)]
+    peak = max(learning_rate(config, min(max(0, step), total - 1), steps) for step in turns)
     words = f"Peak learning rate {peak:.3g} for batches of {config['batch_size']}: {peak / config['batch_size']:.2g} an image"
     if config["muon"]:
         words += f"; {config['muon']:g} of it for the 3x3 filters, by Muon"
@@ -263,9 +279,10 @@ def stored_config(run_dir: Path) -> dict:
 
 def check_recipe(config: dict) -> None:
     """Fail now, before a folder is made or an image read."""
-    options.choose_precision(config["precision"], options.choose_device(config["device"]))
+    device = options.choose_device(config["device"])
+    options.choose_precision(config["precision"], device)
     with torch.device("meta"):
-        build(config, num_classes=2)
+        check_memory(build(config, num_classes=2), config, device)
     try:
         parse_progressive(config["progressive"])
     except ValueError as error:
@@ -274,7 +291,8 @@ def check_recipe(config: dict) -> None:
     for name in choices.keys() & config.keys():
         if config[name] not in choices[name]:
             raise UserError(f"--set {name}={config[name]}: choose {' or '.join(choices[name])}", 2)
-    below = {"momentum": 1, "label_smoothing": 1, "ema_decay": 1, "warmup": 1, "crop_pad": 16, "zoom": 1, "jitter": 1}
+    below = {"momentum": 1, "label_smoothing": 1, "ema_decay": 1, "warmup": 1, "crop_pad": 16, "zoom": 1, "jitter": 1,
+             "cutout": 4096, "pool4": 4096}
     for name, limit in below.items():
         if config[name] >= limit:
             raise UserError(f"--set {name}={config[name]}: expected a number below {limit}", 2)
@@ -295,13 +313,17 @@ def check_start(config: dict) -> None:
     if config["init_from"] == "none" and config["freeze_epochs"]:
         raise UserError("--freeze-epochs keeps a transferred trunk as it is, and --init-from none transfers none: leave one "
                         "of them out", 2)
+    if config["init_from"] == "imagenet" and scaled(64, config["width"]) != 64:
+        raise UserError(f"ImageNet weights fit --width 1, not {config['width']:g}: give --init-from none, or a checkpoint of "
+                        f"that width", 2)
     if config["init_from"] not in ("none", "imagenet"):
         checkpoint.read_checkpoint(config["init_from"])
 
 
 def say_how_long(run: Run) -> None:
     """Without a GPU: what the run takes here, from a small step."""
-    cost = sanity.measure(run.trainer, images=8)
+    height, width = run.config["input_size"]
+    cost = sanity.measure(run.trainer, images=max(1, min(8, 8 * 224**2 // (height * width))))
     position, epochs = run.trainer.position, run.config["epochs"]
     left = epochs - position.epoch
     begun = (position.epoch + position.step / len(run.trainer.batches)) / epochs
@@ -328,7 +350,7 @@ def evaluate_checkpoint(task: Task, args, argv: list[str]) -> int:
     torch.backends.cudnn.benchmark = True   # as in training
     precision = options.choose_precision(getattr(args, "precision", precision_here(config["precision"], device)), device)
     model = checkpoint.load_model(content).to(device, memory_format=torch.channels_last)
-    _, test = load(task, config)
+    _, test = load(task, config, new=False)
     if tuple(content["class_names"]) != test.class_names:
         raise UserError(f"{args.evaluate} was trained on other classes than those of {test.source}")
     started = time.perf_counter()
@@ -351,6 +373,7 @@ def precision_here(trained_in: str, device: torch.device) -> str:
 
 def print_classes(names: tuple[str, ...], counts: list[int], correct: list[int]) -> None:
     """Top-1 of each class, worst first, in as many columns as fit 100 characters."""
+    names = tuple(map(printable, names))
     wide = max(len(name) for name in names) + 16
     order = sorted(range(len(names)), key=lambda i: (correct[i] / max(1, counts[i]), names[i]))
     cells = [f"{names[i]:<{wide - 16}} {100 * correct[i] / max(1, counts[i]):5.1f} % {f'of {counts[i]}':<7}" for i in order]

@@ -4,20 +4,20 @@ from __future__ import annotations
 import io
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin
 
-from data import IMAGE_ENDINGS, DataError
-from image_files import as_rgb, one_line, replace_file
+from files import make_folders, replace_file
+from image_files import is_image_name, passed_over, printable
 from training.options import UserError
 from training.pictures import attention_sheet, overlay, shown
 
 LEAST_SIDE, GREATEST_SIDE = 224, 1024       # pixels of an overlay: smaller images are enlarged, larger ones shrunk
+LONGEST_STEM = 200          # bytes: with the map's name it has to stay below a file system's 255
 SHEET_SIDE = 288            # pixels of the longer side of a picture on an image's own sheet, at most
 
 
@@ -34,32 +34,21 @@ class Picture:
 
 def list_files(words: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """The files that the command line names, a folder's images sorted by name; and the folders without any, which are
-    told."""
+    told, as is what is passed over in the others."""
     paths, bad = [], []
     for path in map(Path, words):
         found = [path]
         if path.is_dir():
-            found = sorted(p for p in path.iterdir()
-                           if p.suffix.lower() in IMAGE_ENDINGS and not p.name.startswith(".") and p.is_file())
+            files = sorted(p for p in path.iterdir() if not p.name.startswith(".") and p.is_file())
+            found = [p for p in files if is_image_name(p.name)]
+            others = [p.name for p in files if not is_image_name(p.name)]
+            if others:
+                print(passed_over(path, others, len(files)), flush=True)
             if not found:
-                complain(f"{printable(path)} holds no images ({' '.join(IMAGE_ENDINGS)}); its folders are not searched")
+                complain(f"{printable(path)} holds no images; its folders are not searched")
                 bad.append(path)
         paths += found
     return list(dict.fromkeys(paths)), bad
-
-
-def open_photo(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 of an image file in any mode, the way up that its EXIF data say. Raises DataError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return np.array(as_rgb(ImageOps.exif_transpose(image)))
-    except MemoryError:
-        raise
-    except Exception as error:      # PIL raises OSError, SyntaxError, ValueError, struct.error and more for bad files
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-        raise DataError(f"{printable(path)} cannot be read as an image ({reason})") from None
 
 
 def parse_index(text: str, count: int) -> list[int]:
@@ -67,17 +56,12 @@ def parse_index(text: str, count: int) -> list[int]:
     indices = []
     for part in text.split(","):
         ends = [end.strip() for end in part.split("-", 1)]
-        if not all(end.isascii() and end.isdigit() for end in ends) or int(ends[0]) > int(ends[-1]):
+        if not all(end.isascii() and end.isdigit() and len(end) < 20 for end in ends) or int(ends[0]) > int(ends[-1]):
             raise UserError(f"--index {text}: expected numbers and ranges, as in 3,7,9-12", 2)
         if int(ends[-1]) >= count:
             raise UserError(f"--index {text}: there are {count:,} images, numbered from 0", 2)
         indices += range(int(ends[0]), int(ends[-1]) + 1)
     return list(dict.fromkeys(indices))
-
-
-def printable(path: Path | str) -> str:
-    """A file's name on one line, bytes that are no text escaped."""
-    return one_line(path).encode("utf-8", "backslashreplace").decode()
 
 
 def complain(message: str) -> None:
@@ -101,8 +85,12 @@ class Overview:
             self.maps.setdefault(name, []).append(each)
 
 
+SOFTWARE = "learn-to-pay-attention"     # is written into a picture of ours, which may be replaced by a later one
+
+
 class Writer:
-    """Writes files into a folder, each whole or not at all. None takes the name of an input, or of another of its own.
+    """Writes files into a folder, each whole or not at all. None takes the name of an input, of another of its own, or of a
+    file that was there before and is not an earlier one of ours.
 
     raw: the maps as .npy too. opacity, colours: see training/pictures.py.
     """
@@ -112,19 +100,16 @@ class Writer:
         self.inputs = {identity for path in inputs for identity in identities(path)}
         self.taken: set[str] = set()
         self.written = 0
-        out.mkdir(parents=True, exist_ok=True)
 
     def image(self, picture: Picture, maps: Mapping[str, np.ndarray], headings: Mapping[str, str], title: str) -> str:
         """An overlay for each map {name: (H, W)}, and a sheet with the input and them. Returns the files' stem."""
-        endings = [f"{name}.{kind}" for name in maps for kind in ("png", "npy")[:1 + self.raw]] + ["sheet.png"]
-        stem = self.free_stem(picture.stem, endings)
+        raw = {f"{name}.npy": npy(each) for name, each in maps.items()} if self.raw else {}
+        stem = self.free_stem(picture.stem, [*(f"{name}.png" for name in maps), "sheet.png"], raw)
         large = shown(picture.pixels, LEAST_SIDE, GREATEST_SIDE)
         for name, each in maps.items():
             self.png(f"{stem}-{name}.png", overlay(large, each, self.opacity, self.colours))
-            if self.raw:
-                content = io.BytesIO()
-                np.save(content, each)
-                self.write(f"{stem}-{name}.npy", content.getvalue())
+        for ending, content in raw.items():
+            self.write(f"{stem}-{ending}", content)
         self.png(f"{stem}-sheet.png", attention_sheet(
             picture.pixels[None], {name: each[None] for name, each in maps.items()}, [title], headings=headings,
             opacity=self.opacity, least_side=LEAST_SIDE, greatest_side=SHEET_SIDE, name=self.colours))
@@ -132,29 +117,57 @@ class Writer:
 
     def overview(self, stem: str, overview: Overview) -> None:
         """One sheet of a whole selection."""
-        stem = self.free_stem(stem, ["sheet.png"])
+        stem = self.free_stem(stem, ["sheet.png"], {})
         self.png(f"{stem}-sheet.png", attention_sheet(
             np.stack(overview.pixels), {name: np.stack(each) for name, each in overview.maps.items()}, overview.titles,
             opacity=self.opacity, name=self.colours))
 
-    def free_stem(self, wanted: str, endings: list[str]) -> str:
-        """``wanted``, or with a number behind it: no file STEM-ENDING is an input, or written already."""
-        stem, number = wanted, 1
-        while any(f"{stem}-{ending}".casefold() in self.taken
-                  or self.inputs.intersection(identities(self.out / f"{stem}-{ending}")) for ending in endings):
+    def free_stem(self, wanted: str, pictures: list[str], raw: Mapping[str, bytes]) -> str:
+        """``wanted``, or with a number behind it, so that each file STEM-ENDING, a picture or one with that content, may be
+        written. Cut to a length that file systems take."""
+        stem, number = in_bytes(wanted, LONGEST_STEM), 1
+        while any(f"{stem}-{ending}".casefold() in self.taken or not self.may_write(self.out / f"{stem}-{ending}", raw.get(ending))
+                  for ending in (*pictures, *raw)):
             number += 1
-            stem = f"{wanted}-{number}"
-        self.taken |= {f"{stem}-{ending}".casefold() for ending in endings}
+            stem = f"{in_bytes(wanted, LONGEST_STEM)}-{number}"
+        self.taken |= {f"{stem}-{ending}".casefold() for ending in (*pictures, *raw)}
         return stem
 
+    def may_write(self, path: Path, content: bytes | None) -> bool:
+        """Whether nothing has that name, or an earlier file of ours: a picture that says so, or one of the same content."""
+        if not os.path.lexists(path):
+            return True
+        if self.inputs.intersection(identities(path)) or not path.is_file():
+            return False
+        if content is not None:
+            return path.stat().st_size == len(content) and path.read_bytes() == content
+        try:
+            with Image.open(path) as image:
+                return image.info.get("Software") == SOFTWARE
+        except Exception:   # PIL raises nearly anything
+            return False
+
     def png(self, name: str, pixels: np.ndarray) -> None:
-        content = io.BytesIO()
-        Image.fromarray(pixels).save(content, "PNG")
+        content, mark = io.BytesIO(), PngImagePlugin.PngInfo()
+        mark.add_text("Software", SOFTWARE)
+        Image.fromarray(pixels).save(content, "PNG", pnginfo=mark)
         self.write(name, content.getvalue())
 
     def write(self, name: str, content: bytes) -> None:
+        make_folders(self.out)
         replace_file(self.out / name, lambda file: file.write(content))
         self.written += 1
+
+
+def npy(values: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, values)
+    return content.getvalue()
+
+
+def in_bytes(text: str, count: int) -> str:
+    """As much of a file's name as fits so many bytes."""
+    return os.fsencode(text)[:count].decode("utf-8", "ignore") if len(os.fsencode(text)) > count else text
 
 
 def identities(path: Path) -> set[tuple[int, int]]:

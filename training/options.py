@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -19,7 +20,10 @@ from pathlib import Path
 import torch
 
 from attention_model import MODEL_NAMES
+from files import expand_user
 
+NEWEST = True   # what a bare --resume gives
+MOST_WORKERS = 256
 SHORT_RUN = 10  # epochs; below, a recipe's changes for short runs hold
 CHECKPOINT_NAME, PREVIOUS_NAME = "last.pt", "last.prev.pt"
 
@@ -52,11 +56,11 @@ def make_parser(description: str, recipes: dict[str, dict], *, model: str, datas
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
     quiet = argparse.SUPPRESS  # not in the result unless it was given
     where = parser.add_argument_group("what and where")
-    where.add_argument("--data-dir", default="data", help="folder that holds (or will hold) the data set")
-    where.add_argument("--run-dir", default=quiet, help=f"folder of this run (default: runs/{dataset}/<time>-<model>)")
+    where.add_argument("--data-dir", type=path, default="data", help="folder that holds (or will hold) the data set")
+    where.add_argument("--run-dir", type=path, default=quiet, help=f"folder of this run (default: runs/{dataset}/<time>-<model>)")
     where.add_argument("--sample", action="store_true", default=quiet, help="train on the small built-in sample")
     where.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N")
-    where.add_argument("--num-workers", type=whole(0), default=2,
+    where.add_argument("--num-workers", type=whole(0, MOST_WORKERS), default=2,
                        help="processes that decode images into the cache; 0: the main process")
 
     what = parser.add_argument_group("the run (part of its mathematics: fixed when a run is resumed)")
@@ -64,12 +68,12 @@ def make_parser(description: str, recipes: dict[str, dict], *, model: str, datas
                       help=f"settings to start from (default: {next(iter(recipes))})")
     what.add_argument("--model", choices=MODEL_NAMES, metavar="NAME", default=quiet,
                       help=f"network: {', '.join(MODEL_NAMES)} (default: {model})")
-    what.add_argument("--width", type=positive, default=quiet, help="factor on all channels (default: 1.0)")
-    what.add_argument("--image-size", type=whole(16), default=quiet, help="side in pixels (default: the recipe's)")
-    what.add_argument("--epochs", type=whole(1), default=quiet, help="(default: the recipe's)")
-    what.add_argument("--batch-size", type=whole(2), default=quiet, help="images an optimizer step (default: the recipe's)")
-    what.add_argument("--lr", type=positive, default=quiet, help="peak learning rate (default: the recipe's)")
-    what.add_argument("--seed", type=whole(0), default=quiet, help="of weights, order, augmentation, dropout (default: 0)")
+    what.add_argument("--width", type=positive(16), default=quiet, help="factor on all channels (default: 1.0)")
+    what.add_argument("--image-size", type=whole(16, 4096), default=quiet, help="side in pixels (default: the recipe's)")
+    what.add_argument("--epochs", type=whole(1, 10**6), default=quiet, help="(default: the recipe's)")
+    what.add_argument("--batch-size", type=whole(2, 10**6), default=quiet, help="images an optimizer step (default: the recipe's)")
+    what.add_argument("--lr", type=positive(1e6), default=quiet, help="peak learning rate (default: the recipe's)")
+    what.add_argument("--seed", type=whole(0, 2**63 - 1), default=quiet, help="of weights, order, augmentation, dropout (default: 0)")
     what.add_argument("--val-fraction", type=fraction, default=quiet,
                       help="part of the training images held out; they are evaluated instead of the test set, "
                            "and best.pt is kept (default: 0)")
@@ -78,7 +82,7 @@ def make_parser(description: str, recipes: dict[str, dict], *, model: str, datas
     what.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                       help="change a constant of the recipe; may be repeated; names: " + ", ".join(
                           name for name in next(iter(recipes.values())) if name not in RECIPE_OPTIONS))
-    what.add_argument("--init-from", metavar="{imagenet,none,CHECKPOINT}", default=quiet,
+    what.add_argument("--init-from", type=path, metavar="{imagenet,none,CHECKPOINT}", default=quiet,
                       help="weights to start from: torchvision's vgg16_bn, none, or a last.pt (default: the recipe's)")
     what.add_argument("--freeze-epochs", type=at_least_0, default=quiet, metavar="N",
                       help="train head and gates alone, on the transferred trunk as it is, for so many epochs "
@@ -95,32 +99,57 @@ def make_parser(description: str, recipes: dict[str, dict], *, model: str, datas
 
     modes = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
     modes.add_argument("--sanity", action="store_true", help="one short epoch through every path of a real run, in a minute or two")
-    modes.add_argument("--resume", nargs="?", const="", metavar="RUN_DIR", help="go on with a run; no folder: the newest "
-                                                                               "unfinished one")
-    modes.add_argument("--evaluate", metavar="CHECKPOINT", help="loss, top-1, top-5 and each class of a checkpoint")
-    modes.add_argument("--benchmark", nargs="?", const=25, type=whole(1), metavar="STEPS",
+    modes.add_argument("--resume", nargs="?", type=path, const=NEWEST, metavar="RUN_DIR",
+                       help="go on with a run; no folder: the newest unfinished one")
+    modes.add_argument("--evaluate", type=path, metavar="CHECKPOINT", help="loss, top-1, top-5 and each class of a checkpoint")
+    modes.add_argument("--benchmark", nargs="?", const=25, type=whole(1, 10**5), metavar="STEPS",
                        help="speed of the training step, its parts, and of the plain way to write it")
-    parser.add_argument("--json", metavar="FILE", help="write what --benchmark measures to this file too")
+    parser.add_argument("--json", type=path, metavar="FILE", help="write what --benchmark measures to this file too")
     parser.add_argument("--overlay-every", type=whole(0), default=1, metavar="EPOCHS",
                         help="attention pictures every so many epochs; 0: none")
     return parser
 
 
-def whole(least: int):
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """The options of a command line. A shell makes an empty word of a variable that is not set, and no option means
+    anything by one. Exits with status 2 where argv is wrong."""
+    for before, word in zip(["", *argv], argv):
+        name, equals, value = word.partition("=")
+        if not word.strip():
+            parser.error(f"{before if before.startswith('--') else 'an argument'} is empty")
+        if name.startswith("--") and equals and not value.strip():
+            parser.error(f"{name} is empty")
+    return parser.parse_args(argv)
+
+
+# ---- types of options, for argparse -----------------------------------------------------------------------------------
+
+def path(text: str) -> str:
+    """A file or folder, ~ expanded: a shell leaves it as it is behind the = of --option=~/x."""
+    try:
+        return str(expand_user(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def whole(least: int, most: int = 2**31 - 1):
     def number(text: str) -> int:
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text[:30]} is {f'below {least}' if value < least else f'above {most}'}")
         return value
     number.__name__ = "whole number"
     return number
 
 
-def positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+def positive(most: float):
+    def number(text: str) -> float:
+        value = float(text)
+        if not 0 < value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is {f'above {most:g}' if value > most else 'not above 0'}")
+        return value
+    number.__name__ = "number above 0"
+    return number
 
 
 def at_least_0(text: str) -> float:
@@ -142,7 +171,7 @@ def auto_or_whole(text: str) -> int | str:
 
 
 # argparse puts these into its "invalid ... value".
-positive.__name__, at_least_0.__name__, fraction.__name__ = "number above 0", "number of 0 or more", "fraction"
+at_least_0.__name__, fraction.__name__ = "number of 0 or more", "fraction"
 auto_or_whole.__name__ = "auto or whole number"
 
 
@@ -158,13 +187,17 @@ def resolve(args: argparse.Namespace, recipes: dict[str, dict], short: dict[str,
         base |= short.get(recipe, {})
     config = {"dataset": dataset, "recipe": recipe, "model": model, "width": 1.0, "seed": 0, "val_fraction": 0.0,
               "image_size": None, "precision": "auto", "sample": False}
-    config |= base | parse_set(args.set, base)
+    changes = parse_set(args.set, base)
+    if changes.get("momentum") == 0:
+        changes.setdefault("nesterov", False)   # which has no meaning without one
+    config |= base | changes
     config |= {name: given[name] for name in config if name in given}
     config |= {name: given[name] for name in ("data_dir", "device", "num_workers", "micro_batch", "checkpoint_activations",
                                               "overlay_every")}
     config["compile"] = given.get("compile", "auto")
-    if config["init_from"] == "none" and "freeze_epochs" not in given:
-        config["freeze_epochs"] = 0.0  # nothing to keep as it is
+    if "freeze_epochs" not in given:    # none where there is nothing to keep as it is, and no more than a quarter of a run
+        config["freeze_epochs"] *= config["init_from"] != "none"
+        config["freeze_epochs"] = min(config["freeze_epochs"], config["epochs"] / 4)
     return config
 
 
@@ -225,12 +258,9 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())    # each rank has its own
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name):     # torch takes cuda:300 for cuda:44
         raise UserError(f"--device {name}: expected auto, cpu, cuda, or cuda:N", 2)
+    device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {name}: PyTorch {torch.__version__} sees no CUDA GPU here. Check nvidia-smi; the "
@@ -282,11 +312,11 @@ def keep_compiled() -> None:
     machine was restarted; its own choice is /tmp. TORCHINDUCTOR_CACHE_DIR says otherwise. Call it before anything is
     built: importing the compiler settles the place, and that happens here and there."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    with contextlib.suppress(OSError, RuntimeError):    # no home, or none to write to: /tmp then
-        folder = Path(home).expanduser() / "learn-to-pay-attention"
+    with contextlib.suppress(OSError, ValueError):  # no home, or none to write to: /tmp then
+        folder = expand_user(home) / "learn-to-pay-attention"
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        if os.access(folder, os.W_OK) and not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def keep_memory() -> None:

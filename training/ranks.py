@@ -14,8 +14,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import rendezvous
 
+from image_files import one_line, printable
 from training.options import UserError
+
+MEETING = timedelta(minutes=5)      # for all ranks to have started
+PATIENCE = timedelta(hours=2)       # of a rank with the others, once they have met
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +92,27 @@ def device_of_this_rank(ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+REMEDY = f"start with torchrun, or without it unset {' '.join(VARIABLES)}"
+
+
 def of_environment() -> Ranks:
-    """What torchrun tells its processes; alone without it."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    return Ranks(*(int(os.environ[name]) for name in names)) if all(name in os.environ for name in names) else Ranks()
+    """What torchrun tells its processes; alone without it, where a variable that is empty counts as not set.
+
+    Raises UserError where they were left over from something else."""
+    given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    if given.get("WORLD_SIZE", "1") == "1":
+        return Ranks()
+    missing = [name for name in VARIABLES if name not in given]
+    try:
+        rank, world_size, local_rank, port = (int(given.get(name, 0)) for name in VARIABLES if name != "MASTER_ADDR")
+        if not missing and 0 <= rank < world_size and local_rank >= 0 and 0 < port < 2**16:
+            return Ranks(rank, world_size, local_rank)
+    except ValueError:
+        pass
+    told = " ".join(f"{name}={printable(value)[:50]}" for name, value in given.items())
+    without = f" without {', '.join(missing)}" if missing else ""
+    raise UserError(f"the environment says {told}{without}, as torchrun would not: {REMEDY}", 2)
 
 
 @contextlib.contextmanager
@@ -110,8 +132,17 @@ def joined(device: str) -> Iterator[Ranks]:
     if on_gpus:
         torch.cuda.set_device(ranks.local_rank)
     where = {"device_id": torch.device("cuda", ranks.local_rank)} if on_gpus else {}
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if ranks.first:
+        print(f"Waiting for {ranks.world_size} ranks to meet at {place}, as RANK, WORLD_SIZE and MASTER_ADDR say.", flush=True)
+    try:
+        store, rank, count = next(rendezvous("env://", timeout=MEETING))
+    except (RuntimeError, ValueError, OSError) as error:     # DistError among them
+        raise UserError(f"rank {ranks.rank} has not met the {ranks.world_size - 1} others at {place} ({one_line(error)[:150]}). "
+                        f"Are they running, and can this machine reach MASTER_ADDR? Else {REMEDY}") from None
     # The others wait while the first one downloads and decodes the data set.
-    dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timedelta(hours=2), **where)
+    store.set_timeout(PATIENCE)
+    dist.init_process_group("nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE, **where)
     ended_well = False
     try:
         with contextlib.nullcontext() if ranks.first else contextlib.redirect_stdout(io.StringIO()):

@@ -9,10 +9,12 @@ import io
 import json
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +22,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from image_files import replace_file
+from files import identity, replace_file, set_aside
+from image_files import printable
 
 METRIC_FIELDS = ("epoch", "lr", "train_loss", "train_top1", "eval_loss", "eval_top1", "eval_top5", "images_per_second",
                  "seconds", "peak_memory_mib")
 DECIMALS = {"images_per_second": 1, "seconds": 2, "peak_memory_mib": 1}  # measured; the rest is written in full
 
 FILE_VERSION = "brain.Event:2"  # in the first event of every file
+WRITER = "learn-to-pay-attention"   # in the first event of every file of ours: others may lie beside them
+# Tags by which the files of our first version, which lack that, are known.
+OUR_TAGS = re.compile("command/text_summary|peak_memory_mib|attention/conv")
 MERGED = ".merged"  # ends the name of an event file that holds all that the files before it (by name) are to keep
-EVENTS_TMP, METRICS_TMP = "events.tmp", "metrics.tmp"  # without "tfevents" in it, so that TensorBoard passes over it
 
 DEAD_SD = 1e-6  # scores that vary less than this over the positions of every image: the level is dead
 UNIFORM_ENTROPY, COLLAPSED_ENTROPY = 0.999, 0.01  # of the map, over the largest possible
@@ -49,15 +54,32 @@ def _append(path: Path, data: bytes) -> None:
 
 
 def _event_files(run_dir: Path) -> list[Path]:
-    """The event files of a run, in the order in which TensorBoard reads them."""
-    return sorted(path for path in run_dir.iterdir() if "tfevents" in path.name)
+    """The event files that we have written, in the order in which TensorBoard reads them."""
+    return sorted(path for path in run_dir.iterdir() if "tfevents" in path.name and path.is_file() and _is_ours(path))
+
+
+def _is_ours(path: Path) -> bool:
+    for event in _events(path):
+        if event.HasField("source_metadata"):
+            return event.source_metadata.writer == WRITER
+        if path.name.endswith(MERGED) or any(OUR_TAGS.match(value.tag) for value in event.summary.value):
+            return True
+    return False
+
+
+def _events(path: Path) -> Iterator:
+    """The events of a file, up to a broken last record."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    return LegacyEventFileLoader(str(path)).Load()
 
 
 def _new_event_path(run_dir: Path, ending: str = "") -> Path:
-    """A name that sorts after every event file there, even if the clock went back or two are made in one second."""
+    """A name that nothing has, and that sorts after every event file of ours, even if the clock went back or two are made
+    in one second."""
     stamps = [path.name.split("tfevents.")[-1].split(".")[0] for path in _event_files(run_dir)]
-    stamp = max([int(time.time()), *(int(stamp) + 1 for stamp in stamps if stamp.isdigit())])
-    return run_dir / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}{ending}"
+    first = max([int(time.time()), *(int(stamp) + 1 for stamp in stamps if stamp.isdigit())])
+    names = (f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}{ending}" for stamp in count(first))
+    return next(run_dir / name for name in names if not os.path.lexists(run_dir / name))
 
 
 def _records(events: list) -> bytes:
@@ -68,6 +90,11 @@ def _records(events: list) -> bytes:
     for event in events:
         writer.write(event.SerializeToString())
     return buffer.getvalue()
+
+
+def _first_event():
+    from tensorboard.compat.proto.event_pb2 import Event, SourceMetadata
+    return Event(wall_time=time.time(), file_version=FILE_VERSION, source_metadata=SourceMetadata(writer=WRITER))
 
 
 def _plain(value):
@@ -91,12 +118,13 @@ class Report:
         self.metrics_path = self.run_dir / "metrics.csv"
         self.events_path = _new_event_path(self.run_dir)
         self.begun = {path for path in (self.metrics_path,) if path.exists()}
+        self.folder = identity(self.run_dir)
         self.closed = False
 
     def _add(self, path: Path, data: bytes) -> None:
         """Append. A file that was there and is gone (its folder was moved away, and made again by a checkpoint) is an
-        error, or half a curve would begin where the whole one was."""
-        if path in self.begun and not path.exists():
+        error, or half a curve would begin where the whole one was. So is another folder in the place of the run's."""
+        if path in self.begun and not path.exists() or identity(self.run_dir) != self.folder:
             raise FileNotFoundError(errno.ENOENT, "it was there and is gone: bring the run's folder back", str(path))
         _append(path, data)
         self.begun.add(path)
@@ -108,7 +136,7 @@ class Report:
         now = time.time()
         events = [Event(wall_time=now, step=step, summary=summary) for summary in summaries]
         if not self.events_path.exists():
-            events.insert(0, Event(wall_time=now, file_version=FILE_VERSION))
+            events.insert(0, _first_event())
         self._add(self.events_path, _records(events))
 
     def start(self, command: str, config: Mapping, hparams: Mapping) -> None:
@@ -117,7 +145,7 @@ class Report:
         rows = [f"| {name} | {json.dumps(value, default=str).replace('|', bar)} |" for name, value in config.items()]
         table = "\n".join(["| option | value |", "|---|---|", *rows])
         _, session_start, _ = self._summary.hparams({name: _plain(value) for name, value in hparams.items()}, {})
-        texts = [self._summary.text("command", f"    {command}"), self._summary.text("configuration", table)]
+        texts = [self._summary.text("command", f"    {printable(command)}"), self._summary.text("configuration", table)]
         self._write([*texts, session_start], step=0)
 
     def epoch(self, row: Mapping[str, float | None]) -> None:
@@ -158,11 +186,11 @@ class Report:
                               encoded_image_string=encoded.getvalue())
         self._write([Summary(value=[Summary.Value(tag=f"attention/{self.eval_name} images", image=image)])], epoch)
 
-    def finish(self, hparams: Mapping, metrics: Mapping[str, float]) -> None:
-        """The end of a run: the hparams tab shows it as finished, with `metrics` and the last curves as its columns.
+    def finish(self, epoch: int, hparams: Mapping, metrics: Mapping[str, float]) -> None:
+        """The end of a run, after `epoch`: the hparams tab shows it as finished, with `metrics` and the last curves as its
+        columns.
 
-        hparams are those of start; metrics are final values by name, also written as scalars final/<name> at the step
-        of the last epoch. cut_back takes all of this away again, for a run that is made longer.
+        hparams are those of start; metrics are final values by name, also written as scalars final/<name> at that step. cut_back takes all of this away again, for a run that is made longer.
         """
         final = {f"final/{name}": float(value) for name, value in metrics.items()}
         columns = [f"top1/{self.eval_name}", f"loss/{self.eval_name}", "top1/train", "loss/train"]
@@ -170,33 +198,38 @@ class Report:
         experiment, _, session_end = self._summary.hparams({name: _plain(value) for name, value in hparams.items()},
                                                            final | dict.fromkeys(columns, 0.0))
         self._write([experiment, session_end], step=0)
-        rows = read_metrics(self.metrics_path) if self.metrics_path.exists() else []
-        self._scalars(final, rows[-1]["epoch"] if rows else 0)
+        self._scalars(final, epoch)
 
     def close(self) -> None:
         """Nothing is pending at any time, so this only forbids further writing; it may be called twice."""
         self.closed = True
 
 
-def _finished_lines(path: Path) -> list[str]:
-    """The lines of a metrics.csv with their ends, without the unfinished last one of a killed run."""
-    return [line + "\n" for line in path.read_bytes().decode("utf-8", "replace").split("\n")][:-1]
-
-
 def read_metrics(path: Path) -> list[dict]:
     """The rows of a metrics.csv as numbers: epoch an int, the others floats, None for an empty cell.
 
-    An unfinished last line (a killed run) is left out. Raises ValueError naming the line that cannot be read.
-    """
-    header, *lines = _finished_lines(Path(path)) or [""]
-    names, rows = header.strip().split(","), []
+    An unfinished last line (a killed run) is left out, unless it reads well: editors leave out the last line's end.
+    Raises ValueError naming the line that cannot be read."""
+    return [row for _, row in _lines_and_rows(path)]
+
+
+def _lines_and_rows(path: Path) -> list[tuple[str, dict]]:
+    """Each row of a metrics.csv as it is written, and as read_metrics returns it. Spreadsheets begin it with a mark of its
+    encoding, and end it with blank lines."""
+    text = path.read_bytes().decode("utf-8-sig", "replace")
+    header, *lines = text.split("\n")
+    if header.strip() != ",".join(METRIC_FIELDS) and (lines or header not in ",".join(METRIC_FIELDS)):
+        raise ValueError(f"{path}, line 1: not the names of the columns, {','.join(METRIC_FIELDS)}")
+    rows = []
     for number, line in enumerate(lines, start=2):
         try:
-            cells = dict(zip(names, line.strip().split(","), strict=True))
-            rows.append({name: None if cell == "" else int(cell) if name == "epoch" else float(cell)
-                         for name, cell in cells.items()})
+            if line.strip():
+                cells = dict(zip(METRIC_FIELDS, line.strip().split(","), strict=True))
+                rows.append((line.strip(), {name: None if cell == "" else int(cell) if name == "epoch" else float(cell)
+                                            for name, cell in cells.items()}))
         except ValueError:
-            raise ValueError(f"{path}, line {number}: not a row of numbers; mend or delete that line") from None
+            if number <= len(lines):    # else it is the unfinished one
+                raise ValueError(f"{path}, line {number}: not a row of numbers") from None
     return rows
 
 
@@ -207,36 +240,37 @@ def cut_back(run_dir: Path, epoch: int) -> None:
     those it replaces and ends in MERGED, so if we are stopped before they are removed, the next call knows that they
     are contained in it. Calling this twice is harmless, and so is calling it on a folder without a run. A TensorBoard
     that is running follows, except under --load_fast=false, where it has to be started anew.
+
+    Event files that we did not write stay as they are. A metrics.csv that cannot be read is set aside.
     """
     run_dir = Path(run_dir)
-    for name in (EVENTS_TMP, METRICS_TMP):
-        (run_dir / name).unlink(missing_ok=True)
     _cut_metrics(run_dir / "metrics.csv", epoch)
     files = _event_files(run_dir)
     merged_before = [index for index, path in enumerate(files) if path.name.endswith(MERGED)]
     live = files[merged_before[-1]:] if merged_before else files
     if live:
-        replace_file(_new_event_path(run_dir, MERGED), lambda file: _merge(live, epoch, file),
-                     temporary=run_dir / EVENTS_TMP)
+        replace_file(_new_event_path(run_dir, MERGED), lambda file: _merge(live, epoch, file))
     for path in files:
         path.unlink(missing_ok=True)
 
 
 def _cut_metrics(path: Path, epoch: int) -> None:
-    """Keep the header and the finished lines up to `epoch`, as they are."""
-    if not path.exists():
+    """Keep the header and the rows up to `epoch`, as they are."""
+    if not os.path.lexists(path):
         return
-    lines, rows = _finished_lines(path), read_metrics(path)
-    kept = lines[:1] + [line for line, row in zip(lines[1:], rows) if row["epoch"] <= epoch]
-    replace_file(path, lambda file: file.write("".join(kept).encode()), temporary=path.parent / METRICS_TMP)
+    try:
+        kept = [line for line, row in _lines_and_rows(path) if row["epoch"] <= epoch]
+    except (ValueError, TypeError, IsADirectoryError) as error:     # TypeError: a row without its epoch
+        set_aside(path, f"cannot be read ({str(error).partition(', ')[2] or error}), so a new one begins")
+        return
+    replace_file(path, lambda file: file.write("".join(f"{line}\n" for line in [",".join(METRIC_FIELDS), *kept]).encode()))
 
 
 def _merge(paths: list[Path], epoch: int, file: io.BufferedIOBase) -> None:
     """Write the summaries of several event files up to step `epoch` as one event file, one record at a time."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     # The START has TensorBoard drop what it read from the files before, should a crash have left them there
-    file.write(_records([Event(wall_time=time.time(), file_version=FILE_VERSION),
-                         Event(step=0, session_log=SessionLog(status=SessionLog.START))]))
+    file.write(_records([_first_event(), Event(step=0, session_log=SessionLog(status=SessionLog.START))]))
     for path in paths:
         for event in _summaries(path):
             if event.step <= epoch:
@@ -245,9 +279,8 @@ def _merge(paths: list[Path], epoch: int, file: io.BufferedIOBase) -> None:
 
 def _summaries(path: Path) -> Iterator:
     """The summary events of a file up to the end of the run, if it was finished there, or to a broken last record."""
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
     from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG
-    for event in LegacyEventFileLoader(str(path)).Load():
+    for event in _events(path):
         if any(value.tag == EXPERIMENT_TAG for value in event.summary.value):  # the first thing that finish() writes
             return
         if event.summary.value:

@@ -9,6 +9,7 @@ import random
 import signal
 import stat
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 from attention_model import build_model
 from augmentation import Augmentation, TrainBatches, normalise, resize
 from data import ImageSet, channel_statistics, place_on, split_validation, stable_seed
+from files import identity
 from training import checkpoint, options, report, transfer
 from training.loop import Evaluation, Interrupted, Trainer, evaluate, parts_of
 from training.options import UserError
@@ -43,7 +45,7 @@ class Task:
     recipes: dict[str, dict]                        # the first is the default
     short: dict[str, dict]                          # what a recipe changes for runs under options.SHORT_RUN epochs
     model: str                                      # default network
-    load: Callable[[dict], tuple[ImageSet, ImageSet]]   # (config) -> train, test; downloads what isn't there
+    load: Callable[[dict, bool], tuple[ImageSet, ImageSet]]     # (config, may it download?) -> train, test
     sample: Callable[[dict], tuple[ImageSet, ImageSet]]     # (config) -> the built-in one
     present: Callable[[str], bool]                  # are there images in this data folder?
     train_images: int                               # of the full data set, for estimates without it
@@ -51,24 +53,26 @@ class Task:
 
 
 class Signals:
-    """SIGINT, SIGTERM and a terminal that is closed (SIGHUP) ask the run to end after the step; a second SIGINT ends the
-    process at once. Ctrl-C also ends the `tee` behind a pipe, and whatever wrote there would then fail: see
-    ``nobody_reads``."""
+    """SIGINT, SIGTERM, a terminal that is closed (SIGHUP), and what batch systems send before they end a job, ask the run to
+    end after the step; a second SIGINT ends the process at once. Ctrl-C also ends the `tee` behind a pipe, and whatever wrote
+    there would then fail: see ``nobody_reads``. Python gives signals to the main thread only: in another one there are none.
+    """
 
-    NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
     def __init__(self):
         self.received: int | None = None
 
     def __enter__(self) -> "Signals":
-        numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]   # Windows has no SIGHUP
+        numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]   # Windows has the first two
         ignored = [n for n in numbers[2:] if signal.getsignal(n) == signal.SIG_IGN]     # nohup's SIGHUP stays ignored
-        self.before = {number: signal.signal(number, self.receive) for number in numbers if number not in ignored}
+        main = threading.current_thread() is threading.main_thread()
+        self.before = {n: signal.signal(n, self.receive) for n in numbers if main and n not in ignored}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)   # None: not Python's
 
     def receive(self, number: int, frame) -> None:
         if self.received is not None and number == signal.SIGINT:
@@ -168,15 +172,14 @@ class Run:
 
     # ---- the whole run ----
 
-    def start(self, command: str) -> None:
-        """Open the report, after cutting back to the checkpoint what an earlier process has written."""
+    def start(self, command: str, resumed: bool = False) -> None:
+        """Open the report; of a resumed run after cutting back to the checkpoint what an earlier process has written."""
         epoch = self.trainer.position.epoch
         if not self.ranks.first:
             return
-        try:
+        self.folder = identity(self.run_dir)
+        if resumed:
             report.cut_back(self.run_dir, epoch or -1)
-        except ValueError as error:
-            raise UserError(str(error)) from None
         self.commands = checkpoint.earlier_commands(self.run_dir) + [command]
         self.write_config()
         self.report = report.Report(self.run_dir, eval_name=self.eval_name)
@@ -222,7 +225,7 @@ class Run:
             last = last or self.evaluate()  # stopped between its last epoch and its end
             self.finished = True
             if self.ranks.first:
-                self.report.finish(self.hparams(), {"loss": last.loss, "top1": last.top1, "top5": last.top5})
+                self.report.finish(epochs, self.hparams(), {"loss": last.loss, "top1": last.top1, "top5": last.top5})
                 self.save()
                 self.write_config()
         return last
@@ -250,7 +253,8 @@ class Run:
         if self.config["val_fraction"] and result.top1 > (self.best or {"top1": -1.0})["top1"]:
             self.best = {"epoch": number, "top1": result.top1}
             if self.ranks.first:
-                checkpoint.save_file(self.run_dir / "best.pt", self.content())
+                self.check_folder()
+                checkpoint.save_file(self.run_dir / checkpoint.BEST_NAME, self.content())
         if number == 1:
             self.save()
         else:
@@ -320,9 +324,18 @@ class Run:
         self.trainer.check_weights()  # never weights that have diverged over a good checkpoint
         started = time.monotonic()
         if self.ranks.first:
+            self.check_folder()
             checkpoint.save_checkpoint(self.run_dir, self.content())
+            self.folder = identity(self.run_dir)
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - started
+
+    def check_folder(self) -> None:
+        """A run's folder that was moved away is made again, so that nothing is lost. Raises UserError where another one has
+        been put in its place: what is in there is somebody's."""
+        if identity(self.run_dir) not in (None, self.folder):
+            raise UserError(f"{self.run_dir} is another folder now than the one that this run began in, and nothing was "
+                            f"written there. Bring the run's folder back, then --resume it")
 
     def save_when_due(self) -> None:
         """In mid-epoch too: about a minute of work is at risk, however long an epoch takes (or fifty times what a save

@@ -13,7 +13,6 @@ from data import ImageSet
 from training import checkpoint, options, transfer
 from training.loop import BatchNorm, Trainer, memory_ran_out, peak_memory_mib
 from training.optimise import parse_progressive
-from training.options import UserError
 from training.report import DEAD_SD, read_metrics
 from training.run import Run, Task, build, clock, eval_batch_size, input_size, split
 
@@ -24,7 +23,7 @@ MOST_TRIED = 1024       # images at once, when the largest micro-batch is looked
 
 
 def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
-    """Run it, print the table, return the exit status: 1 when a check failed. Never downloads."""
+    """Run it in a folder of its own, print the table, return the exit status: 1 when a check failed. Never downloads."""
     table: list[tuple[str, str, float]] = []
     failures: list[str] = []
     clock_at = [time.perf_counter()]
@@ -36,7 +35,7 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
 
     real = dict(config)
     sample = config["sample"] or not task.present(config["data_dir"])
-    train, evaluation = split(config, *(task.sample(config) if sample else task.load(config)))
+    train, evaluation = split(config, *(task.sample(config) if sample else task.load(config, False)))
     sizes = (task.train_images, task.test_images) if sample else (len(train), len(evaluation))
     row("data", f"{train.source}" + ("" if config["sample"] or not sample else
                                      f" (no {task.dataset} in {config['data_dir']})"))
@@ -60,47 +59,43 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
                "progressive": progressive}
     # On a GPU a whole batch of an evaluation, whose memory counts too.
     tested = max(2 * batch, 16, device.type == "cuda" and eval_batch_size(input_size(config, train), device) + 1)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if (run_dir / "config.json").exists():
-        raise UserError(f"{run_dir} holds a run already: name another --run-dir", 2)
-    with checkpoint.lock(run_dir):
-        run = Run(task, config, run_dir, spread(train, STEPS * batch), spread(evaluation, tested), sanity=True)
-        run.start(command)
-        run.train()
-        trainer, peak = run.trainer, peak_memory_mib(device)    # what follows holds the network twice and more
-        table.append(("start", start, 0.0))
-        position = "progressive resizing, " if config["progressive"] != "none" else ""
-        position += "frozen trunk and all, " if config["freeze_epochs"] else ""
-        average = ", moving average" if trainer.average else ""
-        height, width = config["input_size"]
-        row("one epoch", f"{STEPS} steps of {batch} images (the real run: {real['batch_size']}) of {height}x{width} px, "
-                         f"{config['precision']}: {position}forward, backward, optimizer{average}, evaluation, checkpoint")
-        missing, expected = missing_gradients(trainer)
-        failures += [f"no gradient reached {', '.join(missing)}"] if missing else []
-        row("gradients", f"{len(missing)} missing" + (f"; {expected} parameters have none by the mathematics of "
-                                                      f"{config['model']}" if expected else ""))
-        infinite = non_finite(trainer)
-        failures += [f"not finite: {', '.join(infinite)}"] if infinite else []
-        row("finite values", "weights, statistics, momentum" if not infinite else "FAILED")
-        dead = [level for level, each in run.health.items() if not each.score_sd_max > DEAD_SD]
-        failures += [f"attention level {level} is dead: its scores do not vary on any image" for level in dead]
-        row("attention", "; ".join(f"{level}: score sd {h.score_sd:.2g}, entropy {h.entropy:.2f}"
-                                   for level, h in run.health.items()) or "this network has none")
-        content = checkpoint.read_checkpoint(run_dir / options.CHECKPOINT_NAME)
-        equal = reload_equal(run, content)
-        failures += [] if equal else ["the network reloaded from the checkpoint gives other logits"]
-        row("reload", "a network built from the checkpoint alone gives equal logits" if equal else "FAILED")
-        difference = resumed_step(run, content)
-        # On a GPU sums may run in another order; on a CPU the same numbers must come out.
-        same = difference == 0 if device.type == "cpu" else difference < 1e-2
-        failures += [] if same else [f"a step of the resumed run differs from the run's own by {difference:.3g}"]
-        row("resume", f"one more step: largest difference of a weight {difference:.3g}")
-        told = len(read_metrics(run_dir / "metrics.csv")) == 1 and any(run_dir.glob("*tfevents*"))
-        failures += [] if told else ["metrics.csv or the TensorBoard events are missing"]
-        row("report", "metrics.csv, TensorBoard scalars, pictures, text, hparams" if told else "FAILED")
-        cost = measure(trainer, images=min(batch, trainer.micro_batch or batch))
-        most = most_that_fit(trainer, batch) if device.type == "cuda" else None
-        run.report.close()
+    run = Run(task, config, run_dir, spread(train, STEPS * batch), spread(evaluation, tested), sanity=True)
+    run.start(command)
+    run.train()
+    trainer, peak = run.trainer, peak_memory_mib(device)    # what follows holds the network twice and more
+    table.append(("start", start, 0.0))
+    position = "progressive resizing, " if config["progressive"] != "none" else ""
+    position += "frozen trunk and all, " if config["freeze_epochs"] else ""
+    average = ", moving average" if trainer.average else ""
+    height, width = config["input_size"]
+    row("one epoch", f"{STEPS} steps of {batch} images (the real run: {real['batch_size']}) of {height}x{width} px, "
+                     f"{config['precision']}: {position}forward, backward, optimizer{average}, evaluation, checkpoint")
+    missing, expected = missing_gradients(trainer)
+    failures += [f"no gradient reached {', '.join(missing)}"] if missing else []
+    row("gradients", f"{len(missing)} missing" + (f"; {expected} parameters have none by the mathematics of "
+                                                  f"{config['model']}" if expected else ""))
+    infinite = non_finite(trainer)
+    failures += [f"not finite: {', '.join(infinite)}"] if infinite else []
+    row("finite values", "weights, statistics, momentum" if not infinite else "FAILED")
+    dead = [level for level, each in run.health.items() if not each.score_sd_max > DEAD_SD]
+    failures += [f"attention level {level} is dead: its scores do not vary on any image" for level in dead]
+    row("attention", "; ".join(f"{level}: score sd {h.score_sd:.2g}, entropy {h.entropy:.2f}"
+                               for level, h in run.health.items()) or "this network has none")
+    content = checkpoint.read_checkpoint(run_dir / options.CHECKPOINT_NAME)
+    equal = reload_equal(run, content)
+    failures += [] if equal else ["the network reloaded from the checkpoint gives other logits"]
+    row("reload", "a network built from the checkpoint alone gives equal logits" if equal else "FAILED")
+    difference = resumed_step(run, content)
+    # On a GPU sums may run in another order; on a CPU the same numbers must come out.
+    same = difference == 0 if device.type == "cpu" else difference < 1e-2
+    failures += [] if same else [f"a step of the resumed run differs from the run's own by {difference:.3g}"]
+    row("resume", f"one more step: largest difference of a weight {difference:.3g}")
+    told = len(read_metrics(run_dir / "metrics.csv")) == 1 and any(run_dir.glob("*tfevents*"))
+    failures += [] if told else ["metrics.csv or the TensorBoard events are missing"]
+    row("report", "metrics.csv, TensorBoard scalars, pictures, text, hparams" if told else "FAILED")
+    cost = measure(trainer, images=min(batch, trainer.micro_batch or batch))
+    most = most_that_fit(trainer, batch) if device.type == "cuda" else None
+    run.report.close()
     print_table(table, failures)
     print_estimate(real, cost, trainer, sizes, batch, peak, most)
     print(f"Everything it wrote is in {run_dir}")

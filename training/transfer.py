@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
+import os
 import pickle
 import socket
 import sys
@@ -61,6 +62,9 @@ def imagenet_weights() -> dict[str, torch.Tensor]:
 
 def hub_file(url: str) -> Path:
     """Where torch keeps the weights of that address (TORCH_HOME moves it)."""
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        if os.environ.get(name) == "":  # not set, by accident; torch would take the current folder
+            del os.environ[name]
     return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
 
 
@@ -80,7 +84,7 @@ def hub_weights(url: str, otherwise: str) -> dict[str, torch.Tensor]:
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError,
             http.client.HTTPException) as error:
         if there:
-            raise UserError(f"{path} is damaged ({one_line(error)[:100]}). Delete it and start again, to have it "
+            raise UserError(f"{path} is damaged ({one_line(error)[:100]}). Move it away and start again, to have it "
                             f"downloaded. {by_hand}") from None
         raise UserError(f"the ImageNet weights could not be downloaded ({one_line(error)[:100]}). {by_hand}") from None
     finally:
@@ -105,8 +109,8 @@ def trunk_weights(weights: dict, model: nn.Module) -> dict[str, torch.Tensor]:
                     named |= {f"{ours}.{leaf}": weights[f"features.{theirs}.{leaf}"]
                               for leaf in ("running_mean", "running_var")}
     except (AttributeError, KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{imagenet_file()} does not hold torchvision's vgg16_bn ({one_line(error)[:80]}). Delete it and "
-                        f"start again, to have it downloaded") from None
+        raise UserError(f"{imagenet_file()} does not hold torchvision's vgg16_bn ({one_line(error)[:80]}). Move it away "
+                        f"and start again, to have it downloaded") from None
     return named
 
 
