@@ -341,8 +341,7 @@ def write_csv(path: Path, rows: list[dict]) -> Path:
                     for row in rows)
     content = text.getvalue().encode()
     header = content[:content.index(b"\n") + 1]
-    if not (path.is_file() and path.read_bytes().startswith(header)):
-        path = free_path(path)
+    path = free_path(path, lambda old: old.is_file() and old.read_bytes().startswith(header))
     replace_file(path, lambda file: file.write(content))
     return path
 

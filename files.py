@@ -69,10 +69,10 @@ def remove_leftovers(folder: Path, age: float = LEFTOVER_AGE) -> None:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def free_path(path: Path) -> Path:
-    """`path`, or the first of name-2.ending, name-3.ending, ... that nothing has."""
+def free_path(path: Path, ours: Callable[[Path], bool] = lambda path: False) -> Path:
+    """`path`, or the first of name-2.ending, name-3.ending, ... that nothing has, or a file that is ours to replace."""
     numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
-    return next(each for each in itertools.chain([path], numbered) if not os.path.lexists(each))
+    return next(each for each in itertools.chain([path], numbered) if not os.path.lexists(each) or ours(each))
 
 
 def set_aside(path: Path, why: str) -> None:

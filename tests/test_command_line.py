@@ -6,8 +6,13 @@ import json
 import os
 import pty
 import re
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 
@@ -16,6 +21,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from image_files import DataError
+from tests.conftest import ROOT
+from tests.makers import make_folders
 from train_cifar100 import FAST
 from training import checkpoint, commands, options, run as run_module
 from training.loop import Interrupted, Trainer
@@ -197,7 +204,6 @@ def test_killed_before_the_first_checkpoint_starts_over(cli, monkeypatch, unhurt
 
 
 def test_a_finished_run_without_its_config(cli, unhurt):
-    import shutil
     shutil.copytree(unhurt, "r")
     Path("r/config.json").unlink()
     status, out, err = cli("--resume", "r")
@@ -403,6 +409,237 @@ def test_wrong_use_exits_with_2(cli, words, message):
     assert status == 2 and message in err and "Traceback" not in err
 
 
+TEXT_OPTIONS = ("--evaluate", "--resume", "--run-dir", "--data-dir", "--json", "--init-from", "--set", "--device", "--epochs",
+                "--seed", "--model", "--benchmark", "--val-fraction")
+
+
+@pytest.mark.parametrize("option", TEXT_OPTIONS)
+def test_an_empty_word_is_no_value(cli, option):
+    """What a shell makes of a variable that is not set."""
+    for words in ([option, ""], [f"{option}="], [option, " "]):
+        status, _, err = cli(*words)
+        assert status == 2 and err.endswith(f"error: {option} is empty\n")
+    for words in (["--sample", "--width", "0.0625", "", "--epochs", 1], [""]):
+        status, _, err = cli(*words)
+        assert status == 2 and "error: an argument is empty" in err
+    assert not list(Path().iterdir())
+
+
+def test_home_folders_are_expanded_everywhere(cli, unhurt, monkeypatch, tmp_path):
+    """A shell leaves ~ alone behind an =."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    assert cli(*NARROW, "--model", "vgg", "--epochs", 1, "--run-dir=~/x", f"--init-from={unhurt}/last.pt")[0] == 0
+    status, out, err = cli("--evaluate=~/x/last.pt", "--device", "cpu")
+    assert status == 0 and out.startswith(f"{home}/x/last.pt: vgg"), err
+    assert cli("--resume=~/x")[0] == 0
+    assert cli(*NARROW, "--model", "vgg", "--epochs", 1, "--init-from=~/x/last.pt", "--run-dir=~/y")[0] == 0
+    status, _, err = cli("--data-dir=~/data", "--width", 0.0625, "--sanity", "--model", "vgg")
+    assert status == 0, err
+    assert cli("--benchmark", 1, "--sample", "--model", "vgg", "--width", 0.03125, "--num-workers", 0, "--json=~/b.json")[0] == 0
+    assert not Path("~").exists() and {path.name for path in home.iterdir()} == {"x", "y", "b.json"}
+
+
+@pytest.mark.parametrize("option", ["--run-dir", "--resume", "--data-dir", "--evaluate", "--json", "--init-from"])
+def test_a_home_folder_that_is_not_there(cli, monkeypatch, option):
+    status, _, err = cli(f"{option}=~nosuchuser/x")
+    assert status == 2 and f"argument {option}: ~nosuchuser/x: there is no home folder for ~nosuchuser" in err
+    monkeypatch.setenv("HOME", "")
+    status, _, err = cli(f"{option}=~/x")
+    assert status == 2 and "there is no home folder for ~ (a file of that name is ./~)" in err
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--seed", "99999999999999999999"], "argument --seed: 99999999999999999999 is above 9223372036854775807"),
+    (["--seed", "-1"], "argument --seed: -1 is below 0"),
+    (["--seed", "9" * 5000], "invalid whole number value"),
+    (["--epochs", "9" * 30], "argument --epochs: 999999999999999999999999999999 is above 1000000"),
+    (["--num-workers", "999999999"], "argument --num-workers: 999999999 is above 256"),
+    (["--batch-size", "1" + "0" * 20], "is above 1000000"), (["--image-size", "100000"], "is above 4096"),
+    (["--width", "1e300"], "1e300 is above 16"), (["--width", "1e999"], "1e999 is above 16"), (["--width", "nan"], "nan is not above 0"),
+    (["--lr", "1e300"], "1e300 is above 1e+06"), (["--micro-batch", "9" * 40], "is above 2147483647"),
+    (["--overlay-every", "9" * 40], "is above 2147483647"), (["--benchmark", "9" * 12], "is above 100000"),
+    (["--freeze-epochs", "1e308"], "--freeze-epochs 1e+308: fewer than the 30 epochs"),
+    (["--device", "cuda:300"], "expected auto, cpu, cuda, or cuda:N"),
+    (["--device", "cuda:99999999999999999999"], "expected auto, cpu, cuda, or cuda:N"),
+    (["--set", "cutout=9999999999999999999999"], "expected a number below 4096"),
+    (["--set", "pool4=9999999999999999999999"], "expected a number below 4096"),
+    (["--set", "dropout=1e308"], "out of range"), (["--set", "halve_every=" + "9" * 5000], "expected a whole number"),
+    (["--set", "progressive=0.5:1e400"], "expected SCALE:UNTIL pairs"),
+])
+def test_numbers_beyond_their_range(cli, words, message):
+    status, _, err = cli("--sample", *words)
+    assert status == 2 and message in err and "Traceback" not in err and len(err.splitlines()[-1]) < 400
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("words", [
+    ["--seed", 2**63 - 1], ["--lr", 1e-300], ["--batch-size", 10**6], ["--micro-batch", 2**31 - 1], ["--width", 1e-300],
+    ["--overlay-every", 2**31 - 1], ["--set", "halve_every=" + "9" * 4000], ["--set", "cutout=4095"], ["--set", "muon=1e-320"],
+    ["--set", "weight_decay=1e-320"], ["--set", "warmup=0.9999999999999999"], ["--num-workers", 256], ["--set", "zoom=1e-300"],
+    ["--set", "jitter=0.999999999"], ["--set", "ema_decay=0.9999999999999999"], ["--set", "pool4=4095"],
+    ["--set", "progressive=1e-300:1e-300"]])
+def test_numbers_at_the_end_of_their_range(cli, words):
+    status, _, err = cli("--sample", "--model", "vgg", "--width", 1 / 64, "--epochs", 1, "--device", "cpu", "--run-dir", "r", *words)
+    assert status == 0 and "Traceback" not in err
+
+
+def test_numbers_that_only_diverge(cli):
+    for words in (["--lr", 1e6], ["--set", "muon=1e308"], ["--set", "weight_decay=1e308"], ["--set", "transfer_lr=1e308"]):
+        status, _, err = cli("--sample", "--model", "vgg", "--width", 1 / 64, "--epochs", 1, "--device", "cpu", *words)
+        assert status in (0, 1) and (status == 0 or "the training diverged" in err), (words, err)
+
+
+def test_a_million_epochs_begin_at_once(cli, monkeypatch):
+    """What is said before the training must not count its steps."""
+    monkeypatch.setattr(Trainer, "step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    started = time.monotonic()
+    status, out, _ = cli(*NARROW, "--model", "vgg", "--epochs", 10**6, "--set", "schedule=double-halve")
+    assert status == 143 and "Peak learning rate 0.4 for" in out and time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--width", 16], "--width 16: the network's weights and what the optimizer keeps of them take 75 GiB of memory, and this "
+                      "machine has 24"),
+    (["--image-size", 4096], "--image-size 4096: to train on two images at a time takes over"),
+])
+def test_what_no_memory_could_hold_is_refused_before_it_is_tried(cli, monkeypatch, words, message):
+    monkeypatch.setattr("training.memory.physical_memory", lambda: 24 * 2**30)
+    for more in ([], ["--sanity"]):
+        status, _, err = cli("--sample", "--device", "cpu", *words, *more)
+        assert status == 2 and message in err
+    assert not list(Path().iterdir())
+
+
+def test_the_command_that_resumes_can_be_pasted_whatever_the_folder_is_called(tmp_path):
+    """Each is stopped, and its last line is given to a shell as it stands."""
+    folders = [b"-x", b"two words", b"it's $HOME", b"caf\xe9", b"line\nbreak"]
+    stop = ("import os, signal, sys; sys.argv = sys.argv[1:]; import train_cifar100 as script; "
+            "from training import commands; from training.loop import Trainer; step = Trainer.step; "
+            "Trainer.step = lambda *words: (step(*words), os.kill(os.getpid(), signal.SIGTERM)); "
+            "sys.exit(commands.main(script.TASK))")
+    script = os.path.join(ROOT, "train_cifar100.py")
+    for folder in folders:
+        words = [script, "--sample", "--model", "vgg", "--width", "0.015625", "--image-size", "16", "--epochs", "1", "--device",
+                 "cpu", b"--run-dir=" + folder]
+        done = subprocess.run([sys.executable, "-c", stop, *words], cwd=tmp_path, capture_output=True)
+        assert done.returncode == 143, done.stderr
+        line = done.stdout.splitlines()[-1]
+        assert b"--resume" in line
+        resumed = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True)
+        assert resumed.returncode == 0, (line, resumed.stderr)
+        assert checkpoint.read_checkpoint(tmp_path / os.fsdecode(folder) / "last.pt")["finished"]
+
+
+def test_what_is_printed_to_be_typed_is_quoted(cli, unhurt):
+    shutil.copytree(unhurt, "my run")
+    assert "--resume 'my run' --epochs 8" in cli("--resume", "my run")[1]
+    assert "go on with it by --resume 'my run'," in cli(*NARROW, "--run-dir", "my run")[2]
+    with pytest.raises(UserError, match="then --resume 'my file'"):
+        Path("my file").write_text("")
+        checkpoint.save_file(Path("my file/last.pt"), {})
+
+
+# ---- the process's surroundings --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
+def test_signals_of_batch_systems_save_and_end_the_run(cli, monkeypatch, unhurt, number):
+    step, steps = Trainer.step, []
+
+    def signalled(self, *batch):
+        step(self, *batch)
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), number)
+    monkeypatch.setattr(Trainer, "step", signalled)
+    status, out, _ = cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "hurt")
+    assert status == 128 + number and f"Stopped by {signal.Signals(number).name}; everything is saved" in out
+    assert cli("--resume", "hurt")[0] == 0
+    assert_runs_equal("hurt", unhurt)
+
+
+def test_a_run_in_a_thread(cli, unhurt):
+    """A notebook server, an application: Python handles signals in the main thread alone."""
+    status = []
+    thread = threading.Thread(target=lambda: status.append(cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "r")[0]))
+    thread.start()
+    thread.join()
+    assert status == [0]
+    assert_runs_equal("r", unhurt)
+    for words in (["--sanity", "--sample", "--model", "vgg", "--width", 0.03125], ["--evaluate", "r/last.pt"]):
+        thread = threading.Thread(target=lambda: status.append(cli(*words)[0]))
+        thread.start()
+        thread.join()
+    assert status == [0, 0, 0]
+
+
+def test_signal_handlers_that_are_not_pythons_come_through(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: called.append((number, handler)))
+    called = []
+    with run_module.Signals():
+        pass
+    assert {handler for _, handler in called[len(called) // 2:]} == {signal.SIG_DFL}
+
+
+@pytest.mark.parametrize("words, files", [
+    (["--evaluate", "{unhurt}/last.pt", "--device", "cpu"], []),
+    (["--benchmark", "1", "--sample", "--model", "vgg", "--width", "0.03125", "--num-workers", "0", "--json", "b.json"], ["b.json"]),
+    (["--sanity", "--sample", "--model", "vgg", "--width", "0.03125", "--run-dir", "s"], ["s/last.pt", "s/metrics.csv"]),
+])
+def test_a_closed_pipe_stops_no_files(tmp_path, unhurt, words, files):
+    """... | head -1"""
+    words = [word.format(unhurt=unhurt) for word in words]
+    line = f"{shlex.join([sys.executable, os.path.join(ROOT, 'train_cifar100.py'), *words])} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == "" and len(done.stdout.splitlines()) <= 1
+    assert done.returncode == (1 if "--evaluate" in words else 0)   # the built-in sample has more classes than the test's
+    assert all((tmp_path / name).exists() for name in files)
+
+
+# ---- data that is not where it was -----------------------------------------------------------------------------------
+
+def test_nothing_is_downloaded_for_what_was_made_before(cli, monkeypatch, tmp_path):
+    def refuse(*words, **options):
+        raise AssertionError("a download began")
+    monkeypatch.setattr("data.fetch", refuse)
+    make_folders(tmp_path / "photos", size=(16, 16), per_class=8)
+    words = ["--data-dir", "photos", "--model", "vgg", "--width", 0.015625, "--device", "cpu", "--epochs", 1, "--batch-size", 4,
+             "--num-workers", 0, "--run-dir", "r"]
+    assert cli(*words)[0] == 0
+    Path("photos").rename("moved")
+    for place in ([], ["--data-dir", "elsewhere"]):
+        where = tmp_path / (place[1] if place else "photos")
+        for command in (["--resume", "r", "--epochs", 2], ["--evaluate", "r/last.pt"]):
+            status, _, err = cli(*command, *place, "--device", "cpu")
+            assert status == 1 and err == (f"error: the images that this was trained on are not in {where} any more: give "
+                                           f"--data-dir, the folder that holds them now\n")
+    assert not Path("photos").exists() and not Path("elsewhere").exists()
+    assert cli("--evaluate", "r/last.pt", "--data-dir", "moved", "--device", "cpu")[0] == 0
+    assert cli("--resume", "r", "--epochs", 2, "--data-dir", "moved", "--device", "cpu")[0] == 0
+
+
+def test_names_in_any_encoding_go_through_everything(cli, tmp_path, capsys):
+    """Latin-1 in a UTF-8 locale: class, file, run and data folder."""
+    photos = tmp_path / os.fsdecode(b"donn\xe9es")
+    make_folders(photos, classes=(os.fsdecode(b"caf\xe9"), "plain"), size=(16, 16), per_class=8)
+    for path in list(photos.rglob("0*.png"))[:3]:
+        path.rename(path.with_name(os.fsdecode(b"\xe9t\xe9") + path.name))
+    run = os.fsdecode(b"ex\xe9cution")
+    words = ["--data-dir", photos, "--model", "vgg-att1-pc", "--width", 0.015625, "--device", "cpu", "--batch-size", 4,
+             "--num-workers", 1, "--run-dir", run]
+    for more in (["--sanity"], ["--epochs", 1]):
+        status, out, err = cli(*words, *more)
+        assert status == 0 and "decoding images" not in out and "damaged" not in out, err
+        if more == ["--sanity"]:
+            shutil.rmtree(run)
+    assert cli("--resume", run, "--epochs", 2, "--device", "cpu")[0] == 0
+    status, out, err = cli("--evaluate", f"{run}/last.pt", "--device", "cpu")
+    assert status == 0 and "caf\\xe9" in out, err
+    assert content_of(run)["class_names"] == [os.fsdecode(b"caf\xe9"), "plain"]
+
+
 def test_what_is_missing_exits_with_1(cli, monkeypatch):
     status, _, err = cli("--evaluate", "none.pt")
     assert status == 1 and err == "error: none.pt: there is no such file\n"
@@ -428,7 +665,6 @@ def test_two_processes_never_share_a_run(cli, unhurt):
 
 def test_changed_data_is_noticed(cli, small_task, unhurt):
     from sample_data import cifar_sample
-    import shutil
     shutil.copytree(unhurt, "r")
     for classes, each, message in ((5, 24, "its classes are not"), (4, 20, "it had 96 training images and has 80 now")):
         sets = cifar_sample(classes=classes, train_per_class=each, test_per_class=8)

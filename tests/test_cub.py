@@ -1,9 +1,11 @@
 """cub.py: values against PIL by hand, every bad input and its message, cache and workers."""
 import functools
+import hashlib
 import io
 import os
 import shutil
 import signal
+import tarfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,6 +212,54 @@ def test_bad_options(root):
         fails(root, "margin", margin=margin)
     with pytest.raises(ValueError, match="box or whole"):
         load(root, crop="bird")
+
+
+@pytest.mark.parametrize("place, data_dir", [
+    (["cub_200_2011"], "."), (["CUB_200_2011", "CUB_200_2011"], "."), (["CUB_200_2011"], "CUB_200_2011"),
+    (["cub2002011", "CUB_200_2011"], "."), (["birds"], "birds"), (["Cub_200_2011", "cub_200_2011"], "."),
+])
+def test_birds_one_level_off_are_found_and_nothing_is_downloaded(root, monkeypatch, place, data_dir):
+    expected = load(root)
+    (root / CUB_FOLDER).rename(root / "official")
+    target = root.joinpath(*place)
+    target.parent.mkdir(exist_ok=True)
+    (root / "official").rename(target)
+    monkeypatch.setattr(cub, "fetch", None)
+    assert cub_present(root / data_dir)
+    train, test = load(root / data_dir, download=True)
+    assert torch.equal(train.images, expected[0].images) and torch.equal(test.parts, expected[1].parts)
+
+
+def test_an_archive_of_birds_one_level_off_is_unpacked_where_it_lies(root, monkeypatch):
+    archive = root / CUB_FOLDER / cub.CUB_ARCHIVE
+    with tarfile.open(root / "made.tgz", "w:gz") as tar:
+        tar.add(root / CUB_FOLDER, CUB_FOLDER)
+    shutil.rmtree(root / CUB_FOLDER)
+    archive.parent.mkdir()
+    (root / "made.tgz").rename(archive)
+    monkeypatch.setattr(cub, "CUB_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    assert cub_present(root) and len(load(root)[0]) == len(TRAIN)
+    assert sorted(p.name for p in archive.parent.iterdir()) == [CUB_FOLDER, archive.name]
+    assert len(load(root)[0]) == len(TRAIN)     # found there again
+
+
+def test_metadata_with_a_mark_of_their_encoding(root):
+    """As some editors write it: the first id would be no number."""
+    expected = load(root)
+    for path in (root / CUB_FOLDER).rglob("*.txt"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert torch.equal(load(root)[0].boxes, expected[0].boxes)
+
+
+def test_boxes_are_in_pixels_of_the_file_so_birds_are_not_turned(root):
+    expected = load(root)[0].images.clone()
+    path = root / CUB_FOLDER / "images" / BIRDS[TRAIN[0]][0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).save(path, exif=exif)
+    for crop in ("box", "whole"):
+        load(root, crop=crop)
+    assert torch.equal(load(root)[0].images, expected)
 
 
 def test_mistyped_data_dir(root):

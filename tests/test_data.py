@@ -181,6 +181,81 @@ def test_archive_and_unpacked_folder(tmp_path, archive):
     assert load(root)[0].class_names == ("cat", "dog")      # class folders come first
 
 
+def moved(root, *names):
+    """What is at root/official, a level deeper, under other letters, ...: as root/names."""
+    target = root.joinpath(*names)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (root / "official").rename(target)
+    return target
+
+
+@pytest.mark.parametrize("place, data_dir", [
+    (["cifar-100-python", "cifar-100-python"], "."),    # unpacked one level too deep
+    (["cifar-100-python"], "cifar-100-python"),         # --data-dir is the folder itself
+    (["cifar100"], "."), (["cifar100"], "cifar100"),    # Kaggle's: the files train, test and meta in a folder of that name
+    (["CIFAR-100-Python"], "."), (["Cifar100"], "."),
+    (["downloads", "cifar-100-python"], "."), (["any name"], "any name"), (["cifar100", "cifar-100-python"], "."),
+])
+def test_official_files_one_level_off_are_found_and_nothing_is_downloaded(tmp_path, archive, monkeypatch, place, data_dir):
+    path, contents = archive
+    root = tmp_path / "d"
+    root.mkdir()
+    (path.parent / data.CIFAR100_UNPACKED).rename(root / "official")
+    target = moved(root, *place)
+    monkeypatch.setattr(data, "fetch", None)    # a call would fail
+    assert data.cifar100_present(root / data_dir)
+    sets = data.load_cifar100(root / data_dir, progress=False)
+    check_official(sets, contents)
+    assert sets[0].source == f"official CIFAR-100 files in {(root / data_dir).joinpath(target.relative_to(root / data_dir))}"
+    assert sorted(p.name for p in target.iterdir()) == ["meta", "test", "train"]
+
+
+@pytest.mark.parametrize("place", [["cifar-100-python", "cifar-100-python.tar.gz"], ["downloads", "cifar-100-python.tar.gz"],
+                                   ["CIFAR-100-python.TAR.GZ"]])
+def test_an_archive_one_level_off_is_found(tmp_path, archive, place):
+    path, contents = archive
+    root = tmp_path / "d"
+    root.mkdir()
+    path.rename(root / "official")
+    moved(root, *place)
+    assert data.cifar100_present(root)
+    check_official(load(root), contents)
+
+
+@pytest.mark.parametrize("place, data_dir", [(["CIFAR100"], "."), (["cifar100"], "cifar100"), (["photos", "cifar100"], "."),
+                                             (["cifar100", "cifar100"], ".")])
+def test_class_folders_one_level_off_are_found(tmp_path, place, data_dir):
+    make_folders(tmp_path / "making")
+    root = tmp_path / "d"
+    root.mkdir()
+    (tmp_path / "making" / "cifar100").rename(root / "official")
+    moved(root, *place)
+    assert data.cifar100_present(root / data_dir)
+    assert load(root / data_dir)[0].class_names == ("cat", "dog")
+
+
+def test_what_lies_beside_the_data_folder_is_named_not_downloaded_again(tmp_path, archive, monkeypatch):
+    path, _ = archive
+    monkeypatch.setattr(data, "fetch", None)
+    (tmp_path / "there").mkdir()
+    for name in (data.CIFAR100_UNPACKED, path.name):
+        (path.parent / name).rename(tmp_path / name)
+        for new in ("new", "there"):
+            with pytest.raises(DataError, match=f"no CIFAR-100 in .*{new}, but there is one beside it, .*{name}: give --data-dir "):
+                data.load_cifar100(tmp_path / new, progress=False)
+        (tmp_path / name).rename(path.parent / name)
+    assert not data.cifar100_present(tmp_path / "new") and not (tmp_path / "new").exists()
+
+
+def test_good_data_are_never_to_be_deleted(tmp_path, archive):
+    """Something of that name that is not whole: the advice is to move it, as it may be the only copy of something."""
+    path, _ = archive
+    root = path.parent
+    (root / data.CIFAR100_UNPACKED / "meta").rename(root / "meta")
+    message = fails(root, root / data.CIFAR100_UNPACKED / "meta", "Move")
+    assert "Delete" not in message and "delete" not in message
+
+
 def test_damaged_archive_and_unpacked_folder(tmp_path, archive):
     path, _ = archive
     whole = path.read_bytes()

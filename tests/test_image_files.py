@@ -81,6 +81,133 @@ def test_an_image_that_is_too_small(tmp_path):
     assert load(tmp_path, image_size=16)[0].image_size == (16, 16)
 
 
+def photo(height=20, width=30, channels=3):
+    """Smooth, so that JPEG keeps it nearly as it is."""
+    down, across = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    return (255 * np.stack([down, across, down * across, 0.5 + across / 2], -1)[..., :channels]).astype(np.uint8)
+
+
+def with_orientation(number):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    return exif
+
+
+# How a camera's picture has to be turned, by number: as EXIF says where row 0 and column 0 are to be seen.
+SEEN = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
+        6: lambda a: a[::-1].swapaxes(0, 1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: a[:, ::-1].swapaxes(0, 1)}
+
+
+@pytest.mark.parametrize("number", SEEN)
+@pytest.mark.parametrize("ending, options, most", [("png", {}, 0), ("tif", {}, 0), ("webp", {"lossless": True}, 0),
+                                                   ("jpg", {"quality": 98, "subsampling": 0}, 4), ("avif", {"quality": 98}, 12)])
+def test_pictures_are_opened_the_way_up_that_the_camera_says(tmp_path, number, ending, options, most):
+    path = tmp_path / f"a.{ending}"
+    Image.fromarray(photo()).save(path, exif=with_orientation(number), **options)
+    upright = np.asarray(image_files.open_rgb(path)).astype(int)
+    assert upright.shape == SEEN[number](photo()).shape and abs(upright - SEEN[number](photo())).max() <= most
+    if ending in ("png", "webp", "jpg"):    # of the others PIL turns the pixels itself
+        raw = np.asarray(image_files.open_rgb(path, upright=False)).astype(int)
+        assert raw.shape == (20, 30, 3) and abs(raw - photo()).max() <= most
+
+
+def test_damaged_exif_data_do_not_hide_a_picture(tmp_path):
+    path = tmp_path / "a.jpg"
+    for junk in (b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0junk", b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\2\0\0\0\1abcd"):
+        Image.fromarray(photo()).save(path, exif=junk)
+        assert image_files.open_rgb(path).size == (30, 20)
+
+
+def test_turned_pictures_count_as_they_are_seen(tmp_path):
+    """Of one size when they are upright; and the cache holds them so."""
+    make_folders(tmp_path, size=(20, 16))
+    turned = tmp_path / "cifar100/train/cat/000.png"
+    Image.fromarray(photo(20, 16)).save(turned, exif=with_orientation(6))
+    for _ in range(2):
+        assert (load(tmp_path)[0].images[0].numpy() == SEEN[6](photo(20, 16))).all()
+    Image.fromarray(photo(16, 20)).save(turned, exif=with_orientation(6))
+    fails(tmp_path, "001.png is 20x16 pixels, the images before it are 16x20")
+
+
+@pytest.mark.parametrize("make", [
+    lambda rgb, alpha: Image.fromarray(np.dstack([rgb, alpha])),
+    lambda rgb, alpha: Image.fromarray(np.where(alpha[..., None] > 0, rgb, 0)).convert("RGBA"),
+])
+def test_what_is_transparent_is_white_whatever_colour_it_hides(tmp_path, make):
+    """Three files that every viewer shows alike: black, green and noise hidden behind what is transparent."""
+    alpha = np.where(photo()[..., 0] > 127, 255, 0).astype(np.uint8)
+    expected = np.where(alpha[..., None] > 0, photo(), 255)
+    for hidden in (0, (0, 255, 0), np.random.default_rng(0).integers(0, 256, (20, 30, 3))):
+        rgb = np.where(alpha[..., None] > 0, photo(), hidden).astype(np.uint8)
+        path = tmp_path / "a.png"
+        Image.fromarray(np.dstack([rgb, alpha])).save(path)
+        assert (np.asarray(image_files.open_rgb(path)) == expected).all()
+
+
+def test_every_kind_of_transparency(tmp_path):
+    half = [round((1 - 100 / 255) * 255 + 100 / 255 * value) for value in (200, 50, 0)]
+    grey = Image.new("LA", (20, 20), (200, 100))
+    palette = Image.new("P", (20, 20), 1)
+    palette.putpalette([1, 2, 3, 200, 50, 0])
+    for name, image, options, expected in (
+            ("rgba.png", Image.new("RGBA", (20, 20), (200, 50, 0, 100)), {}, half), ("la.png", grey, {}, [half[0]] * 3),
+            ("p.png", palette, {"transparency": bytes([255, 100])}, half), ("p.gif", palette, {"transparency": 1}, [255] * 3),
+            ("rgb.png", Image.new("RGB", (20, 20), (200, 50, 0)), {"transparency": (200, 50, 0)}, [255] * 3),
+            ("l.png", Image.new("L", (20, 20), 9), {"transparency": 9}, [255] * 3),
+            ("opaque.png", Image.new("RGBA", (20, 20), (200, 50, 0, 255)), {}, [200, 50, 0]),
+            ("rgba.webp", Image.new("RGBA", (20, 20), (200, 50, 0, 0)), {"lossless": True}, [255] * 3),
+            ("rgba.tif", Image.new("RGBA", (20, 20), (200, 50, 0, 100)), {}, half)):
+        image.save(tmp_path / name, **options)
+        opened = np.asarray(image_files.open_rgb(tmp_path / name)).astype(int)
+        assert opened.shape == (20, 20, 3) and abs(opened - expected).max() <= 1, name
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_phones_largest_photo_is_decoded_smaller(tmp_path, orientation):
+    """12000x9000, 108 megapixels, beyond PIL's own limit. A JPEG decoder can do it at a quarter."""
+    down, across = np.ogrid[:9000, :12000]
+    Image.fromarray(((down // 64 + across // 64) % 256).astype(np.uint8)).save(
+        tmp_path / "phone.jpg", quality=90, exif=with_orientation(orientation))
+    image = image_files.open_rgb(tmp_path / "phone.jpg")
+    assert image.size == ((3000, 2250) if orientation == 1 else (2250, 3000))
+    y, x = (2000, 1500) if orientation == 1 else (1500, 2250 - 1 - 2000)
+    expected = (8000 // 64 + 6000 // 64) % 256
+    assert abs(int(np.asarray(image)[y, x, 0]) - expected) <= 2
+    images = image_files.decode_images([tmp_path / "phone.jpg"], (32, 32), True, progress=False).images
+    assert images.shape == (1, 32, 32, 3)
+
+
+def test_what_no_decoder_reduces_is_read_whole_up_to_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "REDUCED_ABOVE", 400)
+    monkeypatch.setattr(image_files, "MOST_PIXELS", 600)
+    for ending in ("png", "bmp", "gif"):
+        Image.fromarray(photo()).save(tmp_path / f"a.{ending}")
+        assert image_files.open_rgb(tmp_path / f"a.{ending}").size == (30, 20)
+        Image.fromarray(photo(20, 31)).save(tmp_path / f"b.{ending}")
+        with pytest.raises(image_files.DataError, match=f"b.{ending} has 31x20 pixels: more than 0 megapixels are not read"):
+            image_files.open_rgb(tmp_path / f"b.{ending}")
+
+
+def test_every_ending_that_pillow_decodes_counts(tmp_path, capsys):
+    make_folders(tmp_path)
+    folder = tmp_path / "cifar100/train/cat"
+    for name in ("a.jfif", "b.avif", "c.JPG", "d.jp2", "e.tga", "f.pgm", "g.qoi"):
+        Image.new("RGB", (20, 16), (9, 9, 9)).convert("L" if name == "f.pgm" else "RGB").save(folder / name)
+    for name in ("h.HEIC", "i.heic", "notes.txt", "README", ".hidden.png", "script.eps"):
+        (folder / name).write_text("")
+    (folder / "more").mkdir()
+    train, _ = load(tmp_path)
+    assert train.labels.tolist().count(0) == 3 + 7
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'cifar100/train'}: passed over 6 of 19 files, whose names do not end as those of images that Pillow reads "
+        f"here (2 .heic, 2 no ending, 1 .txt, 1 .eps): cat/README, cat/h.HEIC, cat/i.heic and 3 more\n")
+
+
+def test_a_name_is_printed_on_one_line():
+    assert image_files.printable(os.fsdecode(b"caf\xe9\n\x1b[31m")) == r"caf\xe9\n\x1b[31m"
+    assert image_files.printable("caf\u00e9 \U0001f426") == "caf\u00e9 \U0001f426"
+
+
 # ------------------------------------------------------------------------------------------------------------ workers
 
 DECODE_CHUNK = image_files._decode_chunk

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -117,6 +118,61 @@ def test_shares_are_those_of_tensor_split():
         for count in range(1, 6):
             parts = [list(range(total))[Ranks(rank, count).share(total)] for rank in range(count)]
             assert parts == [part.tolist() for part in torch.arange(total).tensor_split(count)]
+
+
+def test_variables_that_were_left_over(monkeypatch, capsys, tmp_path):
+    """From another program, or from a shell that once was torchrun's."""
+    monkeypatch.chdir(tmp_path)
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+    def environment(**change):
+        for name in whole:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in change.items():
+            monkeypatch.setenv(name, value)
+    for alone in ({}, dict.fromkeys(whole, ""), {"RANK": "3"}, {"WORLD_SIZE": "1", "RANK": "0"}, {"LOCAL_RANK": "x"}):
+        environment(**alone)
+        assert of_environment() == Ranks(0, 1, 0)
+    environment(**whole)
+    assert of_environment() == Ranks(0, 2, 0)
+    for change, said in (({"MASTER_ADDR": ""}, "says RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=29500 without MASTER_ADDR, as"),
+                         ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "without MASTER_ADDR, MASTER_PORT, as"),
+                         ({"RANK": "", "LOCAL_RANK": ""}, "without RANK, LOCAL_RANK, as"), ({"RANK": "2"}, "says RANK=2"),
+                         ({"RANK": "-1"}, "says RANK=-1"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+                         ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE=9999"), ({"MASTER_PORT": "http"}, "MASTER_PORT=http"),
+                         ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999"), ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK=1.5")):
+        environment(**whole | change)
+        assert commands.main(train_cifar100.TASK, RUN) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+        assert "start with torchrun, or without it unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT" in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_others_that_never_come(monkeypatch, capsys, tmp_path, rank):
+    """Rank 0 waits for them; rank 1 asks at an address where nobody answers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.ranks.MEETING", timedelta(seconds=1))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, value)
+    assert commands.main(train_cifar100.TASK, RUN) == 1
+    out, error = capsys.readouterr()
+    assert f"error: rank {rank} has not met the 1 others at 127.0.0.1:{port} (" in error and "unset RANK" in error
+    assert (rank == "0") == (f"Waiting for 2 ranks to meet at 127.0.0.1:{port}, as RANK, WORLD_SIZE" in out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rank_0s_error_is_the_only_one(ranks, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "best.pt").write_text("mine")
+    assert ranks(*RUN, "--run-dir", "r") == [2, 1]
+    assert "r holds best.pt, which a run writes too" in (tmp_path / "stderr-0").read_text()
+    said = (tmp_path / "stderr-1").read_text()
+    assert "rank 1 lost the others" in said and "Traceback" not in said
 
 
 def test_wrong_use(monkeypatch, capsys, tmp_path):

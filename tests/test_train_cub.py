@@ -12,7 +12,7 @@ import train_cub
 from cub_sample import write_cub_sample
 from sample_data import cifar_sample
 from tests.test_command_line import assert_runs_equal, content_of
-from training import commands, transfer
+from training import commands, options, transfer
 from training.loop import Trainer
 from training.report import read_metrics
 
@@ -114,6 +114,22 @@ def test_from_scratch_nothing_is_frozen(cli):
     assert status == 0 and "transferred" not in out
     content = content_of("scratch")
     assert content["config"]["freeze_epochs"] == 0 and content["transferred"] == []
+
+
+@pytest.mark.parametrize("epochs, frozen", [(1, 0.25), (2, 0.5), (8, 2), (60, 2)])
+def test_a_short_run_freezes_for_a_quarter_at_most(epochs, frozen):
+    task = train_cub.TASK
+    args = options.make_parser("", task.recipes, model=task.model, dataset="cub").parse_args(["--epochs", str(epochs)])
+    config = options.resolve(args, task.recipes, task.short, model=task.model, dataset="cub")
+    assert config["freeze_epochs"] == frozen
+    commands.check_recipe(config | {"image_size": 64})
+
+
+def test_defaults_follow_what_was_asked_for(cli, unhurt):
+    """--epochs below the frozen epochs, and no momentum where Nesterov's is the default: neither is the user's mistake."""
+    status, out, err = cli(*SMALL, "--epochs", 2, "--init-from", unhurt / "last.pt", "--set", "momentum=0", "--run-dir", "short")
+    assert status == 0 and "whose trunk trains after 0.5 epochs" in out, err
+    assert content_of("short")["config"]["nesterov"] is False
 
 
 def test_out_of_memory_is_told_with_the_options_that_help(cli, monkeypatch):

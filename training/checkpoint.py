@@ -153,11 +153,12 @@ def read_last(run_dir: Path, mend: bool = False) -> dict | None:
 def set_others_aside(run_dir: Path, content: dict) -> None:
     """Keep, under another name, what the run with this checkpoint would write over and has not written."""
     for name in (PREVIOUS_NAME, BEST_NAME) if content["config"].get("val_fraction") else (PREVIOUS_NAME,):
-        if os.path.lexists(run_dir / name):
-            try:
-                check_own(run_dir, run_dir / name, read_checkpoint(run_dir / name))
-            except UserError:
-                set_aside(run_dir / name, "is no checkpoint of this run")
+        try:
+            ours = not differences(read_checkpoint(run_dir / name)["config"], content["config"])
+        except UserError:
+            ours = not os.path.lexists(run_dir / name)
+        if not ours:
+            set_aside(run_dir / name, "is no checkpoint of this run")
     if os.path.lexists(run_dir / "config.json"):
         try:
             read_config(run_dir)["config"]["model"]
@@ -171,12 +172,16 @@ def check_own(run_dir: Path, path: Path, content: dict) -> dict:
         settings = with_news(read_config(run_dir)["config"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # lost or damaged: the checkpoint holds all of it
         return content
-    for name in (content["config"].keys() & settings.keys()) - set(MAY_CHANGE):
-        value = json.loads(json.dumps(content["config"][name]))
-        if value != settings[name]:
-            raise UserError(f"{path} belongs to another run: {name} is {value} in it, and {settings[name]} in "
-                            f"{run_dir / 'config.json'}")
+    for name in differences(content["config"], settings):
+        raise UserError(f"{path} belongs to another run: {name} is {content['config'][name]} in it, and {settings[name]} in "
+                        f"{run_dir / 'config.json'}")
     return content
+
+
+def differences(config: dict, settings: dict) -> list[str]:
+    """The settings that one run has in two ways. Values as JSON has them, which a config.json went through."""
+    return [name for name in sorted((config.keys() & settings.keys()) - set(MAY_CHANGE))
+            if json.loads(json.dumps(config[name])) != json.loads(json.dumps(settings[name]))]
 
 
 def newest_unfinished(runs: Path) -> Path:

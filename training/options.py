@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import re
@@ -361,8 +362,9 @@ def environment(device: torch.device) -> dict:
             "device": device_name(device), "threads": torch.get_num_threads(), "git_commit": git_commit()}
 
 
+@functools.lru_cache(maxsize=None)
 def git_commit() -> str | None:
-    """The commit that this code is at, with "+changes" when files differ from it; None outside a checkout."""
+    """The commit that this code was at when the run began, with "+changes" when files differ from it; None outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
         def git(*words: str) -> str:

@@ -62,7 +62,8 @@ def _is_ours(path: Path) -> bool:
     for event in _events(path):
         if event.HasField("source_metadata"):
             return event.source_metadata.writer == WRITER
-        if path.name.endswith(MERGED) or any(OUR_TAGS.match(value.tag) for value in event.summary.value):
+        merged = path.name.endswith(MERGED) and event.HasField("session_log")
+        if merged or any(OUR_TAGS.match(value.tag) for value in event.summary.value):
             return True
     return False
 
