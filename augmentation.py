@@ -137,6 +137,7 @@ def _cut_out(batch: torch.Tensor, cut_y: torch.Tensor, cut_x: torch.Tensor, side
     """Fill a square of each image with 0, in place. What lies outside is moved onto the border, which is in the square
     then: the number of pixels written stays fixed, so nobody waits for a count."""
     n, _, h, w = batch.shape
+    side = min(side, 2 * max(h, w))     # which covers all of it already
     offsets = torch.arange(side, device=batch.device) - side // 2
     rows = (cut_y[:, None] + offsets).clamp(0, h - 1) + h * torch.arange(n, device=batch.device)[:, None]
     columns = (cut_x[:, None] + offsets).clamp(0, w - 1)

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from image_files import DataError
 from tests.conftest import ROOT
 from tests.makers import make_folders
-from train_cifar100 import FAST
+from train_cifar100 import FAST, TASK
 from training import checkpoint, commands, options, run as run_module
 from training.loop import Interrupted, Trainer
 from training.options import UserError
@@ -454,7 +454,7 @@ def test_a_home_folder_that_is_not_there(cli, monkeypatch, option):
 @pytest.mark.parametrize("words, message", [
     (["--seed", "99999999999999999999"], "argument --seed: 99999999999999999999 is above 9223372036854775807"),
     (["--seed", "-1"], "argument --seed: -1 is below 0"),
-    (["--seed", "9" * 5000], "invalid whole number value"),
+    (["--seed", "9" * 5000], "9999... is not between 0 and 9223372036854775807"),
     (["--epochs", "9" * 30], "argument --epochs: 999999999999999999999999999999 is above 1000000"),
     (["--num-workers", "999999999"], "argument --num-workers: 999999999 is above 256"),
     (["--batch-size", "1" + "0" * 20], "is above 1000000"), (["--image-size", "100000"], "is above 4096"),
@@ -477,7 +477,7 @@ def test_numbers_beyond_their_range(cli, words, message):
 
 @pytest.mark.parametrize("words", [
     ["--seed", 2**63 - 1], ["--lr", 1e-300], ["--batch-size", 10**6], ["--micro-batch", 2**31 - 1], ["--width", 1e-300],
-    ["--overlay-every", 2**31 - 1], ["--set", "halve_every=" + "9" * 4000], ["--set", "cutout=4095"], ["--set", "muon=1e-320"],
+    ["--overlay-every", 2**31 - 1], ["--set", "halve_every=" + "9" * 40], ["--set", "cutout=4095"], ["--set", "muon=1e-320"],
     ["--set", "weight_decay=1e-320"], ["--set", "warmup=0.9999999999999999"], ["--num-workers", 256], ["--set", "zoom=1e-300"],
     ["--set", "jitter=0.999999999"], ["--set", "ema_decay=0.9999999999999999"], ["--set", "pool4=4095"],
     ["--set", "progressive=1e-300:1e-300"]])
@@ -496,12 +496,12 @@ def test_a_million_epochs_begin_at_once(cli, monkeypatch):
     """What is said before the training must not count its steps."""
     monkeypatch.setattr(Trainer, "step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     started = time.monotonic()
-    status, out, _ = cli(*NARROW, "--model", "vgg", "--epochs", 10**6, "--set", "schedule=double-halve")
+    status, out, _ = cli(*NARROW, "--model", "vgg", "--epochs", 10**6, "--set", "schedule=double-halve", "--set", "warmup=0")
     assert status == 143 and "Peak learning rate 0.4 for" in out and time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--width", 16], "--width 16: the network's weights and what the optimizer keeps of them take 75 GiB of memory, and this "
+    (["--width", 16], "--width 16: the network's weights and what the optimizer keeps of them take 76 GiB of memory, and this "
                       "machine has 24"),
     (["--image-size", 4096], "--image-size 4096: to train on two images at a time takes over"),
 ])
@@ -515,7 +515,7 @@ def test_what_no_memory_could_hold_is_refused_before_it_is_tried(cli, monkeypatc
 
 def test_the_command_that_resumes_can_be_pasted_whatever_the_folder_is_called(tmp_path):
     """Each is stopped, and its last line is given to a shell as it stands."""
-    folders = [b"-x", b"two words", b"it's $HOME", b"caf\xe9", b"line\nbreak"]
+    folders = [b"-x two words", b"it's $HOME\ncaf\xe9"]
     stop = ("import os, signal, sys; sys.argv = sys.argv[1:]; import train_cifar100 as script; "
             "from training import commands; from training.loop import Trainer; step = Trainer.step; "
             "Trainer.step = lambda *words: (step(*words), os.kill(os.getpid(), signal.SIGTERM)); "
@@ -583,18 +583,26 @@ def test_signal_handlers_that_are_not_pythons_come_through(monkeypatch):
     assert {handler for _, handler in called[len(called) // 2:]} == {signal.SIG_DFL}
 
 
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """A checkpoint of a run on the whole built-in sample."""
+    folder = tmp_path_factory.mktemp("sampled") / "run"
+    assert commands.main(TASK, ["--sample", "--model", "vgg", "--width", "0.015625", "--epochs", "1", "--device", "cpu",
+                                "--run-dir", str(folder)]) == 0
+    return folder / "last.pt"
+
+
 @pytest.mark.parametrize("words, files", [
-    (["--evaluate", "{unhurt}/last.pt", "--device", "cpu"], []),
+    (["--evaluate", "{sampled}", "--device", "cpu"], []),
     (["--benchmark", "1", "--sample", "--model", "vgg", "--width", "0.03125", "--num-workers", "0", "--json", "b.json"], ["b.json"]),
     (["--sanity", "--sample", "--model", "vgg", "--width", "0.03125", "--run-dir", "s"], ["s/last.pt", "s/metrics.csv"]),
 ])
-def test_a_closed_pipe_stops_no_files(tmp_path, unhurt, words, files):
+def test_a_closed_pipe_stops_no_files(tmp_path, sampled, words, files):
     """... | head -1"""
-    words = [word.format(unhurt=unhurt) for word in words]
+    words = [word.format(sampled=sampled) for word in words]
     line = f"{shlex.join([sys.executable, os.path.join(ROOT, 'train_cifar100.py'), *words])} | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stderr == "" and len(done.stdout.splitlines()) <= 1
-    assert done.returncode == (1 if "--evaluate" in words else 0)   # the built-in sample has more classes than the test's
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)
     assert all((tmp_path / name).exists() for name in files)
 
 

@@ -23,6 +23,7 @@ import torch
 from attention_model import MODEL_NAMES
 from files import expand_user
 
+LONGEST_NUMBER = 40     # characters; Python itself refuses some thousands
 NEWEST = True   # what a bare --resume gives
 MOST_WORKERS = 256
 SHORT_RUN = 10  # epochs; below, a recipe's changes for short runs hold
@@ -135,9 +136,11 @@ def path(text: str) -> str:
 
 def whole(least: int, most: int = 2**31 - 1):
     def number(text: str) -> int:
+        if len(text) > LONGEST_NUMBER:
+            raise argparse.ArgumentTypeError(f"{text[:LONGEST_NUMBER]}... is not between {least} and {most}")
         value = int(text)
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text[:30]} is {f'below {least}' if value < least else f'above {most}'}")
+            raise argparse.ArgumentTypeError(f"{text} is {f'below {least}' if value < least else f'above {most}'}")
         return value
     number.__name__ = "whole number"
     return number
@@ -223,9 +226,11 @@ def same_type(pair: str, text: str, default: object) -> object:
             raise UserError(f"--set {pair}: expected true or false", 2)
         return text.lower() == "true"
     try:
+        if not isinstance(default, str) and len(text) > LONGEST_NUMBER:
+            raise ValueError
         value = type(default)(text)
     except ValueError:
-        raise UserError(f"--set {pair}: expected {'a whole number' if isinstance(default, int) else 'a number'}, "
+        raise UserError(f"--set {pair[:2 * LONGEST_NUMBER]}: expected {'a whole number' if isinstance(default, int) else 'a number'}, "
                         f"as in the default {default}", 2) from None
     if isinstance(value, float) and not 0 <= value < float("inf") or isinstance(value, int) and value < 0:
         raise UserError(f"--set {pair}: expected a finite number, 0 or more", 2)

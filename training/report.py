@@ -69,9 +69,12 @@ def _is_ours(path: Path) -> bool:
 
 
 def _events(path: Path) -> Iterator:
-    """The events of a file, up to a broken last record."""
+    """The events of a file, up to a broken last record. TensorBoard takes no name that is not in UTF-8: then it gets that of
+    the open file."""
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-    return LegacyEventFileLoader(str(path)).Load()
+    with open(path, "rb") as file:
+        name = str(path) if printable(path) == str(path) else f"/dev/fd/{file.fileno()}"
+        yield from LegacyEventFileLoader(name).Load()
 
 
 def _new_event_path(run_dir: Path, ending: str = "") -> Path:
