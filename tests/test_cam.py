@@ -1,8 +1,13 @@
 """cam.py as people use it: a network that has learned where to look, pictures of maps, and wrong use."""
 import csv
 import dataclasses
+import os
 import pickle
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +20,10 @@ from attention_model import build_model
 from augmentation import normalise
 from cub import load_cub
 from cub_sample import write_cub_sample
+from data import load_cifar100
 from sample_data import cifar_sample
-from tests.makers import torchvisions
+from tests.conftest import ROOT
+from tests.makers import make_folders, torchvisions
 from train_cifar100 import FAST, TASK
 from train_cub import DEFAULT
 from training import checkpoint, commands
@@ -180,6 +187,101 @@ def test_no_input_is_overwritten_and_names_do_not_clash(cli, ours_on_disk):
     assert all(path.read_bytes() == content for path, content in before.items())
     assert Path("a/link-sheet.png").is_symlink()
     assert Path("a/photo-2-conv10.png").exists() and Path("a/photo-3-sheet.png").exists()
+
+
+def test_training_and_cam_see_the_same_picture(cli, tmp_path, monkeypatch):
+    """A phone's photo that lies on its side, one with hidden colours behind what is transparent, a large one in CMYK, ..."""
+    exif, hidden = Image.Exif(), np.where(noise(40, 40, 1) > 127, 255, 0).astype(np.uint8)
+    exif[0x0112] = 6
+    Path("photos").mkdir()
+    Image.fromarray(noise(48, 96)).save("photos/turned.jpg", exif=exif)
+    Image.fromarray(np.dstack([noise(40, 40), hidden])).save("photos/transparent.png")
+    Image.fromarray(noise(300, 200)).convert("CMYK").save("photos/cmyk.jpg")
+    Image.fromarray(noise(30, 30)).quantize(16).save("photos/palette.gif", transparency=3)
+    for split in ("train", "test"):
+        shutil.copytree("photos", f"data/cifar100/{split}/a")
+        shutil.copytree("photos", f"data/cifar100/{split}/b")
+    stored = load_cifar100("data", image_size=32)[0].images[:4]
+    seen, network = [], untrained(tmp_path / "net.pt", "vgg-gap", FAST, "cifar100", ["a", "b"])
+    batch = cam.Classifier.batch
+    monkeypatch.setattr(cam.Classifier, "batch", lambda self, images: (seen.append(images), batch(self, images))[1])
+    assert cli("--checkpoint", network, "photos")[0] == 0
+    assert torch.equal(seen[0], stored)
+    assert Image.open("runs/cam/turned-gradcam.png").size == (240, 480)
+
+
+def test_what_is_passed_over_in_a_folder_is_said(cli, ours_on_disk):
+    Path("photos").mkdir()
+    for name in ("a.png", "b.JFIF", "c.avif"):
+        Image.fromarray(noise(32, 32)).save(Path("photos", name), {"b": "JPEG"}.get(name[0]))
+    Path("photos/IMG.HEIC").write_bytes(b"not for Pillow")
+    status, out, err = cli("--checkpoint", ours_on_disk, "photos")
+    assert status == 0 and "3 images done" in out, err
+    assert ("photos: passed over 1 of 4 files, whose names do not end as those of images that Pillow reads here (1 .heic): "
+            "IMG.HEIC\n") in out
+    status, _, err = cli("--checkpoint", ours_on_disk, "photos/IMG.HEIC")   # named: tried, and told
+    assert status == 1 and "error: photos/IMG.HEIC cannot be read as an image (not an image)" in err
+
+
+def test_names_that_are_long_or_in_another_encoding(cli, ours_on_disk):
+    names = [os.fsdecode(b"caf\xe9"), "caf\u00e9" * 40, "\U0001f426" * 60, "n" * 250, "line\nbreak", "-x"]
+    for name in names:
+        Image.fromarray(noise(32, 32)).save(Path(f"./{name}.png"))
+    status, out, err = cli("--checkpoint", ours_on_disk, ".", "--out", os.fsdecode(b"ma\xeeps"), "--raw")
+    assert status == 0 and err == "" and f"{len(names)} images done" in out and r"files in ma\xeeps" in out
+    assert len(list(Path(os.fsdecode(b"ma\xeeps")).iterdir())) == len(names) * 7
+    assert r"caf\xe9.png: " in out and r"line\nbreak.png: " in out
+
+
+@pytest.mark.parametrize("words", [["--measure", "--dataset", "sample", "--out", "m"], ["photo.png", "other.png", "--out", "m"],
+                                   ["--list-layers"]])
+def test_a_closed_pipe_stops_no_pictures(trained, tmp_path, words):
+    """... | head -1: every picture is made all the same."""
+    for name in ("photo.png", "other.png"):
+        Image.fromarray(noise(32, 32)).save(tmp_path / name)
+    line = shlex.join([sys.executable, str(ROOT / "cam.py"), "--checkpoint", str(trained["vgg-gap"]), *words])
+    done = subprocess.run(["bash", "-c", f"{line} 2>&1 | head -n 1; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)
+    made = {"--measure": {"measures.csv"}, "--list-layers": set()}.get(words[0], {
+        f"{name}-{what}.png" for name in ("photo", "other") for what in ("cam", "gradcam", "sheet")})
+    assert {path.name for path in tmp_path.glob("m/*")} == made
+
+
+def test_the_data_folder_is_the_checkpoints_and_nothing_is_downloaded(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.fetch", None)     # a call would fail
+    make_folders(tmp_path / "photos", classes=("a", "b"), size=(32, 32))
+    path = untrained(tmp_path / "net.pt", "vgg-gap", FAST | {"data_dir": "photos"}, "cifar100", ["a", "b"])
+    words = ["--checkpoint", path, "--dataset", "cifar100", "--num-workers", 0]
+    assert cli(*words, "--index", "0")[0] == 0
+    Path("photos").rename("moved")
+    status, _, err = cli(*words)
+    assert status == 1 and f"are not in {tmp_path / 'photos'} any more: give --data-dir" in err
+    assert cli(*words, "--data-dir", "moved", "--index", "0")[0] == 0
+
+
+def test_empty_words_and_home_folders(cli, ours_on_disk, tmp_path, monkeypatch):
+    Image.fromarray(noise(32, 32)).save("photo.png")
+    for option in ("--checkpoint", "--out", "--data-dir", "--index", "--target", "--layer", "--arch", "--weights", "--method"):
+        for words in ([option, ""], [f"{option}="]):
+            status, _, err = cli("--checkpoint", ours_on_disk, "photo.png", *words)
+            assert status == 2 and err.endswith(f"error: {option} is empty\n")
+    status, _, err = cli("--checkpoint", ours_on_disk, "photo.png", "")
+    assert status == 2 and "error: an argument is empty" in err
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for name in ("net.pt", "photo.png"):
+        shutil.copy(name, "home")
+    assert cli("--checkpoint=~/net.pt", "~/photo.png", "--out=~/maps")[0] == 0
+    assert Path("home/maps/photo-sheet.png").exists() and not Path("~").exists()
+    status, _, err = cli("--checkpoint", ours_on_disk, "photo.png", "--out=~nosuchuser/maps")
+    assert status == 2 and "argument --out: ~nosuchuser/maps: there is no home folder for ~nosuchuser" in err
+    status, _, err = cli("--checkpoint", ours_on_disk, "photo.png", "--out", "photo.png")
+    assert status == 2 and "--out photo.png is a file, not a folder" in err
+    for words in (["--index", "9" * 5000], ["--index", "1-" + "9" * 5000], ["--num-workers", "9" * 20], ["--top-k", "9" * 30]):
+        assert cli("--checkpoint", ours_on_disk, "--dataset", "sample", *words)[0] == 2
+    assert cli("--checkpoint", ours_on_disk, "photo.png", "--target", "9" * 5000)[0] == 2
+    assert not Path("runs").exists()
 
 
 def test_data_set_selection_targets_and_top_k(cli, trained):
