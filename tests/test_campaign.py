@@ -34,19 +34,23 @@ NEW = [word for word in NARROW if word != "--sample"]
 NEW += ["--epochs", str(EPOCHS), "--image-size", "16", "--set", "progressive=none", "--set", "dropout=0.5",
         "--overlay-every", "8"]
 # How a process is hurt while it runs, and the exit codes that this may give: 0 when it was at its end already.
-SIGNALS = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130,), "SIGINT twice": (130,)}   # -15: before its first step
+SIGNALS = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130,), "SIGINT twice": (130,), "SIGUSR1": (138, -10),
+           "SIGUSR2": (140, -12)}   # the negative ones: before its first step
 HOOKS = {"disk full": (1,), "loss not a number": (1,), "out of memory": (1,), "folder gone for a while": (1,),
-         "folder read-only": (1,), "folder read-only at the start": (1,), "a second process": (-9,)}
+         "folder read-only": (1,), "folder read-only at the start": (1,), "a second process": (-9,), "two starts at once": (-9,),
+         "standard streams closed": (143,)}
 # The cache of decoded images is removed first; what then happens to the process that makes it.
 CACHE = {"killed while the cache is written": (-9,), "decoding worker killed": (-9,),
          "no home, no place for the cache": (-9,)}
 # What is done to the data while no process runs, and what the next one says; then the data come back.
 DATA = {"an image fewer": "it had 96 training images and has 95 now", "a class more": "its classes are not those",
-        "an image in another class": "96 training images and has 96 with other labels"}
+        "an image in another class": "96 training images and has 96 with other labels",
+        "data folder moved away": "any more: give --data-dir, the folder that holds them now"}
 # What is done to the files of a run that has been stopped by SIGKILL.
 DAMAGE = ("last.pt cut short", "last.pt emptied", "last.pt with a flipped bit", "last.pt of another run", "last.pt lost",
           "last.pt of an older version", "config.json cut short", "metrics.csv cut short", "events cut short",
-          "half-written files beside it", "cache cut short")
+          "half-written files beside it", "cache cut short", "metrics.csv through a spreadsheet", "somebody's files beside it",
+          "somebody's last.prev.pt")
 KINDS = (*SIGNALS, *HOOKS, *CACHE, *DATA, *DAMAGE)
 
 
@@ -66,6 +70,9 @@ def a_run(folder: str, words: list[str], hook: str, after: int) -> None:
     elif hook == "decoding worker killed":
         os.environ["MAIN_PROCESS"] = str(os.getpid())
         image_files._decode_chunk = decode_or_die
+    elif hook == "standard streams closed":
+        sys.stdin = sys.stdout = sys.stderr = None
+        os.closerange(0, 3)
     elif hook == "killed while the cache is written":
         def die_in_the_middle(content, file):
             file.write(b"half of it")
@@ -86,6 +93,8 @@ def a_run(folder: str, words: list[str], hook: str, after: int) -> None:
                 self.run_model = scarce
             elif hook == "folder read-only":
                 read_only("hurt")
+            elif hook == "standard streams closed":
+                os.kill(os.getpid(), signal.SIGTERM)
             elif hook == "folder gone for a while":     # until the loss stops the run, some checkpoints later
                 os.rename("hurt", "moved")
         if hook == "folder gone for a while" and len(steps) == after + 3:
@@ -119,6 +128,8 @@ class Campaign:
 
     def __init__(self, folder: Path, seed: int):
         self.folder, self.rng, self.tried, self.heard = folder, random.Random(seed), collections.Counter(), 0
+        self.theirs: dict[Path, bytes] = {}     # files of somebody else's in the run's folder
+        self.set_aside = 0  # that stood where the run writes
         self.fork = multiprocessing.get_context("forkserver")  # forks from a process that has imported everything
         self.fork.set_forkserver_preload(["tests.test_campaign", "torch._dynamo", "torch.utils.tensorboard.summary"])
         self.last, self.config, self.data = folder / "hurt" / "last.pt", folder / "hurt" / "config.json", folder / "data"
@@ -139,16 +150,19 @@ class Campaign:
     def hurt(self, kind: str) -> None:
         """One fault. Asserts the exit code, and that nothing that was saved is lost."""
         self.tried[kind] += 1
-        if self.steps_saved() > 6 * EPOCHS - 12:    # too near its end to be hurt: another run
-            self.finish()
+        if self.steps_saved() > 6 * EPOCHS - 12 or kind == "two starts at once" and self.config.exists():
+            self.finish()   # too near its end to be hurt: another run
+            self.theirs.clear()
             shutil.rmtree(self.folder / "hurt")
-        if kind not in SIGNALS and not self.steps_saved():
+        if kind not in (*SIGNALS, "two starts at once") and not self.steps_saved():
             process = self.go()
             self.await_writes(process, 1)
             os.kill(process.pid, signal.SIGKILL)
             process.join(600)
         before, self.heard = self.steps_saved(), len(self.all_said())
-        if kind in DATA:
+        if kind == "two starts at once":
+            codes, process = HOOKS[kind], self.race()
+        elif kind in DATA:
             codes, process = (1,), self.with_other_data(kind)
         elif kind in CACHE:
             shutil.rmtree(self.data / ".cache", ignore_errors=True)
@@ -197,18 +211,32 @@ class Campaign:
         assert self.steps_saved() >= before - (kind in DAMAGE), kind
         assert "Traceback" not in self.said(), self.said()[-3000:]
 
+    def race(self):
+        """Two processes that start the same new run: one trains, and is killed, and the other one is told."""
+        both = [self.go(), self.go()]
+        while not (ended := [process for process in both if process.exitcode is not None]):
+            time.sleep(0.002)
+        winner = both[ended[0] is both[0]]
+        assert ended[0].exitcode in (1, 2) and ("in use by another process" in self.said() or "holds a run already" in self.said())
+        self.await_writes(winner, 1)
+        os.kill(winner.pid, signal.SIGKILL)
+        winner.join(600)
+        return winner
+
     def with_other_data(self, kind: str):
         """A process that finds other images than the run had, and says so."""
         first = self.data / "cifar100" / "train" / "class 0"
         if kind == "a class more":
             for split in ("train", "test"):
                 shutil.copytree(first.parent.parent / split / "class 0", first.parent.parent / split / "class 9")
+        elif kind == "data folder moved away":
+            self.data.rename(self.folder / "elsewhere")
         else:
             shutil.move(first / "0.png", self.folder / "0.png" if kind.endswith("fewer") else first.parent / "class 1" / "z.png")
         process = self.go()
         process.join(600)
         assert DATA[kind] in self.said()
-        shutil.rmtree(self.data)
+        shutil.rmtree(self.folder / "elsewhere" if kind == "data folder moved away" else self.data)
         shutil.copytree(self.folder / "calm" / ".." / "data", self.data)
         return process
 
@@ -253,6 +281,9 @@ class Campaign:
                 shutil.copy(self.folder / "other" / "last.pt", self.last)
         elif kind.startswith("config.json"):
             self.config.write_bytes(self.config.read_bytes()[:rng.randrange(200)])
+        elif kind == "metrics.csv through a spreadsheet":
+            rows = (run / "metrics.csv").read_text()
+            (run / "metrics.csv").write_bytes(b"\xef\xbb\xbf" + rows.replace("\n", "\r\n").encode() + b"\r\n")
         elif kind.startswith("metrics.csv"):
             # a row that was torn by a power cut: the epoch after the last checkpoint
             with open(run / "metrics.csv", "a") as file:
@@ -260,6 +291,14 @@ class Campaign:
         elif kind.startswith("events"):
             newest = max(run.glob("*tfevents*"))
             newest.write_bytes(newest.read_bytes() + b"\x18\0\0\0\0\0\0\0torn")
+        elif kind == "somebody's files beside it":
+            for name in (".notes.tmp", "last.damaged.pt", "events.out.tfevents.9999999999.theirs.1", "best.pt", "events.tmp"):
+                self.theirs[run / name] = rng.randbytes(30)
+                (run / name).write_bytes(self.theirs[run / name])
+        elif kind == "somebody's last.prev.pt":
+            (run / "last.prev.pt").unlink(missing_ok=True)
+            (run / "last.prev.pt").write_bytes(b"somebody's")
+            self.set_aside += 1
         elif kind.startswith("cache"):
             for cache in (self.data / ".cache").glob("*.pt"):
                 cache.write_bytes(cache.read_bytes()[:rng.randrange(5000)])
@@ -280,8 +319,11 @@ class Campaign:
         process.join(600)
         assert process.exitcode == 0, self.said()[-3000:]
         assert_runs_equal(self.folder / "hurt", self.folder / "calm")
-        left = [path.name for path in (self.folder / "hurt").iterdir() if path.name.endswith(".tmp")]
-        assert not left and "Traceback" not in self.all_said()
+        assert all(path.read_bytes() == content for path, content in self.theirs.items())
+        kept = [path.read_bytes() for path in (self.folder / "hurt").glob("last.prev.damaged*.pt")]
+        assert kept.count(b"somebody's") == self.set_aside
+        self.set_aside = 0
+        assert "Traceback" not in self.all_said()
 
 
 @pytest.fixture(scope="module")

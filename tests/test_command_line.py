@@ -20,6 +20,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from files import TEMPORARY
 from image_files import DataError
 from tests.conftest import ROOT
 from tests.makers import make_folders
@@ -73,7 +74,7 @@ def assert_runs_equal(hurt, unhurt):
     assert scalars_of(hurt) == scalars_of(unhurt)
     epochs = list(range(1, len(rows[0]) + 1))
     assert [step for step, _ in scalars_of(hurt)["loss/train"]] == epochs
-    assert not [p.name for p in Path(hurt).iterdir() if p.name.endswith(".tmp") or p.name == ".new.pt"]
+    assert not [p.name for p in Path(hurt).iterdir() if TEMPORARY.fullmatch(p.name)]
 
 
 # ---- runs that are stopped -------------------------------------------------------------------------------------------
