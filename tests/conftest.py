@@ -15,6 +15,10 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # for processes
 pytest.register_assert_rewrite("tests.makers")
 
+from training.process import share_cores  # noqa: E402
+
+share_cores()   # before PyTorch is loaded: beside other programs the tests would take many times as long
+
 
 @pytest.fixture(autouse=True)
 def fresh_notices():

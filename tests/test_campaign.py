@@ -388,7 +388,8 @@ def test_a_damaged_checkpoint_never_replaces_the_good_one_before_it(calm, tmp_pa
     shutil.copytree(calm / "calm", tmp_path / "run")
     good = (tmp_path / "run" / "last.prev.pt").read_bytes()
     (tmp_path / "run" / "last.pt").write_bytes(b"damaged")
-    content = checkpoint.read_last(tmp_path / "run", mend=True)
+    content = checkpoint.read_last(tmp_path / "run")
+    checkpoint.prepare_to_write(tmp_path / "run", content["config"])
     assert (tmp_path / "run" / "last.pt").read_bytes() == good and not (tmp_path / "run" / "last.prev.pt").exists()
     assert (tmp_path / "run" / "last.damaged.pt").read_bytes() == b"damaged"
     checkpoint.save_checkpoint(tmp_path / "run", content)

@@ -136,9 +136,8 @@ def test_what_stands_where_a_resumed_run_writes_is_set_aside(cli, stopped):
     best = Path("run/best.pt").read_bytes()
     status, out, _ = cli("--resume", "run")
     assert status == 0
-    assert "run/last.prev.pt is no checkpoint of this run: it is kept as last.prev.damaged.pt" in out
-    assert "run/best.pt is no checkpoint of this run: it is kept as best.damaged.pt" in out
-    assert "run/config.json is damaged, or not a run's: it is kept as config.damaged.json" in out
+    for name, other in (("last.prev.pt", "last.prev.damaged.pt"), ("best.pt", "best.damaged.pt"), ("config.json", "config.damaged.json")):
+        assert f"run/{name} is damaged, or not this run's: it is kept as {other}\n" in out
     assert Path("run/last.prev.damaged.pt").read_text() == "a backup of something else"
     assert Path("run/best.damaged.pt").read_bytes() == best
     assert json.loads(Path("run/config.damaged.json").read_text()) == {"name": "my web app"}
@@ -232,6 +231,35 @@ def test_a_report_in_another_folder_is_not_written_to(tmp_path):
     with pytest.raises(OSError, match="it was there and is gone: bring the run's folder back"):
         written.epoch(row | {"epoch": 2})
     assert (tmp_path / "r" / "metrics.csv").read_text() == "theirs"
+
+
+def test_looking_at_a_run_moves_nothing(cli, stopped):
+    """A run that is finished, or whose command is refused, keeps what lies in it."""
+    shutil.copytree(stopped / "whole", "run")
+    for name in ("last.prev.pt", "best.pt"):
+        Path("run", name).write_text("somebody's")
+    before = everything(Path("run"))
+    assert "run is finished" in cli("--resume", "run")[1]
+    assert cli("--resume", "run", "--epochs", 3, "--lr", 7)[0] == 2
+    after = everything(Path("run"))
+    assert {name: after[name] for name in before if name != "config.json"} == {
+        name: content for name, content in before.items() if name != "config.json"}
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '{"name": "my web app"}', '{"config": {"port": 80}}', '{"config": [1]}', '"text"', ""])
+def test_a_config_json_of_another_program_is_no_run(cli, stopped, content):
+    for name in ("theirs", "ours"):
+        Path("runs/cifar100", name).mkdir(parents=True)
+    Path("runs/cifar100/theirs/config.json").write_text(content)
+    assert cli("--resume")[::2] == (2, "error: --resume: there is no unfinished run in runs/cifar100; name the run's folder\n")
+    status, _, err = cli("--resume", "runs/cifar100/theirs")
+    assert status == 1 and "config.json is damaged (" in err and "there is no checkpoint: start a new run" in err
+    shutil.copytree(stopped / "run", "runs/cifar100/ours", dirs_exist_ok=True)
+    Path("runs/cifar100/ours/link").symlink_to("nowhere")
+    os.utime("runs/cifar100/ours/last.pt", (1, 1))
+    status, out, _ = cli("--resume")
+    assert status == 0 and "Run directory runs/cifar100/ours;" in out
+    assert Path("runs/cifar100/theirs/config.json").read_text() == content
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------

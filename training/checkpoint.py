@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from attention_model import build_model, scaled
-from files import identity, make_folders, remove_made, replace_file, set_aside
+from files import identity, make_folders, remove_leftovers, remove_made, replace_file, set_aside
 from training.options import CHECKPOINT_NAME, MAY_CHANGE, PREVIOUS_NAME, UserError
 from training.process import quoted
 
@@ -127,50 +127,49 @@ def with_news(config: dict) -> dict:
     return SINCE_FORMAT_2 | LATER | config | {"init_from": config.get("init_from") or "none"}
 
 
-def read_last(run_dir: Path, mend: bool = False) -> dict | None:
-    """The newest checkpoint of a run that can be read; None when there is none yet. Says when it is the one before, and
-    with ``mend`` puts that one in the place of the last: the next save would else keep the bad one as the one before.
-    ``mend`` also sets aside what has a name of ours and is not this run's: the next save would put it out of the world."""
+def read_last(run_dir: Path) -> dict | None:
+    """The newest checkpoint of a run that can be read; None when there is none yet. Says when it is the one before."""
     last, previous = run_dir / CHECKPOINT_NAME, run_dir / PREVIOUS_NAME
     if not last.exists() and not previous.exists():
         return None
     try:
-        content = check_own(run_dir, last, read_checkpoint(last))
+        return check_own(run_dir, last, read_checkpoint(last))
     except UserError as error:
         if not previous.exists():
             raise
         content = check_own(run_dir, previous, read_checkpoint(previous))
         print(f"{error}\nGoing on from the checkpoint before it, {previous}.")
-        if mend:
-            if os.path.lexists(last):
-                set_aside(last, "could not be used")
-            os.replace(previous, last)
-    if mend:
-        set_others_aside(run_dir, content)
-    return content
+        return content
 
 
-def set_others_aside(run_dir: Path, content: dict) -> None:
-    """Keep, under another name, what the run with this checkpoint would write over and has not written."""
-    for name in (PREVIOUS_NAME, BEST_NAME) if content["config"].get("val_fraction") else (PREVIOUS_NAME,):
+def prepare_to_write(run_dir: Path, config: dict) -> None:
+    """Before a resumed run with these settings writes: what has a name of ours and is not this run's would go with the next
+    save, so it gets another name; of a last.pt that cannot be used, the one before takes the place. What a killed process
+    left half-written is removed."""
+    def is_ours(path: Path) -> bool:
         try:
-            ours = not differences(read_checkpoint(run_dir / name)["config"], content["config"])
+            return not differences(read_checkpoint(path)["config"], config)
         except UserError:
-            ours = not os.path.lexists(run_dir / name)
-        if not ours:
-            set_aside(run_dir / name, "is no checkpoint of this run")
+            return False
+    last, previous, best = (run_dir / name for name in (CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME))
+    for path in (last, previous, best) if config["val_fraction"] else (last, previous):
+        if os.path.lexists(path) and not is_ours(path):
+            set_aside(path, "is damaged, or not this run's")
+    if previous.exists() and not last.exists():     # else the first save would have none to keep
+        os.replace(previous, last)
     if os.path.lexists(run_dir / "config.json"):
         try:
-            read_config(run_dir)["config"]["model"]
-        except (OSError, ValueError, KeyError, TypeError):
-            set_aside(run_dir / "config.json", "is damaged, or not a run's")
+            read_settings(run_dir)
+        except (OSError, ValueError):
+            set_aside(run_dir / "config.json", "is damaged, or not this run's")
+    remove_leftovers(run_dir, age=0)
 
 
 def check_own(run_dir: Path, path: Path, content: dict) -> dict:
     """The content, unless the settings in config.json say that it is another run's: then a UserError."""
     try:
-        settings = with_news(read_config(run_dir)["config"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # lost or damaged: the checkpoint holds all of it
+        settings = with_news(read_settings(run_dir))
+    except (OSError, ValueError):   # lost or damaged: the checkpoint holds all of it
         return content
     for name in differences(content["config"], settings):
         raise UserError(f"{path} belongs to another run: {name} is {content['config'][name]} in it, and {settings[name]} in "
@@ -190,9 +189,10 @@ def newest_unfinished(runs: Path) -> Path:
     found = []
     for config_path in runs.glob("*/config.json"):
         with contextlib.suppress(OSError, ValueError):
+            read_settings(config_path.parent)   # anybody may have a config.json
             config = read_config(config_path.parent)
             if not config.get("sanity") and not config.get("finished"):
-                found.append((max(p.stat().st_mtime for p in config_path.parent.iterdir()), config_path.parent))
+                found.append((max(p.lstat().st_mtime for p in config_path.parent.iterdir()), config_path.parent))
     for _, run_dir in sorted(found, reverse=True):
         with contextlib.suppress(UserError), lock(run_dir):
             return run_dir
@@ -207,6 +207,17 @@ def write_config(run_dir: Path, record: dict) -> None:
 
 def read_config(run_dir: Path) -> dict:
     return json.loads((run_dir / "config.json").read_text("utf-8-sig"))
+
+
+def read_settings(run_dir: Path) -> dict:
+    """The settings in a run's config.json. Raises OSError, or ValueError for any other file of that name."""
+    try:
+        settings = read_config(run_dir)["config"]
+        if all(isinstance(settings[name], str) for name in ("model", "recipe", "dataset")):
+            return settings
+    except (KeyError, TypeError, IndexError):
+        pass
+    raise ValueError("it is not what a run writes")
 
 
 def earlier_commands(run_dir: Path) -> list[str]:

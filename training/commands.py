@@ -16,7 +16,6 @@ import torch
 
 from attention_model import scaled
 from data import DataError, ImageSet
-from files import remove_leftovers
 from image_files import one_line, printable
 from training import checkpoint, options, sanity
 from training.benchmark import benchmark
@@ -152,7 +151,7 @@ def resumed_run(task: Task, args, argv: list[str], ranks: Ranks) -> int:
         raise UserError(f"--resume {run_dir}: there is no run in this folder (no {', no '.join(names)})", 2)
     with checkpoint.lock(run_dir) if ranks.first else contextlib.nullcontext():
         with ranks.first_goes_ahead():
-            content = checkpoint.read_last(run_dir, mend=ranks.first)
+            content = checkpoint.read_last(run_dir)
         before = content["config"] if content else stored_config(run_dir)
         config = options.resumed(before, args, task.recipes, argv)
         if ranks.world_size > 1:     # as the ranks have met; the stored one may be a single GPU
@@ -174,7 +173,7 @@ def resumed_run(task: Task, args, argv: list[str], ranks: Ranks) -> int:
             raise UserError(f"--epochs {config['epochs']}: this run is in epoch {begun} already", 2)
         check_batch(config, ranks)
         if ranks.first:
-            remove_leftovers(run_dir, age=0)
+            checkpoint.prepare_to_write(run_dir, config)
         with ranks.first_goes_ahead():
             sets = split(config, *load(task, config, new=False))
         return train_here(task, config, run_dir, sets, content, argv, ranks)
@@ -270,8 +269,8 @@ def rate_in_words(trainer: Trainer) -> str:
 def stored_config(run_dir: Path) -> dict:
     """The config of a run that has no checkpoint yet: it starts over with the same settings."""
     try:
-        config = checkpoint.with_news(checkpoint.read_config(run_dir)["config"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        config = checkpoint.with_news(checkpoint.read_settings(run_dir))
+    except (OSError, ValueError) as error:
         raise UserError(f"{run_dir / 'config.json'} is damaged ({error}) and there is no checkpoint: start a new run") from None
     print(f"{run_dir} has no checkpoint yet: starting over with its settings.")
     return config
