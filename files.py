@@ -95,20 +95,17 @@ def make_folders(path: Path) -> list[Path]:
     """Make a folder and its parents where they are missing. Returns those that were made by this call, for
     `remove_made`. Raises OSError."""
     made = []
-    for attempt in range(3):
-        try:
+    for _ in range(10):     # somebody else may just be removing a parent that they had made
+        with contextlib.suppress(FileNotFoundError):
             for each in (*reversed(path.parents), path):
                 if not each.is_dir():
                     with contextlib.suppress(FileExistsError):  # somebody else was faster, or it is a file
                         each.mkdir()
                         made.append(each)
-            break
-        except FileNotFoundError:   # somebody else has just removed a parent that they had made
-            if attempt == 2:
-                raise
-    if not path.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    return made
+        if path.is_dir():
+            return made
+    code = errno.ENOTDIR if os.path.lexists(path) else errno.ENOENT
+    raise OSError(code, os.strerror(code), str(path))
 
 
 def remove_made(made: list[Path]) -> None:

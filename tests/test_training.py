@@ -1,17 +1,17 @@
 """The loop, the optimizer's side and the checkpoints, against independent few-line references."""
-import copy
-import ctypes
 import errno
 import math
 import os
 import pickle
 import platform
+import subprocess
+import sys
+import textwrap
 import types
 import zipfile
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from attention_model import build_model
 from sample_data import cifar_sample
@@ -115,24 +115,28 @@ def test_where_compiled_code_is_kept(monkeypatch, tmp_path):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or tuple(map(int, platform.libc_ver()[1].split("."))) < (2, 35),
                     reason="asks glibc's malloc, which took no such setting before 2.35")
 def test_large_blocks_are_kept_from_one_step_to_the_next():
-    libc = ctypes.CDLL(None)
+    """In a process of its own: what is free in this one's heap by now would count."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent("""
+        import ctypes, torch
+        from training import options
+        libc = ctypes.CDLL(None)
 
-    class Mallinfo(ctypes.Structure):
-        _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
-                                                         "fsmblks", "uordblks", "fordblks", "keepcost")]
-    libc.mallinfo2.restype = Mallinfo
-    libc.mallopt(-3, 2**25)     # M_MMAP_THRESHOLD and ...
-    libc.mallopt(-1, 2**17)     # M_TRIM_THRESHOLD, as when a process begins: more than that is given back
-    blocks = [torch.empty(10 * 2**20) for _ in range(6)]    # 40 MiB each
-    assert libc.mallinfo2().hblks >= 6      # each mapped on its own: given back when it is freed
-    del blocks
-    options.keep_memory()
-    mapped = libc.mallinfo2().hblks
-    blocks = [torch.empty(10 * 2**20) for _ in range(6)]
-    heap = libc.mallinfo2().arena
-    assert libc.mallinfo2().hblks == mapped and heap >= 240 * 2**20
-    del blocks
-    assert libc.mallinfo2().arena >= heap
+        class Mallinfo(ctypes.Structure):
+            _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
+                                                             "fsmblks", "uordblks", "fordblks", "keepcost")]
+        libc.mallinfo2.restype = Mallinfo
+        blocks = [torch.empty(10 * 2**20) for _ in range(6)]    # 40 MiB each
+        assert libc.mallinfo2().hblks >= 6      # each mapped on its own: given back when it is freed
+        del blocks
+        options.keep_memory()
+        mapped = libc.mallinfo2().hblks
+        blocks = [torch.empty(10 * 2**20) for _ in range(6)]
+        heap = libc.mallinfo2().arena
+        assert libc.mallinfo2().hblks == mapped and heap >= 240 * 2**20
+        del blocks
+        assert libc.mallinfo2().arena >= heap
+        """)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_parts_are_near_equal_and_none_is_a_single_image_unless_asked_for():
