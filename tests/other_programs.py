@@ -1,63 +1,83 @@
-"""How fast train_cifar100.py is alone on this machine's cores, and beside a busy loop for each of two, with libgomp's waiting
+"""How fast the training step is alone on this machine's cores, and beside a busy loop for each of them, with libgomp's waiting
 as it is by itself and as training/process.py has it:
 
-    python tests/other_programs.py [--rounds 5] [--spin-counts 1000,100000]
+    python tests/other_programs.py [--rounds 4] [--spin-counts 10000,100000]
 
-The fair share beside as many busy loops as cores is half of the speed alone. Each figure is the median of the rounds, which
-take turns, so that a machine that slows down does so for all. Run it with nothing else running.
+The fair share beside as many busy loops as cores is half of the speed alone. In each round every setting gets a process of
+its own, in turns that are reversed in every second round; it times 5 windows alone and 8 beside new loops, as it depends on
+the cores that the system puts them on. Figures are medians over all windows. Run it with nothing else running.
 """
 import argparse
-import csv
+import ast
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from training.process import SPIN_COUNT  # noqa: E402
 
-COMMAND = ["--sample", "--width", "0.5", "--image-size", "16", "--epochs", "2", "--set", "progressive=none", "--device", "cpu",
-           "--overlay-every", "0"]
+RUN = ["--sample", "--width", "0.5", "--image-size", "16", "--set", "progressive=none", "--device", "cpu"]
 WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
-def images_per_second(waiting: dict[str, str]) -> float:
-    environment = {name: value for name, value in os.environ.items() if name not in WAITS} | waiting
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, ROOT / "train_cifar100.py", *COMMAND, "--run-dir", f"{folder}/run"], env=environment,
-                       check=True, stdout=subprocess.DEVNULL)
-        with open(f"{folder}/run/metrics.csv", newline="") as file:
-            return float(list(csv.DictReader(file))[-1]["images_per_second"])
+def windows() -> list[list[float]]:
+    """Images a second of each window alone, and of each beside the loops."""
+    from train_cifar100 import TASK
+    from training import benchmark, options
+    from training.run import Run
+    options.keep_memory()
+    args = options.make_parser("", TASK.recipes, model=TASK.model, dataset=TASK.dataset).parse_args(RUN)
+    config = options.resolve(args, TASK.recipes, TASK.short, model=TASK.model, dataset=TASK.dataset)
+    trainer = Run(TASK, config, Path("."), *TASK.sample(config)).trainer
+    batches = benchmark.endless(trainer)
+
+    def rate(seconds: float) -> float:
+        steps, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            trainer.step(*next(batches))
+            steps += 1
+        return steps * config["batch_size"] / (time.perf_counter() - began)
+    rate(2)
+    alone, beside = [rate(3) for _ in range(5)], []
+    for _ in range(8):
+        loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+        time.sleep(0.5)
+        beside.append(rate(4))
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+    return [alone, beside]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--spin-counts", default="", help="others to try, with commas between")
+    parser.add_argument("--windows", action="store_true", help=argparse.SUPPRESS)   # a process of its own
     args = parser.parse_args()
-    # 300000 is what libgomp takes by itself; the scripts leave alone what is set.
-    counts = ["300000", SPIN_COUNT, *filter(None, args.spin_counts.split(","))]
+    if args.windows:
+        print(windows())
+        return
+    counts = ["300000", SPIN_COUNT, *filter(None, args.spin_counts.split(","))]     # the first is libgomp's own
     settings = {f"GOMP_SPINCOUNT={count}": {"GOMP_SPINCOUNT": count} for count in counts}
     settings["OMP_WAIT_POLICY=passive"] = {"OMP_WAIT_POLICY": "passive"}
-    rates = {(name, loops): [] for name in settings for loops in (0, 2)}
-    for _ in range(args.rounds):
-        for loops in (0, 2):
-            others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
-            try:
-                for name, waiting in settings.items():
-                    rates[name, loops].append(images_per_second(waiting))
-            finally:
-                for other in others:
-                    other.kill()
-    alone = statistics.median(rates["GOMP_SPINCOUNT=300000", 0])
-    print(f"{'images/s':<26} {'alone':>7} {'of before':>10} {'beside two loops':>17} {'of the fair share':>18}   all of them")
-    for name in settings:
-        free, busy = (statistics.median(rates[name, loops]) for loops in (0, 2))
-        print(f"{name:<26} {free:7.0f} {100 * free / alone:8.0f} % {busy:17.0f} {100 * busy / (alone / 2):16.0f} %   "
-              f"{[[round(rate) for rate in rates[name, loops]] for loops in (0, 2)]}")
+    rates = {name: ([], []) for name in settings}
+    for number in range(args.rounds):
+        for name, waiting in list(settings.items())[::-1 if number % 2 else 1]:
+            environment = {key: value for key, value in os.environ.items() if key not in WAITS} | waiting
+            done = subprocess.run([sys.executable, __file__, "--windows"], env=environment, check=True, capture_output=True, text=True)
+            for all_of_them, some in zip(rates[name], ast.literal_eval(done.stdout)):
+                all_of_them += some
+    before = statistics.median(rates["GOMP_SPINCOUNT=300000"][0])
+    print(f"{'images/s':<26} {'alone':>6} {'of the first':>13} {'beside loops':>13} {'of the fair share':>18} {'least':>6} {'most':>6}")
+    for name, (alone, beside) in rates.items():
+        free, busy = statistics.median(alone), statistics.median(beside)
+        print(f"{name:<26} {free:6.0f} {100 * free / before:11.1f} % {busy:13.0f} {100 * busy / (before / 2):16.0f} % "
+              f"{min(beside):6.0f} {max(beside):6.0f}")
 
 
 if __name__ == "__main__":

@@ -560,6 +560,22 @@ def test_signals_of_batch_systems_save_and_end_the_run(cli, monkeypatch, unhurt,
     assert_runs_equal("hurt", unhurt)
 
 
+def test_the_readmes_job_for_slurm_resumes_until_the_run_is_finished(tmp_path):
+    """With an srun that is signalled twice, and a scontrol that says what it was asked."""
+    job = re.search(r"```\n(#!/bin/bash\n#SBATCH .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    for name, body in (("srun", 'echo "$*" >> asked; mkdir -p runs/cifar100/night; touch runs/cifar100/night/config.json\n'
+                                '[ $(wc -l < asked) -lt 3 ] && exit 138; exit 0'), ("scontrol", 'echo "$*" >> requeued')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    for _ in range(3):
+        subprocess.run(["bash", "-c", job], cwd=tmp_path, env=environment, check=True)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    start = ".venv/bin/python train_cifar100.py --device cuda"
+    assert asked == [f"{start} --run-dir runs/cifar100/night"] + 2 * [f"{start} --resume runs/cifar100/night"]
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n" * 2
+
+
 def test_a_run_in_a_thread(cli, unhurt):
     """A notebook server, an application: Python handles signals in the main thread alone."""
     status = []

@@ -91,6 +91,14 @@ def home(vgg16_bn, monkeypatch, tmp_path):
     return tmp_path / "torch" / "hub" / "checkpoints"
 
 
+def test_an_empty_cache_variable_is_not_the_current_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")
+    assert transfer.imagenet_file().parent == tmp_path / ".cache" / "torch" / "hub" / "checkpoints"
+
+
 def test_the_file_is_torchvisions():
     import torchvision
     assert transfer.IMAGENET_URL == torchvision.models.VGG16_BN_Weights.IMAGENET1K_V1.url
