@@ -28,6 +28,7 @@ from tests.test_command_line import NARROW, assert_runs_equal
 from training import checkpoint, commands, run as run_module
 from training.loop import Trainer
 from training.options import UserError
+from training.report import METRIC_FIELDS
 
 EPOCHS = 16     # of six steps each, a checkpoint after every step
 NEW = [word for word in NARROW if word != "--sample"]
@@ -282,8 +283,9 @@ class Campaign:
         elif kind.startswith("config.json"):
             self.config.write_bytes(self.config.read_bytes()[:rng.randrange(200)])
         elif kind == "metrics.csv through a spreadsheet":
-            rows = (run / "metrics.csv").read_text()
-            (run / "metrics.csv").write_bytes(b"\xef\xbb\xbf" + rows.replace("\n", "\r\n").encode() + b"\r\n")
+            path = run / "metrics.csv"      # not there before the first epoch's end
+            rows = path.read_text() if path.exists() else ",".join(METRIC_FIELDS) + "\n"
+            path.write_bytes(b"\xef\xbb\xbf" + rows.replace("\n", "\r\n").encode() + b"\r\n")
         elif kind.startswith("metrics.csv"):
             # a row that was torn by a power cut: the epoch after the last checkpoint
             with open(run / "metrics.csv", "a") as file:
