@@ -220,11 +220,11 @@ def _decode(path: Path, size: tuple[int, int], resize: bool, crop: Crop | None,
     if not resize and (image.height, image.width) != size:
         raise DataError(f"{printable(path)} is {image.width}x{image.height} pixels, the images before it are"
                         f" {size[1]}x{size[0]}. Give --image-size to resize them all")
-    whole = (0, 0, *image.size)
-    shown = _clipped(crop, *image.size) if crop else whole
-    with _sane_sizes(path):     # a crop, too, counts its pixels
-        pixels = resized(image.crop(shown), size[0]) if resize else np.asarray(image)
-    return pixels, (*shown, *image.size)
+    place = (*(_clipped(crop, *image.size) if crop else (0, 0, *image.size)), *image.size)
+    if crop:
+        with _sane_sizes(path):     # a crop, too, counts its pixels
+            image = image.crop(place[:4])
+    return resized(image, size[0]) if resize else np.asarray(image), place
 
 
 def _clipped(crop: Crop, width: int, height: int) -> Crop:
