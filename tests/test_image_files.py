@@ -3,6 +3,7 @@ import functools
 import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +94,12 @@ def with_orientation(number):
     return exif
 
 
+def pillow_writes(names):
+    """Those whose format the installed Pillow can write: AVIF and QOI came late."""
+    Image.init()
+    return [name for name in names if Image.registered_extensions().get(Path(name).suffix.lower()) in Image.SAVE]
+
+
 # How a camera's picture has to be turned, by number: as EXIF says where row 0 and column 0 are to be seen.
 SEEN = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
         6: lambda a: a[::-1].swapaxes(0, 1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: a[:, ::-1].swapaxes(0, 1)}
@@ -103,6 +110,8 @@ SEEN = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: 
                                                    ("jpg", {"quality": 98, "subsampling": 0}, 4), ("avif", {"quality": 98}, 12)])
 def test_pictures_are_opened_the_way_up_that_the_camera_says(tmp_path, number, ending, options, most):
     path = tmp_path / f"a.{ending}"
+    if path.name not in pillow_writes([path.name]):
+        pytest.skip("this Pillow writes no such file")
     Image.fromarray(photo()).save(path, exif=with_orientation(number), **options)
     upright = np.asarray(image_files.open_rgb(path)).astype(int)
     assert upright.shape == SEEN[number](photo()).shape and abs(upright - SEEN[number](photo())).max() <= most
@@ -191,15 +200,16 @@ def test_what_no_decoder_reduces_is_read_whole_up_to_the_limit(tmp_path, monkeyp
 def test_every_ending_that_pillow_decodes_counts(tmp_path, capsys):
     make_folders(tmp_path)
     folder = tmp_path / "cifar100/train/cat"
-    for name in ("a.jfif", "b.avif", "c.JPG", "d.jp2", "e.tga", "f.pgm", "g.qoi"):
+    names = pillow_writes(["a.jfif", "b.avif", "c.JPG", "d.jp2", "e.tga", "f.pgm", "g.qoi"])
+    for name in names:
         Image.new("RGB", (20, 16), (9, 9, 9)).convert("L" if name == "f.pgm" else "RGB").save(folder / name)
     for name in ("h.HEIC", "i.heic", "notes.txt", "README", ".hidden.png", "script.eps"):
         (folder / name).write_text("")
     (folder / "more").mkdir()
     train, _ = load(tmp_path)
-    assert train.labels.tolist().count(0) == 3 + 7
+    assert train.labels.tolist().count(0) == 3 + len(names)
     assert capsys.readouterr().out == (
-        f"{tmp_path / 'cifar100/train'}: passed over 6 of 19 files, whose names do not end as those of images that Pillow reads "
+        f"{tmp_path / 'cifar100/train'}: passed over 6 of {12 + len(names)} files, whose names do not end as those of images that Pillow reads "
         f"here (2 no ending, 2 .heic, 1 .txt, 1 .eps): cat/README, cat/h.HEIC, cat/i.heic and 3 more\n")
 
 
