@@ -194,7 +194,9 @@ def _load_class_folders(folder: Path, cache_dir: Path, image_size: int | None, n
 def _list_classes(folder: Path) -> dict[str, list[Path]]:
     """Class name -> its image files, both sorted. Hidden names are passed over; so is what is no image, and that is said."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is missing: class folders are expected at {folder.parent}/{{train,test}}/<class>/")
+        what = "a file, not a folder" if folder.exists() else "missing"
+        raise DataError(f"{folder} is {what}: class folders are expected at {folder.parent}/{{train,test}}/<class>/ (or the"
+                        f" three official files train, test and meta)")
     names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
     if not names:
         raise DataError(f"{folder} holds no class folders. Put one folder of images for each class into it")
