@@ -93,7 +93,8 @@ def check_archive(path: Path, md5: str, url: str) -> None:
     try:
         right = md5_of(path) == md5
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({one_line(error)}). Make it readable, or move it away and start again") from None
+        raise DataError(f"{path} cannot be read ({one_line(error)}). Make it readable, or move it away and start"
+                        f" again") from None
     if not right:
         raise DataError(f"{path} is damaged or half a download ({path.stat().st_size:,} bytes, its md5 is not {md5})."
                         f" Move it away and start again, or fetch it from {url}")

@@ -69,11 +69,13 @@ def main() -> None:
     for number in range(args.rounds):
         for name, waiting in list(settings.items())[::-1 if number % 2 else 1]:
             environment = {key: value for key, value in os.environ.items() if key not in WAITS} | waiting
-            done = subprocess.run([sys.executable, __file__, "--windows"], env=environment, check=True, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, __file__, "--windows"], env=environment, check=True, capture_output=True,
+                                  text=True)
             for all_of_them, some in zip(rates[name], ast.literal_eval(done.stdout)):
                 all_of_them += some
     before = statistics.median(rates["GOMP_SPINCOUNT=300000"][0])
-    print(f"{'images/s':<26} {'alone':>6} {'of the first':>13} {'beside loops':>13} {'of the fair share':>18} {'least':>6} {'most':>6}")
+    print(f"{'images/s':<26} {'alone':>6} {'of the first':>13} {'beside loops':>13} {'of the fair share':>18} {'least':>6} "
+          f"{'most':>6}")
     for name, (alone, beside) in rates.items():
         free, busy = statistics.median(alone), statistics.median(beside)
         print(f"{name:<26} {free:6.0f} {100 * free / before:11.1f} % {busy:13.0f} {100 * busy / (before / 2):16.0f} % "

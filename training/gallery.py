@@ -126,8 +126,8 @@ class Writer:
         """``wanted``, or with a number behind it, so that each file STEM-ENDING, a picture or one with that content, may be
         written. Cut to a length that file systems take."""
         stem, number = in_bytes(wanted, LONGEST_STEM), 1
-        while any(f"{stem}-{ending}".casefold() in self.taken or not self.may_write(self.out / f"{stem}-{ending}", raw.get(ending))
-                  for ending in (*pictures, *raw)):
+        while any(f"{stem}-{ending}".casefold() in self.taken
+                  or not self.may_write(self.out / f"{stem}-{ending}", raw.get(ending)) for ending in (*pictures, *raw)):
             number += 1
             stem = f"{in_bytes(wanted, LONGEST_STEM)}-{number}"
         self.taken |= {f"{stem}-{ending}".casefold() for ending in (*pictures, *raw)}

@@ -59,7 +59,8 @@ def make_parser(description: str, recipes: dict[str, dict], *, model: str, datas
     quiet = argparse.SUPPRESS  # not in the result unless it was given
     where = parser.add_argument_group("what and where")
     where.add_argument("--data-dir", type=path, default="data", help="folder that holds (or will hold) the data set")
-    where.add_argument("--run-dir", type=path, default=quiet, help=f"folder of this run (default: runs/{dataset}/<time>-<model>)")
+    where.add_argument("--run-dir", type=path, default=quiet,
+                       help=f"folder of this run (default: runs/{dataset}/<time>-<model>)")
     where.add_argument("--sample", action="store_true", default=quiet, help="train on the small built-in sample")
     where.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N")
     where.add_argument("--num-workers", type=whole(0, MOST_WORKERS), default=2,
@@ -73,9 +74,11 @@ def make_parser(description: str, recipes: dict[str, dict], *, model: str, datas
     what.add_argument("--width", type=positive(16), default=quiet, help="factor on all channels (default: 1.0)")
     what.add_argument("--image-size", type=whole(16, 4096), default=quiet, help="side in pixels (default: the recipe's)")
     what.add_argument("--epochs", type=whole(1, 10**6), default=quiet, help="(default: the recipe's)")
-    what.add_argument("--batch-size", type=whole(2, 10**6), default=quiet, help="images an optimizer step (default: the recipe's)")
+    what.add_argument("--batch-size", type=whole(2, 10**6), default=quiet,
+                      help="images an optimizer step (default: the recipe's)")
     what.add_argument("--lr", type=positive(1e6), default=quiet, help="peak learning rate (default: the recipe's)")
-    what.add_argument("--seed", type=whole(0, 2**63 - 1), default=quiet, help="of weights, order, augmentation, dropout (default: 0)")
+    what.add_argument("--seed", type=whole(0, 2**63 - 1), default=quiet,
+                      help="of weights, order, augmentation, dropout (default: 0)")
     what.add_argument("--val-fraction", type=fraction, default=quiet,
                       help="part of the training images held out; they are evaluated instead of the test set, "
                            "and best.pt is kept (default: 0)")
@@ -230,8 +233,8 @@ def same_type(pair: str, text: str, default: object) -> object:
             raise ValueError
         value = type(default)(text)
     except ValueError:
-        raise UserError(f"--set {pair[:2 * LONGEST_NUMBER]}: expected {'a whole number' if isinstance(default, int) else 'a number'}, "
-                        f"as in the default {default}", 2) from None
+        what = "a whole number" if isinstance(default, int) else "a number"
+        raise UserError(f"--set {pair[:2 * LONGEST_NUMBER]}: expected {what}, as in the default {default}", 2) from None
     if isinstance(value, float) and not 0 <= value < float("inf") or isinstance(value, int) and value < 0:
         raise UserError(f"--set {pair}: expected a finite number, 0 or more", 2)
     return value
@@ -369,7 +372,8 @@ def environment(device: torch.device) -> dict:
 
 @functools.lru_cache(maxsize=None)
 def git_commit() -> str | None:
-    """The commit that this code was at when the run began, with "+changes" when files differ from it; None outside a checkout."""
+    """The commit that this code was at when the run began, with "+changes" when files differ from it; None outside a
+    checkout."""
     here = Path(__file__).resolve().parent
     try:
         def git(*words: str) -> str:

@@ -194,7 +194,8 @@ class Report:
         """The end of a run, after `epoch`: the hparams tab shows it as finished, with `metrics` and the last curves as its
         columns.
 
-        hparams are those of start; metrics are final values by name, also written as scalars final/<name> at that step. cut_back takes all of this away again, for a run that is made longer.
+        hparams are those of start; metrics are final values by name, also written as scalars final/<name> at that step.
+        cut_back takes all of this away again, for a run that is made longer.
         """
         final = {f"final/{name}": float(value) for name, value in metrics.items()}
         columns = [f"top1/{self.eval_name}", f"loss/{self.eval_name}", "top1/train", "loss/train"]
