@@ -1,5 +1,8 @@
 """What several test files make and load: sets, data folders, small networks."""
 import functools
+import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -86,3 +89,11 @@ def decoded_anew(load, root, monkeypatch, **options):
 
 def listing(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def first_lines(commands, folder):
+    """Scripts with their words, all at once, each `2>&1 | head -n 1`: [(exit status, lines read, what the shell complains of)]."""
+    started = [subprocess.Popen(["bash", "-c", f"{shlex.join([sys.executable, *words])} 2>&1 | head -n 1; exit ${{PIPESTATUS[0]}}"],
+                                cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for words in commands]
+    ended = [(process, *process.communicate(timeout=300)) for process in started]
+    return [(process.returncode, len(out.splitlines()), error) for process, out, error in ended]
