@@ -32,8 +32,8 @@ def small_task():
     """train_cifar100.py's task on a sample of 96 training and 32 test pictures."""
     from sample_data import cifar_sample
     from train_cifar100 import TASK
-    return dataclasses.replace(TASK,
-                               sample=lambda config: cifar_sample(classes=4, train_per_class=24, test_per_class=8))
+    sets = cifar_sample(classes=4, train_per_class=24, test_per_class=8)
+    return dataclasses.replace(TASK, sample=lambda config: sets)
 
 
 @pytest.fixture
