@@ -233,14 +233,19 @@ def test_a_report_in_another_folder_is_not_written_to(tmp_path):
     assert (tmp_path / "r" / "metrics.csv").read_text() == "theirs"
 
 
-def test_looking_at_a_run_moves_nothing(cli, stopped):
-    """A run that is finished, or whose command is refused, keeps what lies in it."""
+def test_looking_at_a_run_moves_nothing(cli, stopped, monkeypatch):
+    """A run that is finished, or whose command or images are refused, keeps what lies in it."""
+    def refuse(run, content):
+        raise checkpoint.UserError("the data set has changed")
     shutil.copytree(stopped / "whole", "run")
     for name in ("last.prev.pt", "best.pt"):
         Path("run", name).write_text("somebody's")
     before = everything(Path("run"))
     assert "run is finished" in cli("--resume", "run")[1]
     assert cli("--resume", "run", "--epochs", 3, "--lr", 7)[0] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "check_data", refuse)
+        assert cli("--resume", "run", "--epochs", 3)[0] == 1
     after = everything(Path("run"))
     assert {name: after[name] for name in before if name != "config.json"} == {
         name: content for name, content in before.items() if name != "config.json"}

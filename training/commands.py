@@ -172,8 +172,6 @@ def resumed_run(task: Task, args, argv: list[str], ranks: Ranks) -> int:
         if config["epochs"] < begun:
             raise UserError(f"--epochs {config['epochs']}: this run is in epoch {begun} already", 2)
         check_batch(config, ranks)
-        if ranks.first:
-            checkpoint.prepare_to_write(run_dir, config)
         with ranks.first_goes_ahead():
             sets = split(config, *load(task, config, new=False))
         return train_here(task, config, run_dir, sets, content, argv, ranks)

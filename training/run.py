@@ -178,7 +178,8 @@ class Run:
         if not self.ranks.first:
             return
         self.folder = identity(self.run_dir)
-        if resumed:
+        if resumed:     # and can go on: a run that is refused keeps all as it is
+            checkpoint.prepare_to_write(self.run_dir, self.config)
             report.cut_back(self.run_dir, epoch or -1)
         self.commands = checkpoint.earlier_commands(self.run_dir) + [command]
         self.write_config()
