@@ -104,8 +104,9 @@ def _provide(root: Path, download: bool, progress: bool) -> Path:
     if not found:
         by_hand = (f"Fetch {CUB_URL} (md5 {CUB_MD5}) yourself and put it at {archive}, or unpacked at"
                    f" {root / CUB_FOLDER}/, or use --sample for the built-in sample")
-        beside = next(filter(_holds_cub, named(root.absolute().parent, CUB_NAMES)), None)
-        check_data_dir(root, download, "CUB-200-2011", CUB_FOLDER, beside, by_hand)
+        above = root.absolute().parents[:2]
+        near = next(filter(_holds_cub, (*named(above[0], CUB_NAMES), *above)), None) if above else None
+        check_data_dir(root, download, "CUB-200-2011", CUB_FOLDER, near, by_hand)
         check_space(root, CUB_MIB + CUB_UNPACKED_MIB, "CUB-200-2011")
         fetch(CUB_URL, CUB_MD5, archive, size_mib=CUB_MIB, what="CUB-200-2011", by_hand=by_hand, progress=progress)
     check_archive(archive, CUB_MD5, CUB_URL)

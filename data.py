@@ -9,6 +9,7 @@ import hashlib
 import os
 import pickle
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def _find_cifar100(root: Path) -> tuple[str, Path] | None:
             return _kind_of(path) or kind, path
     path = next(filter(_kind_of, around(root, CIFAR100_NAMES)), root)
     kind = _kind_of(path)
-    is_named_so = path.absolute().name.casefold() in CIFAR100_NAMES     # train/ and test/ alone may be anything
+    is_named_so = path.resolve().name.casefold() in CIFAR100_NAMES      # train/ and test/ alone may be anything
     return (kind, path) if kind == "unpacked" or kind and is_named_so else None
 
 
@@ -131,8 +132,9 @@ def _check_data_dir(root: Path, download: bool) -> None:
     if _kind_of(root) == "folders":
         raise DataError(f"{root} holds train/ and test/ itself: if they are CIFAR-100, move them into a folder named"
                         f" cifar100, and give the folder that holds cifar100 as --data-dir")
-    beside = next(filter(_kind_of, named(root.absolute().parent, CIFAR100_NAMES)), None)
-    check_data_dir(root, download, "CIFAR-100", "cifar100", beside, _by_hand(root))
+    above = root.absolute().parents[:2]
+    near = next(filter(_kind_of, (*named(above[0], CIFAR100_NAMES), *above)), None) if above else None
+    check_data_dir(root, download, "CIFAR-100", "cifar100", near, _by_hand(root))
 
 
 def _read_archive(path: Path) -> dict[str, bytes]:
@@ -200,13 +202,16 @@ def _list_classes(folder: Path) -> dict[str, list[Path]]:
     names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
     if not names:
         raise DataError(f"{folder} holds no class folders. Put one folder of images for each class into it")
+    loose = sorted(e.name for e in os.scandir(folder) if is_image_name(e.name) and not e.name.startswith(".") and e.is_file())
+    if loose:
+        print(f"{printable(folder)}: passed over {len(loose):,} images that lie in no class folder: {_some(loose)}", flush=True)
     classes, others, total = {}, [], 0
     for name in names:
-        listed = sorted(e.name for e in os.scandir(folder / name) if not e.name.startswith("."))
+        listed = sorted(e.name + "/" * e.is_dir() for e in os.scandir(folder / name) if not e.name.startswith("."))
         files = [file for file in listed if is_image_name(file)]
         missed = [f"{name}/{file}" for file in listed if not is_image_name(file)]
         if not files:
-            found = f": of {len(missed)} names, none ends as those of images do" if missed else ""
+            found = f", only {_some([file.partition('/')[2] for file in missed])}" if missed else ""
             raise DataError(f"class folder {printable(folder / name)} holds no images{found}. Put images into it, or remove"
                             f" it from both train and test")
         classes[name] = [folder / name / file for file in files]
@@ -216,7 +221,7 @@ def _list_classes(folder: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def _some(names: tuple[str, ...], others: tuple[str, ...]) -> str:
+def _some(names: Sequence[str], others: Sequence[str] = ()) -> str:
     only = [printable(name) for name in names if name not in others]
     return "none" if not only else ", ".join(only[:3]) + (f" and {len(only) - 3} more" if len(only) > 3 else "")
 

@@ -59,13 +59,13 @@ def _listed(folder: Path) -> list[Path]:
         return []
 
 
-def check_data_dir(root: Path, download: bool, what: str, folder: str, beside: Path | None, by_hand: str) -> None:
-    """Refuse what looks like a mistyped --data-dir rather than download `what` into it; it should hold `folder`. `beside`:
-    where the data set was found in the folder that holds `root`."""
+def check_data_dir(root: Path, download: bool, what: str, folder: str, near: Path | None, by_hand: str) -> None:
+    """Refuse what looks like a mistyped --data-dir rather than download `what` into it; it should hold `folder`. `near`:
+    where the data set was found beside `root` or around it."""
     if root.exists() and not root.is_dir():
         raise DataError(f"--data-dir {root} is a file, not a folder. Give the folder that holds {folder}/")
-    if beside:
-        raise DataError(f"no {what} in {root}, but there is one beside it, {beside}: give --data-dir {beside.parent}")
+    if near:
+        raise DataError(f"no {what} in {root}, but there is one at {near}: give --data-dir {near.parent}")
     if not root.is_dir() and not (download and root.absolute().parent.is_dir()):
         raise DataError(f"data folder {root} does not exist. Check --data-dir. {by_hand}")
     if not download:

@@ -116,11 +116,11 @@ def remove_made(made: list[Path]) -> None:
 
 
 def expand_user(path: str | os.PathLike) -> Path:
-    """The path with ~ and ~user as the home folder that it stands for. A file whose name begins with ~ is itself.
-    ValueError where there is no home folder."""
-    path = Path(path)
+    """The path with ~ and ~user as the home folder that it stands for; ./~ is a file of that name, as in a shell, and so is
+    ~name where one is there. ValueError where there is no home folder."""
+    text, path = os.fspath(path), Path(path)    # a Path drops the ./
     first = path.parts[0] if path.parts else ""
-    if not first.startswith("~") or first != "~" and os.path.lexists(path):
+    if not text.startswith("~") or first != "~" and os.path.lexists(path):
         return path
     try:
         if first == "~" and os.environ.get("HOME") == "":   # else ~/x would be /x

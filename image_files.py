@@ -244,17 +244,24 @@ def image_endings() -> frozenset[str]:
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
 
 
+@functools.lru_cache(maxsize=None)
+def image_formats() -> tuple[str, ...]:
+    """The formats that are decoded, whatever a file is called, the frequent ones first."""
+    Image.init()
+    return *(first := ("JPEG", "PNG")), *sorted(Image.OPEN.keys() - NOT_PICTURES - {*first})
+
+
 def is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in image_endings()
 
 
 def passed_over(folder: Path, names: list[str], total: int) -> str:
-    """A line about the files of a folder that are not taken for images, by their names in it."""
-    kinds = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in names)
+    """A line about what in a folder is not taken for images, by the names in it; a folder's ends in a slash."""
+    kinds = Counter("a folder" if name.endswith("/") else os.path.splitext(name)[1].lower() or "no ending" for name in names)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) + (", ..." if len(kinds) > 5 else "")
     some = ", ".join(map(printable, names[:3])) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-    return (f"{printable(folder)}: passed over {len(names):,} of {total:,} files, whose names do not end as those of images "
-            f"that Pillow reads here ({counts}): {some}")
+    return (f"{printable(folder)}: passed over {len(names):,} of {total:,} names, which do not end as those of images that "
+            f"Pillow reads here ({counts}): {some}")
 
 
 def open_rgb(path: Path, *, upright: bool = True, reduce: bool = True) -> Image.Image:
@@ -303,7 +310,7 @@ def _sane_sizes(path: Path) -> Iterator[None]:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         Image.MAX_IMAGE_PIXELS = None
         size = "too many"
-        with contextlib.suppress(Exception), Image.open(path) as image:
+        with contextlib.suppress(Exception), Image.open(path, formats=image_formats()) as image:
             size = f"{image.width}x{image.height}"
         raise DataError(f"{printable(path)} has {size} pixels: more than {MOST_PIXELS / 1e6:,.0f} megapixels are not read."
                         f" Replace or remove it") from None
@@ -315,7 +322,7 @@ def _sane_sizes(path: Path) -> Iterator[None]:
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The image, with every error of reading it turned into a DataError that names the file."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=image_formats()) as image:
             yield image
     except (DataError, MemoryError, Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise

@@ -212,12 +212,25 @@ def test_what_is_passed_over_in_a_folder_is_said(cli, ours_on_disk):
     for name in ("a.png", "b.JFIF", "c.jp2"):
         Image.fromarray(noise(32, 32)).save(Path("photos", name))
     Path("photos/IMG.HEIC").write_bytes(b"not for Pillow")
+    Path("photos/more").mkdir()
     status, out, err = cli("--checkpoint", ours_on_disk, "photos")
     assert status == 0 and "3 images done" in out, err
-    assert ("photos: passed over 1 of 4 files, whose names do not end as those of images that Pillow reads here (1 .heic): "
-            "IMG.HEIC\n") in out
+    assert ("photos: passed over 2 of 5 names, which do not end as those of images that Pillow reads here (1 .heic, 1 a "
+            "folder): IMG.HEIC, more/\n") in out
     status, _, err = cli("--checkpoint", ours_on_disk, "photos/IMG.HEIC")   # named: tried, and told
     assert status == 1 and "error: photos/IMG.HEIC cannot be read as an image (not an image)" in err
+
+
+def test_pictures_beside_their_photos_are_not_taken_for_photos(cli, ours_on_disk):
+    Path("photos").mkdir()
+    Image.fromarray(noise(32, 32)).save("photos/a.png")
+    made = None
+    for _ in range(2):
+        status, out, err = cli("--checkpoint", ours_on_disk, "photos", "--out", "photos")
+        assert status == 0 and "1 image done, 4 files in photos" in out, err
+        made = made or {path.name for path in Path("photos").iterdir()}
+        assert {path.name for path in Path("photos").iterdir()} == made
+    assert f"photos: passed over {len(made) - 1} pictures that cam.py made\n" in out
 
 
 def test_names_that_are_long_or_in_another_encoding(cli, ours_on_disk):

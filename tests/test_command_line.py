@@ -571,7 +571,7 @@ def test_the_readmes_job_for_slurm_resumes_until_the_run_is_finished(tmp_path):
     for _ in range(3):
         subprocess.run(["bash", "-c", job], cwd=tmp_path, env=environment, check=True)
     asked = (tmp_path / "asked").read_text().splitlines()
-    start = ".venv/bin/python train_cifar100.py --device cuda"
+    start = "--cpus-per-task=4 .venv/bin/python train_cifar100.py --device cuda"
     assert asked == [f"{start} --run-dir runs/cifar100/night"] + 2 * [f"{start} --resume runs/cifar100/night"]
     assert (tmp_path / "requeued").read_text() == "requeue 7\n" * 2
 

@@ -263,7 +263,9 @@ def test_boxes_are_in_pixels_of_the_file_so_birds_are_not_turned(root):
 
 
 def test_mistyped_data_dir(root):
-    fails(root / "nowhere", "no CUB-200-2011 in", "but there is one beside it", f"give --data-dir {root}", download=True)
+    fails(root / "nowhere", "no CUB-200-2011 in", "but there is one at", f"give --data-dir {root}", download=True)
+    for inside in ("images", "images/001.Red_bird"):
+        fails(root / CUB_FOLDER / inside, f"but there is one at {root / CUB_FOLDER}: give --data-dir {root}", download=True)
     fails(root.parent / "nowhere", "does not exist", cub.CUB_URL, cub.CUB_MD5, "--sample")
     fails(root / "no" / "where", "does not exist", download=True)
     empty = root.parent / "empty"

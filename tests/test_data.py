@@ -1,6 +1,7 @@
 """data.py: sets, loading, every bad input and its message, and downloads from a server on the loopback interface."""
 import http.server
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -244,10 +245,36 @@ def test_what_lies_beside_the_data_folder_is_named_not_downloaded_again(tmp_path
     for name in (data.CIFAR100_UNPACKED, path.name):
         (path.parent / name).rename(tmp_path / name)
         for new in ("new", "there"):
-            with pytest.raises(DataError, match=f"no CIFAR-100 in .*{new}, but there is one beside it, .*{name}: give --data-dir "):
+            with pytest.raises(DataError, match=f"no CIFAR-100 in .*{new}, but there is one at .*{name}: give --data-dir "):
                 data.load_cifar100(tmp_path / new, progress=False)
         (tmp_path / name).rename(path.parent / name)
     assert not data.cifar100_present(tmp_path / "new") and not (tmp_path / "new").exists()
+
+
+def test_inside_the_data_set_nothing_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "fetch", None)
+    make_folders(tmp_path)
+    for inside in ("cifar100/train", "cifar100/train/cat"):
+        with pytest.raises(DataError, match=f"but there is one at {tmp_path}/cifar100: give --data-dir {tmp_path}$"):
+            data.load_cifar100(tmp_path / inside, progress=False)
+
+
+def test_a_link_to_the_data_set(tmp_path):
+    make_folders(tmp_path)
+    (tmp_path / "mine").symlink_to(tmp_path / "cifar100")
+    assert load(tmp_path / "mine")[0].class_names == ("cat", "dog")
+
+
+def test_images_in_no_class_folder_are_counted(tmp_path, capsys):
+    make_folders(tmp_path)
+    for number in range(4):
+        shutil.copy(tmp_path / "cifar100/train/cat/000.png", tmp_path / f"cifar100/train/{number}.png")
+    (tmp_path / "cifar100/train/labels.txt").write_text("")
+    load(tmp_path)
+    assert capsys.readouterr().out == (f"{tmp_path / 'cifar100/train'}: passed over 4 images that lie in no class folder: 0.png, "
+                                       f"1.png, 2.png and 1 more\n")
+    (tmp_path / "cifar100/test/cow/images").mkdir(parents=True)
+    fails(tmp_path, "class folder", tmp_path / "cifar100/test/cow", "holds no images, only images/. Put images into it")
 
 
 def test_good_data_are_never_to_be_deleted(tmp_path, archive):

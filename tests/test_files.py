@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import files
+from training import options
 from tests.makers import listing
 
 
@@ -134,7 +135,9 @@ def test_home_folders(monkeypatch, tmp_path):
     Path("~lock.png").write_text("")    # a shell writes it so for *.png
     assert files.expand_user("~lock.png") == Path("~lock.png")
     Path("~").mkdir()   # made by others that do not expand
-    assert files.expand_user("~/x") == tmp_path / "x"
+    assert files.expand_user("~/x") == tmp_path / "x" and files.expand_user("./~/x") == Path("~/x")
+    for text in ("./~", "./~root/x", "./~new"):     # as the message says, and as a shell takes it; however often it is asked
+        assert options.path(text) == options.path(options.path(text)) == text
     monkeypatch.setenv("HOME", "")      # would be the root of the disk
     with pytest.raises(ValueError, match="no home folder for ~"):
         files.expand_user("~/x")

@@ -1,5 +1,7 @@
 """A folder that the user named belongs to the user: what we did not write stays as it is, whatever we do."""
 import dataclasses
+import errno
+import io
 import json
 import multiprocessing
 import os
@@ -145,12 +147,34 @@ def test_what_stands_where_a_resumed_run_writes_is_set_aside(cli, stopped):
     assert_runs_equal("run", stopped / "whole")
 
 
+@pytest.mark.parametrize("name", ["last.pt", "last.prev.pt", "config.json"])
+def test_what_cannot_be_read_now_is_not_damaged(cli, stopped, monkeypatch, name):
+    """Rights that were changed, a disk or a network in trouble: nothing is moved, and no epoch is lost."""
+    shutil.copytree(stopped / "run", "run")
+    shutil.copy("run/last.pt", "run/last.prev.pt")
+    before, opened = everything(Path("run")), io.open
+
+    def refuse(file, *words, **options):
+        if not isinstance(file, int) and os.fspath(file).endswith(f"run/{name}"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opened(file, *words, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("io.open", refuse)
+        patch.setattr("builtins.open", refuse)
+        status, _, err = cli("--resume", "run")
+    assert status == 1 and err in (f"error: run/{name} cannot be read now: Permission denied\n",
+                                   f"error: run/{name}: Permission denied\n")
+    assert everything(Path("run")) == before
+    assert cli("--resume", "run")[0] == 0
+    assert_runs_equal("run", stopped / "whole")
+
+
 @pytest.mark.parametrize("spoil, why", [
     (lambda text: text.replace(",", ";").encode(), "line 1: not the names of the columns"),    # a German Excel
     (lambda text: text.encode("utf-16"), "line 1: not the names of the columns"),
     (lambda text: b"step,loss\n1,2\n", "line 1: not the names of the columns"),
     (lambda text: text.replace("\n1,", "\none,").encode(), "line 2: not a row of numbers"),
-    (lambda text: text.replace("\n1,", "\n,").encode(), "'<=' not supported"),
+    (lambda text: text.replace("\n1,", "\n,").encode(), "line 2: not a row of numbers"),
 ])
 def test_a_metrics_csv_that_cannot_be_read_is_set_aside_and_the_run_goes_on(cli, stopped, spoil, why):
     shutil.copytree(stopped / "run", "run")
@@ -165,7 +189,7 @@ def test_a_metrics_csv_that_cannot_be_read_is_set_aside_and_the_run_goes_on(cli,
 @pytest.mark.parametrize("spoil", [
     lambda text: b"\xef\xbb\xbf" + text.encode(),                   # Excel's "CSV UTF-8"
     lambda text: text.replace("\n", "\r\n").encode(),
-    lambda text: text.encode() + b"\n\r\n  \n",
+    lambda text: text.encode() + b"\n\r\n  \n,,,,,,,,,\r\n",
     lambda text: text.rstrip("\n").encode(),                        # an editor that ends no last line
     lambda text: b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode() + b"\r\n",
 ])

@@ -209,8 +209,16 @@ def test_every_ending_that_pillow_decodes_counts(tmp_path, capsys):
     train, _ = load(tmp_path)
     assert train.labels.tolist().count(0) == 3 + len(names)
     assert capsys.readouterr().out == (
-        f"{tmp_path / 'cifar100/train'}: passed over 6 of {12 + len(names)} files, whose names do not end as those of images that Pillow reads "
-        f"here (2 no ending, 2 .heic, 1 .txt, 1 .eps): cat/README, cat/h.HEIC, cat/i.heic and 3 more\n")
+        f"{tmp_path / 'cifar100/train'}: passed over 6 of {12 + len(names)} names, which do not end as those of images that Pillow reads "
+        f"here (2 .heic, 1 no ending, 1 a folder, 1 .txt, 1 .eps): cat/README, cat/h.HEIC, cat/i.heic and 3 more\n")
+
+
+def test_what_other_programs_decode_is_not_opened_under_another_name(tmp_path):
+    """Pillow goes by the content; an EPS would be given to Ghostscript."""
+    Image.new("RGB", (20, 16)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(image_files.DataError, match=r"a.png cannot be read as an image \(not an image\)"):
+        image_files.open_rgb(tmp_path / "a.png")
 
 
 def test_a_name_is_printed_on_one_line():

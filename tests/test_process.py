@@ -82,7 +82,7 @@ print("caf\\u00e9", os.fsdecode(b"caf\\xe9"))
 def test_a_quoted_name_is_one_word_of_a_shell(name, tmp_path):
     text = os.fsdecode(name)
     done = subprocess.run(["bash", "-c", f"printf %s {process.quoted(text)}"], capture_output=True, cwd=tmp_path)
-    assert done.stdout == (b"./" if name.startswith(b"-") else b"") + name
+    assert done.stdout == (b"./" if name.startswith((b"-", b"~")) else b"") + name
     assert "\n" not in process.quoted(text)
 
 

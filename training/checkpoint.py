@@ -5,6 +5,7 @@ A checkpoint is one plain dict (see Trainer.state and run.checkpoint_of) that ``
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -78,6 +79,14 @@ def save_checkpoint(run_dir: Path, content: dict) -> None:
     save_file(run_dir / CHECKPOINT_NAME, content, previous=run_dir / PREVIOUS_NAME)
 
 
+# Errors that say nothing about what the file holds: rights, and disks and networks in trouble.
+PASSING = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+
+
+class NotReadableNow(UserError):
+    """A file that may be whole."""
+
+
 def read_plain(path: Path | str, verify: bool = False) -> object:
     """What a file holds that torch.save made of plain values and tensors; with ``verify`` its checksums are looked at, which
     torch.load does not (and files of other programs may have none). Raises UserError; code in it never runs."""
@@ -102,6 +111,8 @@ def read_plain(path: Path | str, verify: bool = False) -> object:
         raise UserError(f"{path} is refused: it holds more than plain numbers and tensors, and reading it could run "
                         f"code") from None
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno in PASSING:
+            raise NotReadableNow(f"{path} cannot be read now: {error.strerror}") from None
         raise UserError(f"{path} could not be read: {str(error).splitlines()[0] if str(error) else error!r}") from None
 
 
@@ -134,6 +145,8 @@ def read_last(run_dir: Path) -> dict | None:
         return None
     try:
         return check_own(run_dir, last, read_checkpoint(last))
+    except NotReadableNow:
+        raise
     except UserError as error:
         if not previous.exists():
             raise
@@ -149,6 +162,8 @@ def prepare_to_write(run_dir: Path, config: dict) -> None:
     def is_ours(path: Path) -> bool:
         try:
             return not differences(read_checkpoint(path)["config"], config)
+        except NotReadableNow:
+            raise
         except UserError:
             return False
     last, previous, best = (run_dir / name for name in (CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME))
@@ -160,7 +175,7 @@ def prepare_to_write(run_dir: Path, config: dict) -> None:
     if os.path.lexists(run_dir / "config.json"):
         try:
             read_settings(run_dir)
-        except (OSError, ValueError):
+        except (FileNotFoundError, IsADirectoryError, ValueError):  # FileNotFoundError: a link that leads nowhere
             set_aside(run_dir / "config.json", "is damaged, or not this run's")
     remove_leftovers(run_dir, age=0)
 

@@ -24,7 +24,7 @@ from training.memory import check_memory
 from training.optimise import SCHEDULES, learning_rate, parse_progressive
 from training.options import UserError
 from training.process import open_standard_streams, program, quoted, unbreakable_pipes
-from training.ranks import Ranks, joined, of_environment
+from training.ranks import VARIABLES, Ranks, joined, of_environment
 from training.run import Run, Signals, Task, build, clock, eval_batches, split
 
 
@@ -71,7 +71,8 @@ def exit_status(action: Callable[[], int], when_stopped: str) -> int:
 
 def do(task: Task, args, argv: list[str]) -> int:
     if of_environment().world_size > 1 and (args.evaluate or args.sanity or args.benchmark):
-        raise UserError("--evaluate, --sanity and --benchmark run in one process: start them without torchrun", 2)
+        raise UserError(f"--evaluate, --sanity and --benchmark run in one process: start them without torchrun, or unset "
+                        f"{' '.join(VARIABLES)}", 2)
     if not (args.evaluate or args.sanity or args.benchmark):
         with joined(args.device) as ranks:
             try:

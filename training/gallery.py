@@ -39,16 +39,29 @@ def list_files(words: Sequence[str]) -> tuple[list[Path], list[Path]]:
     for path in map(Path, words):
         found = [path]
         if path.is_dir():
-            files = sorted(p for p in path.iterdir() if not p.name.startswith(".") and p.is_file())
-            found = [p for p in files if is_image_name(p.name)]
-            others = [p.name for p in files if not is_image_name(p.name)]
+            there = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+            found = [p for p in there if is_image_name(p.name) and not p.is_dir()]
+            others = [p.name + "/" * p.is_dir() for p in there if not is_image_name(p.name) or p.is_dir()]
             if others:
-                print(passed_over(path, others, len(files)), flush=True)
+                print(passed_over(path, others, len(there)), flush=True)
+            photos = [p for p in found if not is_ours(p)]
+            if len(photos) < len(found):
+                print(f"{printable(path)}: passed over {len(found) - len(photos):,} pictures that cam.py made", flush=True)
+            found = photos
             if not found:
                 complain(f"{printable(path)} holds no images; its folders are not searched")
                 bad.append(path)
         paths += found
     return list(dict.fromkeys(paths)), bad
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a picture that we made: it says so."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software") == SOFTWARE
+    except Exception:   # PIL raises nearly anything
+        return False
 
 
 def parse_index(text: str, count: int) -> list[int]:
@@ -141,11 +154,7 @@ class Writer:
             return False
         if content is not None:
             return path.stat().st_size == len(content) and path.read_bytes() == content
-        try:
-            with Image.open(path) as image:
-                return image.info.get("Software") == SOFTWARE
-        except Exception:   # PIL raises nearly anything
-            return False
+        return is_ours(path)
 
     def png(self, name: str, pixels: np.ndarray) -> None:
         content, mark = io.BytesIO(), PngImagePlugin.PngInfo()

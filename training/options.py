@@ -132,7 +132,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
 def path(text: str) -> str:
     """A file or folder, ~ expanded: a shell leaves it as it is behind the = of --option=~/x."""
     try:
-        return str(expand_user(text))
+        expanded = str(expand_user(text))
+        return f"./{expanded}" if expanded.startswith("~") else expanded    # what is expanded once more stays itself
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -94,7 +94,7 @@ def quoted(path: Path | str) -> str:
     """A path as a word of a shell's command line, whatever its name: also one that looks like an option, and, in the
     $'...' of bash and zsh, one that cannot be printed."""
     text = str(path)
-    if text.startswith("-"):
+    if text.startswith(("-", "~")):
         text = f"./{text}"
     if text.isprintable() and encodes(text, getattr(sys.stdout, "encoding", None) or "utf-8"):
         return shlex.quote(text)

@@ -228,9 +228,9 @@ def _lines_and_rows(path: Path) -> list[tuple[str, dict]]:
     rows = []
     for number, line in enumerate(lines, start=2):
         try:
-            if line.strip():
+            if line.replace(",", "").strip():
                 cells = dict(zip(METRIC_FIELDS, line.strip().split(","), strict=True))
-                rows.append((line.strip(), {name: None if cell == "" else int(cell) if name == "epoch" else float(cell)
+                rows.append((line.strip(), {name: int(cell) if name == "epoch" else None if cell == "" else float(cell)
                                             for name, cell in cells.items()}))
         except ValueError:
             if number <= len(lines):    # else it is the unfinished one
@@ -265,7 +265,7 @@ def _cut_metrics(path: Path, epoch: int) -> None:
         return
     try:
         kept = [line for line, row in _lines_and_rows(path) if row["epoch"] <= epoch]
-    except (ValueError, TypeError, IsADirectoryError) as error:     # TypeError: a row without its epoch
+    except (ValueError, IsADirectoryError) as error:
         set_aside(path, f"cannot be read ({str(error).partition(', ')[2] or error}), so a new one begins")
         return
     replace_file(path, lambda file: file.write("".join(f"{line}\n" for line in [",".join(METRIC_FIELDS), *kept]).encode()))
