@@ -1,4 +1,5 @@
 """A folder that the user named belongs to the user: what we did not write stays as it is, whatever we do."""
+import builtins
 import dataclasses
 import errno
 import io
@@ -152,15 +153,17 @@ def test_what_cannot_be_read_now_is_not_damaged(cli, stopped, monkeypatch, name)
     """Rights that were changed, a disk or a network in trouble: nothing is moved, and no epoch is lost."""
     shutil.copytree(stopped / "run", "run")
     shutil.copy("run/last.pt", "run/last.prev.pt")
-    before, opened = everything(Path("run")), io.open
+    before = everything(Path("run"))
 
-    def refuse(file, *words, **options):
-        if not isinstance(file, int) and os.fspath(file).endswith(f"run/{name}"):
-            raise PermissionError(errno.EACCES, "Permission denied", str(file))
-        return opened(file, *words, **options)
+    def refusing(opens):
+        def refuse(file, *words, **options):
+            if not isinstance(file, int) and os.fspath(file).endswith(f"run/{name}"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(file))
+            return opens(file, *words, **options)
+        return refuse
     with monkeypatch.context() as patch:
-        patch.setattr("io.open", refuse)
-        patch.setattr("builtins.open", refuse)
+        for owner, attribute in ((io, "open"), (builtins, "open"), (Path, "read_text")):
+            patch.setattr(owner, attribute, refusing(getattr(owner, attribute)))
         status, _, err = cli("--resume", "run")
     assert status == 1 and err in (f"error: run/{name} cannot be read now: Permission denied\n",
                                    f"error: run/{name}: Permission denied\n")
