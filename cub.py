@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from data import ImageSet
-from download import around, check_archive, check_data_dir, check_space, data_folder, fetch, named, unpack
+from download import around, check_archive, check_data_dir, check_space, data_folder, fetch, named, near, unpack
 from image_files import DataError, MIN_IMAGE_SIZE, Pictures, decoded, one_line
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
@@ -104,9 +104,8 @@ def _provide(root: Path, download: bool, progress: bool) -> Path:
     if not found:
         by_hand = (f"Fetch {CUB_URL} (md5 {CUB_MD5}) yourself and put it at {archive}, or unpacked at"
                    f" {root / CUB_FOLDER}/, or use --sample for the built-in sample")
-        above = root.absolute().parents[:2]
-        near = next(filter(_holds_cub, (*named(above[0], CUB_NAMES), *above)), None) if above else None
-        check_data_dir(root, download, "CUB-200-2011", CUB_FOLDER, near, by_hand)
+        other = next(filter(_holds_cub, near(root, CUB_NAMES)), None)
+        check_data_dir(root, download, "CUB-200-2011", CUB_FOLDER, other, by_hand)
         check_space(root, CUB_MIB + CUB_UNPACKED_MIB, "CUB-200-2011")
         fetch(CUB_URL, CUB_MD5, archive, size_mib=CUB_MIB, what="CUB-200-2011", by_hand=by_hand, progress=progress)
     check_archive(archive, CUB_MD5, CUB_URL)

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from download import around, check_archive, check_data_dir, data_folder, fetch, named
-from image_files import DataError, MIN_IMAGE_SIZE, decoded, is_image_name, one_line, passed_over, printable, resized
+from download import around, check_archive, check_data_dir, data_folder, fetch, named, near
+from image_files import (DataError, MIN_IMAGE_SIZE, decoded, images_and_others, one_line, passed_over, printable, resized,
+                         some)
 
 # The official archive. md5 sums of the archive and of the three files in it that are read.
 CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
@@ -132,9 +133,8 @@ def _check_data_dir(root: Path, download: bool) -> None:
     if _kind_of(root) == "folders":
         raise DataError(f"{root} holds train/ and test/ itself: if they are CIFAR-100, move them into a folder named"
                         f" cifar100, and give the folder that holds cifar100 as --data-dir")
-    above = root.absolute().parents[:2]
-    near = next(filter(_kind_of, (*named(above[0], CIFAR100_NAMES), *above)), None) if above else None
-    check_data_dir(root, download, "CIFAR-100", "cifar100", near, _by_hand(root))
+    other = next(filter(_kind_of, near(root, CIFAR100_NAMES)), None)
+    check_data_dir(root, download, "CIFAR-100", "cifar100", other, _by_hand(root))
 
 
 def _read_archive(path: Path) -> dict[str, bytes]:
@@ -179,7 +179,7 @@ def _load_class_folders(folder: Path, cache_dir: Path, image_size: int | None, n
     train_names, test_names = (tuple(listings[split]) for split in ("train", "test"))
     if train_names != test_names:
         raise DataError(f"the classes of {folder / 'train'} and {folder / 'test'} differ: only in train"
-                        f" {_some(train_names, test_names)}, only in test {_some(test_names, train_names)}."
+                        f" {_only(train_names, test_names)}, only in test {_only(test_names, train_names)}."
                         f" Give both the same class folders")
     source = f"CIFAR-100 class folders in {folder}"
     size, sets = (image_size, image_size) if image_size else None, []
@@ -202,28 +202,27 @@ def _list_classes(folder: Path) -> dict[str, list[Path]]:
     names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
     if not names:
         raise DataError(f"{folder} holds no class folders. Put one folder of images for each class into it")
-    loose = sorted(e.name for e in os.scandir(folder) if is_image_name(e.name) and not e.name.startswith(".") and e.is_file())
+    loose, _ = images_and_others(folder)
     if loose:
-        print(f"{printable(folder)}: passed over {len(loose):,} images that lie in no class folder: {_some(loose)}", flush=True)
+        print(f"{printable(folder)}: passed over {len(loose):,} image{'s' * (len(loose) != 1)} in no class folder: {some(loose)}",
+              flush=True)
     classes, others, total = {}, [], 0
     for name in names:
-        listed = sorted(e.name + "/" * e.is_dir() for e in os.scandir(folder / name) if not e.name.startswith("."))
-        files = [file for file in listed if is_image_name(file)]
-        missed = [f"{name}/{file}" for file in listed if not is_image_name(file)]
+        files, missed = images_and_others(folder / name)
         if not files:
-            found = f", only {_some([file.partition('/')[2] for file in missed])}" if missed else ""
+            found = f", only {some(missed)}" if missed else ""
             raise DataError(f"class folder {printable(folder / name)} holds no images{found}. Put images into it, or remove"
                             f" it from both train and test")
         classes[name] = [folder / name / file for file in files]
-        others, total = others + missed, total + len(listed)
+        others += [f"{name}/{file}" for file in missed]
+        total += len(files) + len(missed)
     if others:
         print(passed_over(folder, others, total), flush=True)
     return classes
 
 
-def _some(names: Sequence[str], others: Sequence[str] = ()) -> str:
-    only = [printable(name) for name in names if name not in others]
-    return "none" if not only else ", ".join(only[:3]) + (f" and {len(only) - 3} more" if len(only) > 3 else "")
+def _only(names: Sequence[str], others: Sequence[str]) -> str:
+    return some([name for name in names if name not in others]) or "none"
 
 
 # ---------------------------------------------------------------------------------------------------- sets of images

@@ -52,6 +52,12 @@ def around(root: Path, names: Sequence[str]) -> list[Path]:
     return [*named(root, names), *inside]
 
 
+def near(root: Path, names: Sequence[str]) -> list[Path]:
+    """What has one of the names beside `root`, and the two folders that `root` lies in."""
+    above = root.absolute().parents[:2]
+    return [*(named(above[0], names) if above else ()), *above]
+
+
 def _listed(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
@@ -59,13 +65,13 @@ def _listed(folder: Path) -> list[Path]:
         return []
 
 
-def check_data_dir(root: Path, download: bool, what: str, folder: str, near: Path | None, by_hand: str) -> None:
-    """Refuse what looks like a mistyped --data-dir rather than download `what` into it; it should hold `folder`. `near`:
-    where the data set was found beside `root` or around it."""
+def check_data_dir(root: Path, download: bool, what: str, folder: str, other: Path | None, by_hand: str) -> None:
+    """Refuse what looks like a mistyped --data-dir rather than download `what` into it; it should hold `folder`. `other`:
+    where the data set is, if it was found near `root`."""
     if root.exists() and not root.is_dir():
         raise DataError(f"--data-dir {root} is a file, not a folder. Give the folder that holds {folder}/")
-    if near:
-        raise DataError(f"no {what} in {root}, but there is one at {near}: give --data-dir {near.parent}")
+    if other:
+        raise DataError(f"no {what} in {root}, but there is one at {other}: give --data-dir {other.parent}")
     if not root.is_dir() and not (download and root.absolute().parent.is_dir()):
         raise DataError(f"data folder {root} does not exist. Check --data-dir. {by_hand}")
     if not download:

@@ -240,7 +240,7 @@ def _clipped(crop: Crop, width: int, height: int) -> Crop:
 def image_endings() -> frozenset[str]:
     """The endings of the files that the Pillow of this machine can decode, in lower case with their dots."""
     Image.init()
-    formats = Image.OPEN.keys() - NOT_PICTURES | {"MPO"}    # MPO: phones' JPEG with several pictures
+    formats = {*image_formats(), "MPO"}     # phones' JPEG with several pictures, opened as a JPEG
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
 
 
@@ -248,20 +248,29 @@ def image_endings() -> frozenset[str]:
 def image_formats() -> tuple[str, ...]:
     """The formats that are decoded, whatever a file is called, the frequent ones first."""
     Image.init()
-    return *(first := ("JPEG", "PNG")), *sorted(Image.OPEN.keys() - NOT_PICTURES - {*first})
+    return tuple(sorted(Image.OPEN.keys() - NOT_PICTURES, key=lambda name: (name not in ("JPEG", "PNG"), name)))
 
 
-def is_image_name(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in image_endings()
+def images_and_others(folder: Path) -> tuple[list[str], list[str]]:
+    """The names in a folder that end as an image's, and the others, sorted; a folder's ends in a slash and is no image. Hidden
+    ones are left out."""
+    images, others = [], []
+    for name in sorted(e.name + "/" * e.is_dir() for e in os.scandir(folder) if not e.name.startswith(".")):
+        (images if os.path.splitext(name)[1].lower() in image_endings() else others).append(name)
+    return images, others
+
+
+def some(names: list[str]) -> str:
+    """The first names of a list, for people."""
+    return ", ".join(map(printable, names[:3])) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def passed_over(folder: Path, names: list[str], total: int) -> str:
     """A line about what in a folder is not taken for images, by the names in it; a folder's ends in a slash."""
     kinds = Counter("a folder" if name.endswith("/") else os.path.splitext(name)[1].lower() or "no ending" for name in names)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) + (", ..." if len(kinds) > 5 else "")
-    some = ", ".join(map(printable, names[:3])) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
     return (f"{printable(folder)}: passed over {len(names):,} of {total:,} names, which do not end as those of images that "
-            f"Pillow reads here ({counts}): {some}")
+            f"Pillow reads here ({counts}): {some(names)}")
 
 
 def open_rgb(path: Path, *, upright: bool = True, reduce: bool = True) -> Image.Image:

@@ -13,7 +13,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # for processes
-pytest.register_assert_rewrite("tests.makers")
+pytest.register_assert_rewrite("tests.makers", "tests.runs")
 
 from training.process import share_cores  # noqa: E402
 
@@ -34,6 +34,16 @@ def small_task():
     from train_cifar100 import TASK
     sets = cifar_sample(classes=4, train_per_class=24, test_per_class=8)
     return dataclasses.replace(TASK, sample=lambda config: sets)
+
+
+@pytest.fixture(scope="session")
+def unhurt(small_task, tmp_path_factory):
+    """Four epochs of six steps, never disturbed, with dropout, so that the random state counts."""
+    from tests.runs import NARROW
+    from training import commands
+    folder = tmp_path_factory.mktemp("unhurt") / "run"
+    assert commands.main(small_task, [*NARROW, "--epochs", "4", "--set", "dropout=0.5", "--run-dir", str(folder)]) == 0
+    return folder
 
 
 @pytest.fixture

@@ -230,7 +230,7 @@ def test_pictures_beside_their_photos_are_not_taken_for_photos(cli, ours_on_disk
         assert status == 0 and "1 image done, 4 files in photos" in out, err
         made = made or {path.name for path in Path("photos").iterdir()}
         assert {path.name for path in Path("photos").iterdir()} == made
-    assert f"photos: passed over {len(made) - 1} pictures that cam.py made\n" in out
+    assert f"photos: passed over {len(made) - 1} of cam.py's own pictures\n" in out
 
 
 def test_names_that_are_long_or_in_another_encoding(cli, ours_on_disk):
@@ -248,8 +248,8 @@ def test_a_closed_pipe_stops_no_pictures(trained, tmp_path):
     for name in ("photo.png", "other.png"):
         Image.fromarray(noise(32, 32)).save(tmp_path / name)
     start = [str(ROOT / "cam.py"), "--checkpoint", str(trained["vgg-gap"])]
-    assert first_lines([[*start, "--measure", "--dataset", "sample", "--out", "m"], [*start, "photo.png", "other.png", "--out", "p"]],
-                       tmp_path) == [(0, 1, "")] * 2
+    assert first_lines([[*start, "--measure", "--dataset", "sample", "--out", "m"], [*start, "photo.png", "other.png", "--out", "p"],
+                        [*start, "--list-layers"]], tmp_path) == [(0, 1, "")] * 3
     assert [path.name for path in tmp_path.glob("m/*")] == ["measures.csv"]
     assert {path.name for path in tmp_path.glob("p/*")} == {
         f"{name}-{what}.png" for name in ("photo", "other") for what in ("cam", "gradcam", "sheet")}

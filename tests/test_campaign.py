@@ -25,7 +25,7 @@ import image_files
 import train_cifar100
 from files import temporary_in
 from sample_data import cifar_sample
-from tests.test_command_line import NARROW, assert_runs_equal
+from tests.runs import NARROW, assert_runs_equal
 from training import checkpoint, commands, run as run_module
 from training.loop import Trainer
 from training.options import UserError

@@ -1,4 +1,4 @@
-"""train_cifar100.py as people use it: runs that are hurt and resumed, evaluation, and wrong use."""
+"""train_cifar100.py as people use it: runs that are hurt and resumed, evaluation, and data that move or change."""
 import argparse
 import contextlib
 import dataclasses
@@ -8,84 +8,22 @@ import pty
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import threading
-import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from files import TEMPORARY
-from image_files import DataError
-from tests.conftest import ROOT
-from tests.makers import first_lines, make_folders
-from train_cifar100 import FAST, TASK
+from tests.makers import make_folders
+from tests.runs import NARROW, assert_runs_equal, content_of, scalars_of
+from train_cifar100 import FAST
 from training import checkpoint, commands, options, run as run_module
-from training.loop import Interrupted, Trainer
-from training.options import UserError
+from training.loop import Trainer
 from training.ranks import Ranks
 from training.report import read_metrics
 
-NARROW = ["--sample", "--width", "0.0625", "--batch-size", "16", "--device", "cpu", "--precision", "fp32",
-          "--overlay-every", "0"]     # tensorboard takes a picture's checksum in Python: it would be half of a test's time
-MEASURED = ("images_per_second", "seconds", "peak_memory_mib")  # differ from run to run
-
-
-def content_of(run_dir) -> dict:
-    return checkpoint.read_checkpoint(Path(run_dir) / "last.pt")
-
-
-def assert_equal(a, b, where=""):
-    """Deep equality, bit for bit, of what a checkpoint holds."""
-    assert type(a) is type(b), where
-    if torch.is_tensor(a):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_equal(x, y, f"{where}[{i}]")
-    else:
-        assert a == b or (a != a and b != b), (where, a, b)
-
-
-def scalars_of(run_dir) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-            if tag not in MEASURED}
-
-
-def assert_runs_equal(hurt, unhurt):
-    """Checkpoint, metrics.csv and TensorBoard curves, but for time and memory."""
-    a, b = content_of(hurt), content_of(unhurt)
-    for content in (a, b):
-        content["position"].pop("seconds")
-    assert_equal(a, b)
-    rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(Path(d) / "metrics.csv")]
-            for d in (hurt, unhurt)]
-    assert rows[0] == rows[1]
-    assert scalars_of(hurt) == scalars_of(unhurt)
-    epochs = list(range(1, len(rows[0]) + 1))
-    assert [step for step, _ in scalars_of(hurt)["loss/train"]] == epochs
-    assert not [p.name for p in Path(hurt).iterdir() if TEMPORARY.fullmatch(p.name)]
-
-
 # ---- runs that are stopped -------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def unhurt(small_task, tmp_path_factory):
-    """Four epochs of six steps, never disturbed, with dropout, so that the random state counts."""
-    folder = tmp_path_factory.mktemp("unhurt") / "run"
-    assert commands.main(small_task, [*NARROW, "--epochs", "4", "--set", "dropout=0.5", "--run-dir", str(folder)]) == 0
-    return folder
-
 
 @pytest.fixture
 def without_nohup():
@@ -379,244 +317,6 @@ def test_same_seed_same_run_and_another_seed_another(cli, unhurt):
     assert not torch.equal(a, b)
 
 
-# ---- wrong use -------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("words, message", [
-    (["--epocs", "3"], "unrecognized arguments: --epocs 3"),
-    (["--epoch", "3"], "unrecognized arguments: --epoch 3"),  # no abbreviations
-    (["--epochs", "0"], "0 is below 1"),
-    (["--epochs", "many"], "invalid whole number value: 'many'"),
-    (["--lr", "-1"], "-1 is not above 0"),
-    (["--val-fraction", "1.5"], "1.5 is not between 0 and 1"),
-    (["--model", "resnet"], "invalid choice: 'resnet'"),
-    (["--set", "momentun=0.8"], "expected NAME=VALUE with a NAME of"),
-    (["--set", "momentum=fast"], "expected a number, as in the default 0.9"),
-    (["--set", "momentum=nan"], "expected a finite number"),
-    (["--set", "epochs=3"], "use --epochs 3 for this one"),
-    (["--set", "progressive=0.5"], "expected SCALE:UNTIL pairs"),
-    (["--set", "progressive=half"], "expected SCALE:UNTIL pairs"),
-    (["--freeze-epochs", "x"], "invalid number of 0 or more value: 'x'"),
-    (["--set", "schedule=cosine"], "choose linear or halve"),
-    (["--device", "tpu"], "expected auto, cpu, cuda, or cuda:N"),
-    (["--sample", "--model", "vgg", "--set", "trunk=full"], "vgg-gap is the baseline that has one"),
-    (["--set", "momentum=0", "--set", "nesterov=true"], "Nesterov needs a momentum"),
-    (["--set", "label_smoothing=2"], "expected a number below 1"),
-    (["--set", "crop_pad=40"], "expected a number below 16"),
-    (["--recipe", "paper", "--set", "halve_every=0"], "expected 1 epoch or more"),
-    (["--resume", "nowhere"], "there is no run in this folder"),
-])
-def test_wrong_use_exits_with_2(cli, words, message):
-    status, _, err = cli(*words)
-    assert status == 2 and message in err and "Traceback" not in err
-
-
-TEXT_OPTIONS = ("--evaluate", "--resume", "--run-dir", "--data-dir", "--json", "--init-from", "--set", "--device", "--epochs",
-                "--seed", "--model", "--benchmark", "--val-fraction")
-
-
-@pytest.mark.parametrize("option", TEXT_OPTIONS)
-def test_an_empty_word_is_no_value(cli, option):
-    """What a shell makes of a variable that is not set."""
-    for words in ([option, ""], [f"{option}="], [option, " "]):
-        status, _, err = cli(*words)
-        assert status == 2 and err.endswith(f"error: {option} is empty\n")
-    for words in (["--sample", "--width", "0.0625", "", "--epochs", 1], [""]):
-        status, _, err = cli(*words)
-        assert status == 2 and "error: an argument is empty" in err
-    assert not list(Path().iterdir())
-
-
-def test_home_folders_are_expanded_everywhere(cli, unhurt, monkeypatch, tmp_path):
-    """A shell leaves ~ alone behind an =."""
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    assert cli(*NARROW, "--model", "vgg", "--epochs", 1, "--run-dir=~/x", f"--init-from={unhurt}/last.pt")[0] == 0
-    status, out, err = cli("--evaluate=~/x/last.pt", "--device", "cpu")
-    assert status == 0 and out.startswith(f"{home}/x/last.pt: vgg"), err
-    assert cli("--resume=~/x")[0] == 0
-    assert cli(*NARROW, "--model", "vgg", "--epochs", 1, "--init-from=~/x/last.pt", "--run-dir=~/y")[0] == 0
-    status, _, err = cli("--data-dir=~/data", "--width", 0.0625, "--sanity", "--model", "vgg")
-    assert status == 0, err
-    assert cli("--benchmark", 1, "--sample", "--model", "vgg", "--width", 0.03125, "--num-workers", 0, "--json=~/b.json")[0] == 0
-    assert not Path("~").exists() and {path.name for path in home.iterdir()} == {"x", "y", "b.json"}
-
-
-@pytest.mark.parametrize("option", ["--run-dir", "--resume", "--data-dir", "--evaluate", "--json", "--init-from"])
-def test_a_home_folder_that_is_not_there(cli, monkeypatch, option):
-    status, _, err = cli(f"{option}=~nosuchuser/x")
-    assert status == 2 and f"argument {option}: ~nosuchuser/x: there is no home folder for ~nosuchuser" in err
-    monkeypatch.setenv("HOME", "")
-    status, _, err = cli(f"{option}=~/x")
-    assert status == 2 and "there is no home folder for ~ (a file of that name is ./~)" in err
-    assert not list(Path().iterdir())
-
-
-@pytest.mark.parametrize("words, message", [
-    (["--seed", "99999999999999999999"], "argument --seed: 99999999999999999999 is above 9223372036854775807"),
-    (["--seed", "-1"], "argument --seed: -1 is below 0"),
-    (["--seed", "9" * 5000], "9999... is not between 0 and 9223372036854775807"),
-    (["--epochs", "9" * 30], "argument --epochs: 999999999999999999999999999999 is above 1000000"),
-    (["--num-workers", "999999999"], "argument --num-workers: 999999999 is above 256"),
-    (["--batch-size", "1" + "0" * 20], "is above 1000000"), (["--image-size", "100000"], "is above 4096"),
-    (["--width", "1e300"], "1e300 is above 16"), (["--width", "1e999"], "1e999 is above 16"), (["--width", "nan"], "nan is not above 0"),
-    (["--lr", "1e300"], "1e300 is above 1e+06"), (["--micro-batch", "9" * 40], "is above 2147483647"),
-    (["--overlay-every", "9" * 40], "is above 2147483647"), (["--benchmark", "9" * 12], "is above 100000"),
-    (["--freeze-epochs", "1e308"], "--freeze-epochs 1e+308: fewer than the 30 epochs"),
-    (["--device", "cuda:300"], "expected auto, cpu, cuda, or cuda:N"),
-    (["--device", "cuda:99999999999999999999"], "expected auto, cpu, cuda, or cuda:N"),
-    (["--set", "cutout=9999999999999999999999"], "expected a number below 4096"),
-    (["--set", "pool4=9999999999999999999999"], "expected a number below 4096"),
-    (["--set", "dropout=1e308"], "out of range"), (["--set", "halve_every=" + "9" * 5000], "expected a whole number"),
-    (["--set", "progressive=0.5:1e400"], "expected SCALE:UNTIL pairs"),
-])
-def test_numbers_beyond_their_range(cli, words, message):
-    status, _, err = cli("--sample", *words)
-    assert status == 2 and message in err and "Traceback" not in err and len(err.splitlines()[-1]) < 400
-    assert not list(Path().iterdir())
-
-
-@pytest.mark.parametrize("words", [
-    ["--seed", 2**63 - 1], ["--lr", 1e-300], ["--batch-size", 10**6], ["--micro-batch", 2**31 - 1], ["--width", 1e-300],
-    ["--overlay-every", 2**31 - 1], ["--set", "halve_every=" + "9" * 40], ["--set", "cutout=4095"], ["--set", "muon=1e-320"],
-    ["--set", "weight_decay=1e-320"], ["--set", "warmup=0.9999999999999999"], ["--num-workers", 256], ["--set", "zoom=1e-300"],
-    ["--set", "jitter=0.999999999"], ["--set", "ema_decay=0.9999999999999999"], ["--set", "pool4=4095"],
-    ["--set", "progressive=1e-300:1e-300"]])
-def test_numbers_at_the_end_of_their_range(cli, words):
-    status, _, err = cli("--sample", "--model", "vgg", "--width", 1 / 64, "--epochs", 1, "--device", "cpu", "--run-dir", "r", *words)
-    assert status == 0 and "Traceback" not in err
-
-
-def test_numbers_that_only_diverge(cli):
-    for words in (["--lr", 1e6], ["--set", "muon=1e308"], ["--set", "weight_decay=1e308"], ["--set", "transfer_lr=1e308"]):
-        status, _, err = cli("--sample", "--model", "vgg", "--width", 1 / 64, "--epochs", 1, "--device", "cpu", *words)
-        assert status in (0, 1) and (status == 0 or "the training diverged" in err), (words, err)
-
-
-def test_a_million_epochs_begin_at_once(cli, monkeypatch):
-    """What is said before the training must not count its steps."""
-    monkeypatch.setattr(Trainer, "step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    started = time.monotonic()
-    status, out, _ = cli(*NARROW, "--model", "vgg", "--epochs", 10**6, "--set", "schedule=double-halve", "--set", "warmup=0")
-    assert status == 143 and "Peak learning rate 0.4 for" in out and time.monotonic() - started < 20
-
-
-@pytest.mark.parametrize("words, message", [
-    (["--width", 16], "--width 16: the network's weights and what the optimizer keeps of them take 76 GiB of memory, and this "
-                      "machine has 24"),
-    (["--image-size", 4096], "--image-size 4096: to train on two images at a time takes over"),
-])
-def test_what_no_memory_could_hold_is_refused_before_it_is_tried(cli, monkeypatch, words, message):
-    monkeypatch.setattr("training.memory.physical_memory", lambda: 24 * 2**30)
-    for more in ([], ["--sanity"]):
-        status, _, err = cli("--sample", "--device", "cpu", *words, *more)
-        assert status == 2 and message in err
-    assert not list(Path().iterdir())
-
-
-def test_the_command_that_resumes_can_be_pasted_whatever_the_folder_is_called(tmp_path):
-    """It is stopped, and its last line is given to a shell as it stands."""
-    folder = b"-it's two words $HOME\ncaf\xe9"
-    stop = ("import os, signal, sys; sys.argv = sys.argv[1:]; import train_cifar100 as script; "
-            "from training import commands; from training.loop import Trainer; step = Trainer.step; "
-            "Trainer.step = lambda *words: (step(*words), os.kill(os.getpid(), signal.SIGTERM)); "
-            "sys.exit(commands.main(script.TASK))")
-    script = os.path.join(ROOT, "train_cifar100.py")
-    words = [script, "--sample", "--model", "vgg", "--width", "0.015625", "--image-size", "16", "--epochs", "1", "--device",
-             "cpu", b"--run-dir=" + folder]
-    done = subprocess.run([sys.executable, "-c", stop, *words], cwd=tmp_path, capture_output=True)
-    assert done.returncode == 143, done.stderr
-    line = done.stdout.splitlines()[-1]
-    assert b"--resume" in line
-    resumed = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True)
-    assert resumed.returncode == 0, (line, resumed.stderr)
-    assert checkpoint.read_checkpoint(tmp_path / os.fsdecode(folder) / "last.pt")["finished"]
-
-
-def test_what_is_printed_to_be_typed_is_quoted(cli, unhurt):
-    shutil.copytree(unhurt, "my run")
-    assert "--resume 'my run' --epochs 8" in cli("--resume", "my run")[1]
-    assert "go on with it by --resume 'my run'," in cli(*NARROW, "--run-dir", "my run")[2]
-    with pytest.raises(UserError, match="then --resume 'my file'"):
-        Path("my file").write_text("")
-        checkpoint.save_file(Path("my file/last.pt"), {})
-
-
-# ---- the process's surroundings --------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGXCPU])    # SIGUSR2: in the campaign
-def test_signals_of_batch_systems_save_and_end_the_run(cli, monkeypatch, unhurt, number):
-    step, steps = Trainer.step, []
-
-    def signalled(self, *batch):
-        step(self, *batch)
-        steps.append(1)
-        if len(steps) == 3:
-            os.kill(os.getpid(), number)
-    monkeypatch.setattr(Trainer, "step", signalled)
-    status, out, _ = cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "hurt")
-    assert status == 128 + number and f"Stopped by {signal.Signals(number).name}; everything is saved" in out
-    assert cli("--resume", "hurt")[0] == 0
-    assert_runs_equal("hurt", unhurt)
-
-
-def test_the_readmes_job_for_slurm_resumes_until_the_run_is_finished(tmp_path):
-    """With an srun that is signalled twice, and a scontrol that says what it was asked."""
-    job = re.search(r"```\n(#!/bin/bash\n#SBATCH .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    for name, body in (("srun", 'echo "$*" >> asked; mkdir -p runs/cifar100/night; touch runs/cifar100/night/config.json\n'
-                                '[ $(wc -l < asked) -lt 3 ] && exit 138; exit 0'), ("scontrol", 'echo "$*" >> requeued')):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    for _ in range(3):
-        subprocess.run(["bash", "-c", job], cwd=tmp_path, env=environment, check=True)
-    asked = (tmp_path / "asked").read_text().splitlines()
-    start = "--cpus-per-task=4 .venv/bin/python train_cifar100.py --device cuda"
-    assert asked == [f"{start} --run-dir runs/cifar100/night"] + 2 * [f"{start} --resume runs/cifar100/night"]
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n" * 2
-
-
-def test_a_run_in_a_thread(cli, unhurt):
-    """A notebook server, an application: Python handles signals in the main thread alone."""
-    status = []
-    thread = threading.Thread(target=lambda: status.append(cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "r")[0]))
-    thread.start()
-    thread.join()
-    assert status == [0]
-    assert_runs_equal("r", unhurt)
-    for words in (["--sanity", "--sample", "--model", "vgg", "--width", 0.03125], ["--evaluate", "r/last.pt"]):
-        thread = threading.Thread(target=lambda: status.append(cli(*words)[0]))
-        thread.start()
-        thread.join()
-    assert status == [0, 0, 0]
-
-
-def test_signal_handlers_that_are_not_pythons_come_through(monkeypatch):
-    monkeypatch.setattr(signal, "signal", lambda number, handler: called.append((number, handler)))
-    called = []
-    with run_module.Signals():
-        pass
-    assert {handler for _, handler in called[len(called) // 2:]} == {signal.SIG_DFL}
-
-
-@pytest.fixture(scope="module")
-def sampled(tmp_path_factory):
-    """A checkpoint of a run on the whole built-in sample."""
-    folder = tmp_path_factory.mktemp("sampled") / "run"
-    assert commands.main(TASK, ["--sample", "--model", "vgg", "--width", "0.015625", "--epochs", "1", "--device", "cpu",
-                                "--run-dir", str(folder)]) == 0
-    return folder / "last.pt"
-
-
-def test_a_closed_pipe_stops_no_files(tmp_path, sampled):
-    """... | head -1; at the same time."""
-    script, tiny = os.path.join(ROOT, "train_cifar100.py"), ["--sample", "--model", "vgg", "--width", "0.03125"]
-    assert first_lines([[script, "--evaluate", str(sampled), "--device", "cpu"],
-                        [script, "--benchmark", "1", *tiny, "--num-workers", "0", "--json", "b.json"],
-                        [script, "--sanity", *tiny, "--run-dir", "s"]], tmp_path) == [(0, 1, "")] * 3
-    assert all((tmp_path / name).exists() for name in ("b.json", "s/last.pt", "s/metrics.csv"))
-
-
 # ---- data that is not where it was -----------------------------------------------------------------------------------
 
 def test_nothing_is_downloaded_for_what_was_made_before(cli, monkeypatch, tmp_path):
@@ -659,29 +359,6 @@ def test_names_in_any_encoding_go_through_everything(cli, tmp_path, capsys):
     assert content_of(run)["class_names"] == [os.fsdecode(b"caf\xe9"), "plain"]
 
 
-def test_what_is_missing_exits_with_1(cli, monkeypatch):
-    status, _, err = cli("--evaluate", "none.pt")
-    assert status == 1 and err == "error: none.pt: there is no such file\n"
-    if not torch.cuda.is_available():
-        status, _, err = cli("--sample", "--device", "cuda")
-        assert status == 1 and "sees no CUDA GPU" in err
-
-
-def test_a_run_is_never_overwritten_nor_contradicted(cli, unhurt):
-    status, _, err = cli(*NARROW, "--run-dir", unhurt)
-    assert status == 2 and "holds a run already: go on with it by --resume" in err
-    status, _, err = cli("--resume", unhurt, "--lr", 0.3)
-    assert status == 2 and "this run has --lr 0.1, and 0.3 would make it another run" in err
-    status, _, err = cli("--resume", unhurt, "--set", "momentum=0.5")
-    assert status == 2 and "would make it another run" in err
-
-
-def test_two_processes_never_share_a_run(cli, unhurt):
-    with checkpoint.lock(unhurt):
-        status, _, err = cli("--resume", unhurt)
-    assert status == 1 and "is in use by another process" in err
-
-
 def test_changed_data_is_noticed(cli, small_task, unhurt):
     from sample_data import cifar_sample
     shutil.copytree(unhurt, "r")
@@ -690,31 +367,6 @@ def test_changed_data_is_noticed(cli, small_task, unhurt):
         task = dataclasses.replace(small_task, sample=lambda config: sets)
         status, _, err = cli("--resume", "r", "--epochs", 6, task=task)
         assert status == 1 and "the data set has changed" in err and message in err
-
-
-@pytest.mark.parametrize("error, status, words", [
-    (UserError("no such thing", 2), 2, "error: no such thing\n"), (DataError("a.png is bad"), 1, "error: a.png is bad\n"),
-    (MemoryError(), 1, "error: out of memory outside the training step: MemoryError\nIs another program"),
-    (torch.OutOfMemoryError("CUDA out of memory."), 1, "outside the training step: CUDA out of memory.\nIs another"),
-    (PermissionError(13, "Permission denied", "runs"), 1, "error: runs: Permission denied\n"),
-    (OSError(28, "No space left on device"), 1, "error: No space left on device\n"),
-    (KeyboardInterrupt(), 130, "Stopped.\n"), (Interrupted(15), 143, "")])
-def test_what_a_user_can_mend_is_told_without_a_traceback(capsys, error, status, words):
-    def fail():
-        raise error
-    assert commands.exit_status(fail, "Stopped.") == status
-    assert words in capsys.readouterr().err
-
-
-def test_our_own_mistakes_keep_their_traceback():
-    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
-        commands.exit_status(lambda: torch.zeros(2) @ torch.zeros(3), "")
-
-
-def test_a_run_folder_that_cannot_be_made(cli):
-    Path("file").write_text("")
-    status, _, err = cli(*NARROW, "--run-dir", "file/run")
-    assert status == 1 and err.startswith("error: file/run: ") and "Traceback" not in err
 
 
 def test_config_json_says_what_was_run(cli, unhurt):

@@ -271,7 +271,7 @@ def test_images_in_no_class_folder_are_counted(tmp_path, capsys):
         shutil.copy(tmp_path / "cifar100/train/cat/000.png", tmp_path / f"cifar100/train/{number}.png")
     (tmp_path / "cifar100/train/labels.txt").write_text("")
     load(tmp_path)
-    assert capsys.readouterr().out == (f"{tmp_path / 'cifar100/train'}: passed over 4 images that lie in no class folder: 0.png, "
+    assert capsys.readouterr().out == (f"{tmp_path / 'cifar100/train'}: passed over 4 images in no class folder: 0.png, "
                                        f"1.png, 2.png and 1 more\n")
     (tmp_path / "cifar100/test/cow/images").mkdir(parents=True)
     fails(tmp_path, "class folder", tmp_path / "cifar100/test/cow", "holds no images, only images/. Put images into it")

@@ -106,12 +106,11 @@ SEEN = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: 
 
 
 @pytest.mark.parametrize("number", SEEN)
-@pytest.mark.parametrize("ending, options, most", [("png", {}, 0), ("tif", {}, 0), ("webp", {"lossless": True}, 0),
-                                                   ("jpg", {"quality": 98, "subsampling": 0}, 4), ("avif", {"quality": 98}, 12)])
+@pytest.mark.parametrize("ending, options, most", [
+    each for each in (("png", {}, 0), ("tif", {}, 0), ("webp", {"lossless": True}, 0), ("jpg", {"quality": 98, "subsampling": 0}, 4),
+                      ("avif", {"quality": 98}, 12)) if pillow_writes([f"a.{each[0]}"])])
 def test_pictures_are_opened_the_way_up_that_the_camera_says(tmp_path, number, ending, options, most):
     path = tmp_path / f"a.{ending}"
-    if path.name not in pillow_writes([path.name]):
-        pytest.skip("this Pillow writes no such file")
     Image.fromarray(photo()).save(path, exif=with_orientation(number), **options)
     upright = np.asarray(image_files.open_rgb(path)).astype(int)
     assert upright.shape == SEEN[number](photo()).shape and abs(upright - SEEN[number](photo())).max() <= most

@@ -1,14 +1,22 @@
-"""training/process.py: standard streams that are closed, broken or narrow, commands to paste, threads that wait."""
+"""What surrounds a process: standard streams that are closed, broken or narrow, commands to paste, threads that wait, signals,
+and pipes."""
 import itertools
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
-from training import process
+from tests.makers import first_lines
+from tests.runs import NARROW, assert_runs_equal
+from train_cifar100 import TASK
+from training import commands, process, run as run_module
+from training.loop import Trainer
 
 TINY = ["--sample", "--width", "0.015625", "--model", "vgg", "--image-size", "16", "--epochs", "1", "--device", "cpu",
         "--overlay-every", "0", "--set", "progressive=none"]
@@ -137,3 +145,78 @@ settle()
 assert "torch" not in sys.modules and "numpy" not in sys.modules
 '""", tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+# ---- signals, threads, pipes ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGXCPU])    # SIGUSR2: in the campaign
+def test_signals_of_batch_systems_save_and_end_the_run(cli, monkeypatch, unhurt, number):
+    step, steps = Trainer.step, []
+
+    def signalled(self, *batch):
+        step(self, *batch)
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), number)
+    monkeypatch.setattr(Trainer, "step", signalled)
+    status, out, _ = cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "hurt")
+    assert status == 128 + number and f"Stopped by {signal.Signals(number).name}; everything is saved" in out
+    assert cli("--resume", "hurt")[0] == 0
+    assert_runs_equal("hurt", unhurt)
+
+
+def test_the_readmes_job_for_slurm_resumes_until_the_run_is_finished(tmp_path):
+    """With an srun that is signalled twice, and a scontrol that says what it was asked."""
+    job = re.search(r"```\n(#!/bin/bash\n#SBATCH .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    for name, body in (("srun", 'echo "$*" >> asked; mkdir -p runs/cifar100/night; touch runs/cifar100/night/config.json\n'
+                                '[ $(wc -l < asked) -lt 3 ] && exit 138; exit 0'), ("scontrol", 'echo "$*" >> requeued')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    for _ in range(3):
+        subprocess.run(["bash", "-c", job], cwd=tmp_path, env=environment, check=True)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    start = "--cpus-per-task=4 .venv/bin/python train_cifar100.py --device cuda"
+    assert asked == [f"{start} --run-dir runs/cifar100/night"] + 2 * [f"{start} --resume runs/cifar100/night"]
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n" * 2
+
+
+def test_a_run_in_a_thread(cli, unhurt):
+    """A notebook server, an application: Python handles signals in the main thread alone."""
+    status = []
+    thread = threading.Thread(target=lambda: status.append(cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "r")[0]))
+    thread.start()
+    thread.join()
+    assert status == [0]
+    assert_runs_equal("r", unhurt)
+    for words in (["--sanity", "--sample", "--model", "vgg", "--width", 0.03125], ["--evaluate", "r/last.pt"]):
+        thread = threading.Thread(target=lambda: status.append(cli(*words)[0]))
+        thread.start()
+        thread.join()
+    assert status == [0, 0, 0]
+
+
+def test_signal_handlers_that_are_not_pythons_come_through(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: called.append((number, handler)))
+    called = []
+    with run_module.Signals():
+        pass
+    assert {handler for _, handler in called[len(called) // 2:]} == {signal.SIG_DFL}
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """A checkpoint of a run on the whole built-in sample."""
+    folder = tmp_path_factory.mktemp("sampled") / "run"
+    assert commands.main(TASK, ["--sample", "--model", "vgg", "--width", "0.015625", "--epochs", "1", "--device", "cpu",
+                                "--run-dir", str(folder)]) == 0
+    return folder / "last.pt"
+
+
+def test_a_closed_pipe_stops_no_files(tmp_path, sampled):
+    """... | head -1; at the same time."""
+    script, tiny = os.path.join(ROOT, "train_cifar100.py"), ["--sample", "--model", "vgg", "--width", "0.03125"]
+    assert first_lines([[script, "--evaluate", str(sampled), "--device", "cpu"],
+                        [script, "--benchmark", "1", *tiny, "--num-workers", "0", "--json", "b.json"],
+                        [script, "--sanity", *tiny, "--run-dir", "s"]], tmp_path) == [(0, 1, "")] * 3
+    assert all((tmp_path / name).exists() for name in ("b.json", "s/last.pt", "s/metrics.csv"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_cifar100
-from tests.test_command_line import content_of, scalars_of
+from tests.runs import content_of, scalars_of
 from training import commands
 from training.loop import Trainer
 from training.ranks import Ranks, of_environment

@@ -11,7 +11,7 @@ import train_cifar100
 import train_cub
 from cub_sample import write_cub_sample
 from sample_data import cifar_sample
-from tests.test_command_line import assert_runs_equal, content_of
+from tests.runs import assert_runs_equal, content_of
 from training import commands, options, transfer
 from training.loop import Trainer
 from training.report import read_metrics

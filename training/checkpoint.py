@@ -83,13 +83,10 @@ def save_checkpoint(run_dir: Path, content: dict) -> None:
 PASSING = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
 
-class NotReadableNow(UserError):
-    """A file that may be whole."""
-
-
 def read_plain(path: Path | str, verify: bool = False) -> object:
     """What a file holds that torch.save made of plain values and tensors; with ``verify`` its checksums are looked at, which
-    torch.load does not (and files of other programs may have none). Raises UserError; code in it never runs."""
+    torch.load does not (and files of other programs may have none). Raises UserError, or OSError where a disk or the file's
+    rights are in the way; code in it never runs."""
     path = Path(path)
     try:
         if verify:
@@ -112,7 +109,7 @@ def read_plain(path: Path | str, verify: bool = False) -> object:
                         f"code") from None
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno in PASSING:
-            raise NotReadableNow(f"{path} cannot be read now: {error.strerror}") from None
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise UserError(f"{path} could not be read: {str(error).splitlines()[0] if str(error) else error!r}") from None
 
 
@@ -145,8 +142,6 @@ def read_last(run_dir: Path) -> dict | None:
         return None
     try:
         return check_own(run_dir, last, read_checkpoint(last))
-    except NotReadableNow:
-        raise
     except UserError as error:
         if not previous.exists():
             raise
@@ -162,8 +157,6 @@ def prepare_to_write(run_dir: Path, config: dict) -> None:
     def is_ours(path: Path) -> bool:
         try:
             return not differences(read_checkpoint(path)["config"], config)
-        except NotReadableNow:
-            raise
         except UserError:
             return False
     last, previous, best = (run_dir / name for name in (CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME))

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from files import make_folders, replace_file
-from image_files import is_image_name, passed_over, printable
+from image_files import images_and_others, passed_over, printable
 from training.options import UserError
 from training.pictures import attention_sheet, overlay, shown
 
@@ -39,15 +39,12 @@ def list_files(words: Sequence[str]) -> tuple[list[Path], list[Path]]:
     for path in map(Path, words):
         found = [path]
         if path.is_dir():
-            there = sorted(p for p in path.iterdir() if not p.name.startswith("."))
-            found = [p for p in there if is_image_name(p.name) and not p.is_dir()]
-            others = [p.name + "/" * p.is_dir() for p in there if not is_image_name(p.name) or p.is_dir()]
+            images, others = images_and_others(path)
             if others:
-                print(passed_over(path, others, len(there)), flush=True)
-            photos = [p for p in found if not is_ours(p)]
-            if len(photos) < len(found):
-                print(f"{printable(path)}: passed over {len(found) - len(photos):,} pictures that cam.py made", flush=True)
-            found = photos
+                print(passed_over(path, others, len(images) + len(others)), flush=True)
+            found = [path / name for name in images if not is_ours(path / name)]
+            if len(found) < len(images):
+                print(f"{printable(path)}: passed over {len(images) - len(found):,} of cam.py's own pictures", flush=True)
             if not found:
                 complain(f"{printable(path)} holds no images; its folders are not searched")
                 bad.append(path)

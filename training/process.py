@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Measured with tests/other_programs.py; libgomp's own is 300000, which is longer than the system lets a thread run.
+# Measured with tests/other_programs.py; libgomp's own is 300000.
 SPIN_COUNT = "30000"
 
 
@@ -40,9 +40,8 @@ def open_standard_streams() -> None:
 
 
 def share_cores() -> None:
-    """Have libgomp's threads sleep when they have waited for a millisecond or so, not for ten: beside other programs, the
-    thread that they wait for may have no core, and theirs is the one that it needs. Whoever has set one of the two variables
-    has chosen."""
+    """Have libgomp's threads sleep after a tenth of its own time of waiting: beside other programs, the thread that they wait
+    for may have no core, and theirs is the one that it needs. Whoever has set one of the two variables has chosen."""
     if not (os.environ.get("OMP_WAIT_POLICY") or os.environ.get("GOMP_SPINCOUNT")):
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 

@@ -1,0 +1,55 @@
+"""What the tests of whole runs have in common: a small one's options, and how two are compared."""
+from pathlib import Path
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from files import TEMPORARY
+from training import checkpoint
+from training.report import read_metrics
+
+NARROW = ["--sample", "--width", "0.0625", "--batch-size", "16", "--device", "cpu", "--precision", "fp32",
+          "--overlay-every", "0"]     # tensorboard takes a picture's checksum in Python: it would be half of a test's time
+MEASURED = ("images_per_second", "seconds", "peak_memory_mib")  # differ from run to run
+
+
+def content_of(run_dir) -> dict:
+    return checkpoint.read_checkpoint(Path(run_dir) / "last.pt")
+
+
+def assert_equal(a, b, where=""):
+    """Deep equality, bit for bit, of what a checkpoint holds."""
+    assert type(a) is type(b), where
+    if torch.is_tensor(a):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_equal(x, y, f"{where}[{i}]")
+    else:
+        assert a == b or (a != a and b != b), (where, a, b)
+
+
+def scalars_of(run_dir) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+            if tag not in MEASURED}
+
+
+def assert_runs_equal(hurt, unhurt):
+    """Checkpoint, metrics.csv and TensorBoard curves, but for time and memory."""
+    a, b = content_of(hurt), content_of(unhurt)
+    for content in (a, b):
+        content["position"].pop("seconds")
+    assert_equal(a, b)
+    rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(Path(d) / "metrics.csv")]
+            for d in (hurt, unhurt)]
+    assert rows[0] == rows[1]
+    assert scalars_of(hurt) == scalars_of(unhurt)
+    epochs = list(range(1, len(rows[0]) + 1))
+    assert [step for step, _ in scalars_of(hurt)["loss/train"]] == epochs
+    assert not [p.name for p in Path(hurt).iterdir() if TEMPORARY.fullmatch(p.name)]
