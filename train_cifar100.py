@@ -38,6 +38,7 @@ PAPER = {
     "cutout": 0,                # side in pixels; 0: none
     "zoom": 0.0,                # least share of the image that a random resized crop shows; 0: none
     "jitter": 0.0,              # brightness, contrast, saturation times 1 - jitter to 1 + jitter; 0: none
+    "cutmix": 0.0, "mixup": 0.0, "mixup_alpha": 1.0, "alternate": False, "trivial": 0.0, "muon_end": 0.0,
     "progressive": "none",      # progressive resizing: see training/optimise.py
     "trunk": "",                # full or pooled; "": what suits the model (the paper's)
     "pool4": 2,                 # side of the pooling in front of block 4

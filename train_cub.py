@@ -43,6 +43,7 @@ PAPER = {
     "flip": True,               # authors' code
     "jitter": 0.0,              # brightness, contrast, saturation times 1 - jitter to 1 + jitter; 0: none
     "cutout": 0,                # side in pixels; 0: none
+    "cutmix": 0.0, "mixup": 0.0, "mixup_alpha": 1.0, "alternate": False, "trivial": 0.0, "muon_end": 0.0,
     "progressive": "none",      # progressive resizing: see training/optimise.py
     "trunk": "",                # full or pooled; "": what suits the model (no pooling before conv7: authors' code)
     "pool4": 5,                 # side of the pooling in front of block 4, so that its maps stay 16x16; authors' code

@@ -173,6 +173,8 @@ class Trainer:
         images = resize(images, input_size_at(config, done / (config["epochs"] * steps)))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, done, steps) * group.get("scale", 1.0)
+            if "filter_momentum" in group:
+                group["lr"] *= (1 - done / (config["epochs"] * steps)) ** config["muon_end"]
         if done == math.ceil(config["freeze_epochs"] * steps) > 0:
             print(f"The trunk trains from here on (epoch {self.position.epoch + 1}, step {self.position.step + 1}).")
         while True:
@@ -240,7 +242,8 @@ class Trainer:
                 loss = F.cross_entropy(logits.float(), answers, label_smoothing=self.config["label_smoothing"])
                 weight = len(part) / total * self.ranks.world_size   # DistributedDataParallel takes the mean over the ranks
                 self.precision.scaler.scale(loss * weight).backward()
-            correct = (logits.detach().argmax(1) == answers).sum()
+            likeliest = answers.argmax(1) if answers.ndim > 1 else answers
+            correct = (logits.detach().argmax(1) == likeliest).sum()
             sums += torch.stack([loss.detach().double() * len(part), correct.double(),
                                  torch.full_like(correct, len(part)).double()])
         self.ranks.all_reduce(sums)
@@ -296,8 +299,6 @@ class Trainer:
         training, so its running statistics do not fit evaluation (arXiv 1801.05134); a convolution that starts as the
         identity averages none of that out. Norms whose statistics are kept as they are keep them."""
         model = self.eval_model
-        if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-            return
         self.mode = None
         self.set_mode()
         moving = {name for name, m in self.model.named_modules() if isinstance(m, BatchNorm) and m.training}

@@ -124,9 +124,10 @@ class Run:
             self.mean, self.std, transferred = self.weights_and_statistics(model, train)
         augmentation = Augmentation(mean=self.mean, std=self.std, pad=config["crop_pad"], flip=config["flip"],
                                     cutout=config["cutout"], zoom=config["zoom"], jitter=config["jitter"],
-                                    size=config["input_size"])
+                                    size=config["input_size"], trivial=config["trivial"])
         batches = TrainBatches(self.train_set, config["batch_size"], seed=config["seed"], augmentation=augmentation,
-                               device=self.device, share=ranks.share)
+                               device=self.device, share=ranks.share, cutmix=config["cutmix"], mixup=config["mixup"],
+                               mixup_alpha=config["mixup_alpha"], alternate=config["alternate"])
         self.trainer = Trainer(config, model, batches, self.device, precision=config["precision"],
                                compiled=self.compiled, transferred=transferred, ranks=ranks)
         self.best: dict | None = None
