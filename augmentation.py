@@ -30,20 +30,22 @@ class Draw(NamedTuple):
 
 
 class Augmentation:
-    """Random zoom or random crop, horizontal flip, colour jitter, cutout and normalisation of a whole batch, each image
-    with values of its own, on the device it is on, without waiting for that device.
+    """Random zoom or random crop, horizontal flip, TrivialAugment, colour jitter, cutout and normalisation of a whole batch,
+    each image with values of its own, on the device it is on, without waiting for that device.
 
     mean, std: of each channel, in [0, 1] units.
     pad: pixels of reflection around the image for the random crop, 0 for none.
     zoom: least share of the picture that a random resized crop shows (scale and aspect as in arXiv 1409.4842), 0 for none.
     jitter: brightness, contrast and saturation are multiplied by 1 - jitter to 1 + jitter, 0 for none.
+    trivial_augment: one operation of OPERATIONS for each image (TrivialAugment, arXiv 2103.10158), after crop and flip.
     cutout: side of the square in pixels, 0 for none; it is clipped at the border and filled with 0, the mean.
     size: (height, width) of what comes out; None for the images' own.
     """
 
     def __init__(self, *, mean, std, pad: int = 4, flip: bool = True, cutout: int = 0, zoom: float = 0.0,
-                 jitter: float = 0.0, size: tuple[int, int] | None = None, trivial: float = 0.0):
-        self.mean, self.std, self.size, self.trivial = tuple(mean), tuple(std), size and tuple(size), trivial
+                 jitter: float = 0.0, trivial_augment: bool = False, size: tuple[int, int] | None = None):
+        self.mean, self.std, self.size = tuple(mean), tuple(std), size and tuple(size)
+        self.trivial_augment = trivial_augment
         self.pad, self.flip, self.cutout, self.zoom, self.jitter = pad, flip, cutout, zoom, jitter
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Draw:
@@ -55,28 +57,129 @@ class Augmentation:
         return Draw(top, left, flip.bool(), cut_y, cut_x, area, aspect, place_y, place_x, drawn[:, -3:])
 
     def __call__(self, images: torch.Tensor, generator: torch.Generator, part: slice | None = None,
-                 total: int | None = None, flip: torch.Tensor | None = None) -> torch.Tensor:
+                 total: int | None = None) -> torch.Tensor:
         """(N, H, W, 3) uint8 to (N, 3, *size) float32 in channels_last memory. `generator` is on the images' device.
         Where the images are a `part` of a batch of `total`, they look as they would in the whole batch."""
         height, width = self.size or images.shape[1:3]
         draw = self.draw(total or len(images), height, width, generator)
-        if part is not None:
+        if part:
             draw = Draw(*(values[part] for values in draw))
-        if flip is not None:
-            draw = draw._replace(flip=flip)
         if self.pad:
             images = _crop(images, draw.top, draw.left, self.pad)
         if self.flip:
             images = _flip(images, draw.flip)
+        if self.trivial_augment:
+            images = self._trivially_augmented(images, generator, part, total)
         batch = normalise(images, self.mean, self.std)
         batch = _zoom(batch, draw, self.zoom, (height, width)) if self.zoom else resize(batch, (height, width))
-        if self.trivial:
-            batch = _trivial(batch, generator, self.trivial, self.mean, self.std)
         if self.jitter:
             batch = _jitter(batch, draw.light, self.jitter, self.mean, self.std)
         if self.cutout:
             _cut_out(batch, draw.cut_y, draw.cut_x, self.cutout)
         return batch
+
+
+    def _trivially_augmented(self, images: torch.Tensor, generator: torch.Generator, part: slice | None,
+                             total: int | None) -> torch.Tensor:
+        """Each operation goes to every 14th image, so that it is calculated for those alone and no device is asked which
+        they are. The batch is shuffled, so an image's place says nothing about it; which operation comes first changes from
+        batch to batch."""
+        strength = torch.rand(total or len(images), 2, generator=generator, device=images.device)
+        strength = strength[part or slice(None)]
+        first = generator.initial_seed() + (part.start if part else 0)
+        images = images.clone()
+        for place in range(min(len(OPERATIONS), len(images))):
+            operation = OPERATIONS[(first + place) % len(OPERATIONS)]
+            chosen = images[place::len(OPERATIONS)].permute(0, 3, 1, 2).float() / 255
+            amount, sign = strength[place::len(OPERATIONS), :, None, None, None].unbind(1)
+            changed = operation(chosen, amount, torch.where(sign < 0.5, -1.0, 1.0), self.mean)
+            images[place::len(OPERATIONS)] = (255 * changed).round_().clamp_(0, 255).byte().permute(0, 2, 3, 1)
+        return images
+
+
+# ---- TrivialAugment: operations on images (N, 3, H, W) in [0, 1], amount (N, 1, 1, 1) in [0, 1], sign -1 or 1 --------------
+# Strengths of the "wide" setting, but for translation by half of the picture at most: by all of it, nothing is left.
+
+def _as_it_is(x, amount, sign, fill):
+    return x
+
+
+def _moved(x: torch.Tensor, theta: list, fill) -> torch.Tensor:
+    """Sampled, bilinear, where the affine map ``theta`` (six numbers or (N,) tensors, row by row, from -1 to 1 over the
+    picture) leads; ``fill`` outside."""
+    middle = _constants(tuple(fill), x.device)[:, None, None]
+    theta = torch.stack([torch.zeros(len(x), device=x.device) + value for value in theta], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, tuple(x.shape), align_corners=False)
+    return F.grid_sample(x - middle, grid, padding_mode="zeros", align_corners=False) + middle
+
+
+def _shear_x(x, amount, sign, fill):
+    return _moved(x, [1, 0.99 * (amount * sign).flatten(), 0, 0, 1, 0], fill)
+
+
+def _shear_y(x, amount, sign, fill):
+    return _moved(x, [1, 0, 0, 0.99 * (amount * sign).flatten(), 1, 0], fill)
+
+
+def _translate_x(x, amount, sign, fill):
+    return _moved(x, [1, 0, (amount * sign).flatten(), 0, 1, 0], fill)
+
+
+def _translate_y(x, amount, sign, fill):
+    return _moved(x, [1, 0, 0, 0, 1, (amount * sign).flatten()], fill)
+
+
+def _rotate(x, amount, sign, fill):
+    angle = math.radians(135) * (amount * sign).flatten()
+    sides = x.shape[2] / x.shape[3]     # theta counts in half sides, which may differ
+    return _moved(x, [angle.cos(), -angle.sin() * sides, 0, angle.sin() / sides, angle.cos(), 0], fill)
+
+
+def _brightness(x, amount, sign, fill):
+    return x * (1 + 0.99 * amount * sign)
+
+
+def _saturation(x, amount, sign, fill):
+    return torch.lerp(_grey(x), x, 1 + 0.99 * amount * sign)
+
+
+def _contrast(x, amount, sign, fill):
+    return torch.lerp(_grey(x).mean((2, 3), keepdim=True), x, 1 + 0.99 * amount * sign)
+
+
+def _sharpness(x, amount, sign, fill):
+    """Pillow's: blended with a smoothed copy, whose border pixels are the picture's own."""
+    weights = _constants((1, 1, 1, 1, 5, 1, 1, 1, 1), x.device).view(1, 1, 3, 3).expand(3, 1, 3, 3) / 13
+    smooth = x.clone()
+    smooth[:, :, 1:-1, 1:-1] = F.conv2d(x, weights, groups=3)
+    return torch.lerp(smooth, x, 1 + 0.99 * amount * sign)
+
+
+def _posterize(x, amount, sign, fill):
+    """2 to 8 bits a channel are left."""
+    step = 2 ** (6 * amount).round()
+    return (255 * x / step + 1e-4).floor() * step / 255
+
+
+def _solarize(x, amount, sign, fill):
+    return torch.where(x >= 1 - amount, 1 - x, x)
+
+
+def _autocontrast(x, amount, sign, fill):
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    return torch.where(high > low, (x - low) / (high - low).clamp(min=1 / 255), x)
+
+
+def _equalize(x, amount, sign, fill):
+    """A pixel becomes the share of its channel's pixels that are darker, stretched to [0, 1]."""
+    values = x.flatten(2)
+    in_order = values.sort(2).values.contiguous()
+    below = torch.searchsorted(in_order, values.contiguous()).float()
+    return torch.where(in_order[:, :, -1:] > in_order[:, :, :1], below / below.amax(2, keepdim=True).clamp(min=1), values).view_as(x)
+
+
+OPERATIONS = (_as_it_is, _shear_x, _shear_y, _translate_x, _translate_y, _rotate, _brightness, _saturation, _contrast,
+              _sharpness, _posterize, _solarize, _autocontrast, _equalize)
 
 
 @functools.lru_cache(maxsize=64)
@@ -98,78 +201,6 @@ def _zoom(batch: torch.Tensor, draw: Draw, least: float, size: tuple[int, int]) 
     grid = F.affine_grid(theta, (len(batch), 3, *size), align_corners=False)
     batch = F.grid_sample(batch, grid, padding_mode="border", align_corners=False)
     return batch.contiguous(memory_format=torch.channels_last)
-
-
-def _trivial(batch, generator, share, mean, std):
-    """TrivialAugment (arXiv 2103.10158), wide, one operation an image, on [0, 1] values."""
-    n, _, h, w = batch.shape
-    dev = batch.device
-    u = torch.rand(n, 4, generator=generator, device=dev)
-    op = torch.where(u[:, 0] < share, (u[:, 1] * 14).long(), 13)   # 13: identity
-    m = u[:, 2]                                     # magnitude 0 to 1
-    sign = (u[:, 3] < 0.5).float() * 2 - 1
-    mean_t, std_t = (_constants(tuple(v), dev)[:, None, None] for v in (mean, std))
-    zero, one = torch.zeros_like(m), torch.ones_like(m)
-    is_ = lambda k: (op == k)
-    angle = torch.where(is_(4), m * sign * (135 * math.pi / 180), zero)
-    shx = torch.where(is_(0), m * sign * 0.99, zero)
-    shy = torch.where(is_(1), m * sign * 0.99, zero)
-    tx = torch.where(is_(2), m * sign, zero)
-    ty = torch.where(is_(3), m * sign, zero)
-    c, s_ = angle.cos(), angle.sin()
-    theta = torch.stack([c, -s_ + shx, tx, s_ + shy, c, ty], 1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, (n, 3, h, w), align_corners=False)
-    moved = F.grid_sample(batch, grid, padding_mode="zeros", align_corners=False)    # the mean outside
-    geometric = (op < 5)[:, None, None, None]
-    x = (torch.where(geometric, moved, batch) * std_t + mean_t).clamp_(0, 1)
-    f = (1 + m * sign * 0.99)[:, None, None, None]
-    grey = _grey(x)
-    pick = lambda k, new: torch.where(is_(k)[:, None, None, None], new, x)
-    x = pick(5, (x * f).clamp(0, 1))                                    # brightness
-    x = pick(6, torch.lerp(grey, x, f).clamp(0, 1))                     # colour
-    x = pick(7, torch.lerp(grey.mean((2, 3), keepdim=True), x, f).clamp(0, 1))  # contrast
-    kernel = _constants((1., 1., 1., 1., 5., 1., 1., 1., 1.), dev).view(1, 1, 3, 3).expand(3, 1, 3, 3) / 13
-    smooth = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
-    x = pick(8, torch.lerp(smooth, x, f).clamp(0, 1))                   # sharpness
-    bits = (8 - (m * 6).round())[:, None, None, None]
-    levels = 2 ** bits
-    x = pick(9, torch.floor(x * 255 / 256 * levels) / levels)           # posterize
-    t = (1 - m)[:, None, None, None]
-    x = pick(10, torch.where(x >= t, 1 - x, x))                         # solarize
-    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    x = pick(11, (x - low) / (high - low).clamp(min=1 / 255))           # autocontrast
-    # 12: equalize, by ranks of 8 bit values
-    flat = x.flatten(2)
-    order = flat.argsort(2).argsort(2).float() / (h * w - 1)
-    x = pick(12, order.view_as(x))
-    return ((x - mean_t) / std_t).contiguous(memory_format=torch.channels_last)
-
-
-def mix(images: torch.Tensor, labels: torch.Tensor, classes: int, draws: torch.Tensor, cutmix: float, mixup: float,
-        alpha: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (N + 1, 3, H, W), each but the first mixed with the one before it: (N, 3, H, W) and soft targets (N, C)."""
-    (n, _, h, w), dev = images.shape, images.device
-    n -= 1
-    one_hot = F.one_hot(labels, classes).float()
-    other, images = images[:-1], images[1:]
-    other_hot, one_hot = one_hot[:-1], one_hot[1:]
-    chosen, area, cy, cx = draws.unbind(1)
-    lam = torch.ones(n, device=dev)
-    if cutmix:
-        half = area.sqrt() / 2                    # of the pasted box, as a share of the side
-        y, x = ((torch.arange(side, device=dev) + 0.5) / side for side in (h, w))
-        inside_y, inside_x = ((at - centre[:, None]).abs() < half[:, None] for at, centre in ((y, cy), (x, cx)))
-        mask = (inside_y[:, :, None] & inside_x[:, None, :] & (chosen < cutmix)[:, None, None])[:, None]
-        images = torch.where(mask, other, images)
-        lam = 1 - mask.float().mean((1, 2, 3))
-    if mixup:
-        a = torch.full((n,), alpha, device=dev)
-        g1, g2 = (torch._standard_gamma(a, generator=generator) for _ in range(2))
-        l = g1 / (g1 + g2 + 1e-20)
-        l = torch.where((chosen >= 1 - mixup) & (lam == 1), torch.maximum(l, 1 - l), torch.ones_like(l))
-        images = torch.lerp(other, images, l[:, None, None, None])
-        lam = torch.minimum(lam, l)
-    return images.contiguous(memory_format=torch.channels_last), torch.lerp(other_hot, one_hot, lam[:, None])
 
 
 def _jitter(batch: torch.Tensor, light: torch.Tensor, most: float, mean, std) -> torch.Tensor:
@@ -249,11 +280,7 @@ class TrainBatches:
     """
 
     def __init__(self, image_set: ImageSet, batch_size: int, *, seed: int, augmentation: Augmentation,
-                 device: torch.device | str, share: Callable[[int], slice] = lambda total: slice(0, total),
-                 cutmix: float = 0.0, mixup: float = 0.0, mixup_alpha: float = 1.0, alternate: bool = False):
-        self.cutmix, self.mixup, self.mixup_alpha, self.alternate = cutmix, mixup, mixup_alpha, alternate
-        bits = torch.Generator().manual_seed(stable_seed("flips", seed))
-        self.first_flips = torch.randint(2, (len(image_set),), generator=bits).to(image_set.images.device)
+                 device: torch.device | str, share: Callable[[int], slice] = lambda total: slice(0, total)):
         self.share = share      # which of so many images of a batch this process gets
         self.image_set, self.batch_size, self.seed, self.augmentation = image_set, batch_size, seed, augmentation
         self.device = torch.empty(0, device=device).device      # "cuda" becomes "cuda:0"
@@ -276,21 +303,10 @@ class TrainBatches:
         for step in range(start_step, len(self)):
             indices = order[step * self.batch_size:(step + 1) * self.batch_size]
             part, total = self.share(len(indices)), len(indices)
-            mixed = self.cutmix or self.mixup
-            if mixed:   # and in front the one before the first, which is mixed with it
-                part = torch.arange(part.start - 1, part.stop) % total
-            indices = indices[part.to(indices.device) if mixed else part]
+            indices = indices[part]
             images, labels = (self._take(tensor, indices) for tensor in (self.image_set.images, self.image_set.labels))
             generator.manual_seed(stable_seed("augmentation", self.seed, epoch, step))
-            flip = None
-            if self.alternate:
-                flip = ((self.first_flips[indices] + epoch) % 2).bool().to(self.device)
-            images = self.augmentation(images, generator, part.to(self.device) if mixed else part, total, flip)
-            if mixed:
-                draws = torch.rand(total, 4, generator=generator, device=self.device)[part[1:].to(self.device)]
-                images, labels = mix(images, labels, len(self.image_set.class_names), draws, self.cutmix, self.mixup,
-                                     self.mixup_alpha, generator)
-            yield images, labels
+            yield self.augmentation(images, generator, part, total), labels
 
     def _take(self, tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         if tensor.device == self.device:

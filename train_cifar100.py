@@ -33,13 +33,15 @@ PAPER = {
     "label_smoothing": 0.0,     # authors' code
     "dropout": 1.0,             # factor on the authors' rates (0.3 to 0.5)
     "ema_decay": 0.0,           # moving average of the weights, a step; 0: none
+    "ema_share": 0.02,          # it looks back over no more than this share of the run
     "crop_pad": 4,              # pixels of reflection for the random crop. The authors flip only; crops are ours
     "flip": True,               # authors' code
+    "trivial_augment": False,   # one of 14 changes to each image (arXiv 2103.10158)
     "cutout": 0,                # side in pixels; 0: none
     "zoom": 0.0,                # least share of the image that a random resized crop shows; 0: none
     "jitter": 0.0,              # brightness, contrast, saturation times 1 - jitter to 1 + jitter; 0: none
-    "cutmix": 0.0, "mixup": 0.0, "mixup_alpha": 1.0, "alternate": False, "trivial": 0.0, "muon_end": 0.0,
     "progressive": "none",      # progressive resizing: see training/optimise.py
+    "progressive_from": 300,    # optimizer steps; shorter runs train at full size from the beginning
     "trunk": "",                # full or pooled; "": what suits the model (the paper's)
     "pool4": 2,                 # side of the pooling in front of block 4
     "init_from": "none",        # weights to start from

@@ -35,6 +35,7 @@ PAPER = {
     "label_smoothing": 0.0,     # authors' code
     "dropout": 1.0,             # factor on the authors' rates (0.3 to 0.5)
     "ema_decay": 0.0,           # moving average of the weights, a step; 0: none
+    "ema_share": 0.02,          # it looks back over no more than this share of the run
     "image_size": 80,           # pixels; authors' code
     "crop": "box",              # to the bounding box (authors' code), or the whole image
     "margin": 0.0,              # grows the box on each side, by this share of its longer side
@@ -42,9 +43,10 @@ PAPER = {
     "crop_pad": 0,              # pixels of reflection for the random crop; 0: none
     "flip": True,               # authors' code
     "jitter": 0.0,              # brightness, contrast, saturation times 1 - jitter to 1 + jitter; 0: none
+    "trivial_augment": False,   # one of 14 changes to each image (arXiv 2103.10158)
     "cutout": 0,                # side in pixels; 0: none
-    "cutmix": 0.0, "mixup": 0.0, "mixup_alpha": 1.0, "alternate": False, "trivial": 0.0, "muon_end": 0.0,
     "progressive": "none",      # progressive resizing: see training/optimise.py
+    "progressive_from": 300,    # optimizer steps; shorter runs train at full size from the beginning
     "trunk": "",                # full or pooled; "": what suits the model (no pooling before conv7: authors' code)
     "pool4": 5,                 # side of the pooling in front of block 4, so that its maps stay 16x16; authors' code
     "init_from": "",            # a CIFAR-100 network of ours, which has to be named: authors' code

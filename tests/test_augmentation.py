@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as reference
 
+import augmentation
 import data
 from augmentation import Augmentation, TrainBatches, normalise, resize
 from tests.makers import image_set
@@ -112,6 +113,12 @@ def test_zoom_shows_parts_of_the_least_share_up_to_the_whole():
     assert shown.min() >= 0 and shown.max() <= 199
 
 
+def operation(name: str, images: torch.Tensor, amount: float = 1.0, sign: float = 1.0) -> torch.Tensor:
+    """One of TrivialAugment's, at one strength for all images."""
+    amounts, signs = (torch.full((len(images), 1, 1, 1), value) for value in (amount, sign))
+    return getattr(augmentation, f"_{name}")(images, amounts, signs, MEAN)
+
+
 @pytest.mark.parametrize("most", [0.2, 0.8])
 def test_jitter_equals_torchvision(most):
     images = pictures()
@@ -128,6 +135,70 @@ def test_jitter_equals_torchvision(most):
         torch.testing.assert_close(ours, reference.normalize(theirs, MEAN, STD), atol=1e-4, rtol=1e-4)
 
 
+# ------------------------------------------------------------------------------------------------------ TrivialAugment
+
+def test_colour_operations_equal_torchvision():
+    images = pictures().permute(0, 3, 1, 2)
+    for name, theirs in (("brightness", reference.adjust_brightness), ("saturation", reference.adjust_saturation),
+                         ("contrast", reference.adjust_contrast), ("sharpness", reference.adjust_sharpness)):
+        for sign in (-1.0, 1.0):
+            ours = operation(name, images.float() / 255, 0.7, sign).clamp(0, 1)
+            torch.testing.assert_close(ours, theirs(images.float() / 255, 1 + 0.99 * 0.7 * sign), atol=1e-4, rtol=0)
+    for amount in (0.0, 0.3, 0.8, 1.0):
+        bits = 8 - round(6 * amount)
+        assert torch.equal((255 * operation("posterize", images.float() / 255, amount)).round().byte(),
+                           reference.posterize(images, bits))
+        torch.testing.assert_close(operation("solarize", images.float() / 255, amount),
+                                   reference.solarize(images.float() / 255, 1 - amount))
+    images[0] = 77      # nothing to stretch
+    torch.testing.assert_close(operation("autocontrast", images.float() / 255), reference.autocontrast(images.float() / 255))
+    large = torch.cat([pictures(2, 256, 256) // 2, torch.full((1, 256, 256, 3), 77, dtype=torch.uint8)]).permute(0, 3, 1, 2)
+    ours, theirs = 255 * operation("equalize", large.float() / 255), reference.equalize(large).float()
+    assert (ours - theirs).abs().max() < 3      # which counts in whole steps of a 255th of the pixels
+    assert torch.equal(ours[2].round(), theirs[2])
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_geometric_operations_equal_a_loop_over_pixels(sign):
+    """Where a pixel's colour comes from, in pixels from the middle; outside the picture there is the mean."""
+    images, fill, m = pictures().permute(0, 3, 1, 2).float() / 255, np.array(MEAN), 0.4 * sign
+    (height, width), turn = images.shape[2:], math.radians(135) * m
+    sources = {"shear_x": lambda y, x: (y, x + 0.99 * m * y * width / height),
+               "shear_y": lambda y, x: (y + 0.99 * m * x * height / width, x),
+               "translate_x": lambda y, x: (y, x + m * width / 2), "translate_y": lambda y, x: (y + m * height / 2, x),
+               "rotate": lambda y, x: (math.sin(turn) * x + math.cos(turn) * y, math.cos(turn) * x - math.sin(turn) * y)}
+    for name, source in sources.items():
+        moved = operation(name, images, 0.4, sign)
+        plain, seen = images.permute(0, 2, 3, 1).double().numpy(), 0
+        for row, column in ((0, 0), (20, 18), (33, 5), (7, 30), (39, 35)):
+            y, x = source(row + 0.5 - height / 2, column + 0.5 - width / 2)
+            y, x = y + height / 2, x + width / 2
+            inside = 0.5 <= y <= height - 0.5 and 0.5 <= x <= width - 0.5
+            outside = not (-0.5 <= y <= height + 0.5 and -0.5 <= x <= width + 0.5)
+            for i in range(6):
+                if inside:
+                    np.testing.assert_allclose(moved[i, :, row, column].numpy(), sampled(plain[i], y, x), atol=1e-3, err_msg=name)
+                elif outside:
+                    np.testing.assert_allclose(moved[i, :, row, column].numpy(), fill, atol=1e-5, err_msg=name)
+            seen += inside
+        assert seen >= 2, name
+
+
+def test_trivial_augment_gives_every_operation_its_share_of_a_batch():
+    images = torch.randint(60, 200, (280, 12, 10, 3), dtype=torch.uint8, generator=generator())
+    before = images.clone()
+    ours = Augmentation(mean=(0,) * 3, std=(1 / 255,) * 3, pad=0, flip=False, trivial_augment=True)
+    first, again, other = (ours(images, generator(seed)).permute(0, 2, 3, 1) for seed in (3, 3, 4))
+    assert torch.equal(images, before) and torch.equal(first, again) and not torch.equal(first, other)
+    for batch, seed in ((first, 3), (other, 4)):
+        as_they_are = [i for i in range(280) if torch.equal(batch[i], images[i].float())]
+        place = -seed % 14
+        assert set(range(place, 280, 14)) <= set(as_they_are) and len(as_they_are) < 40     # posterize to 8 bits is one, too
+    assert first.min() >= 0 and first.max() <= 255
+    half = ours(images[100:], generator(3), slice(100, 280), 280).permute(0, 2, 3, 1)
+    assert torch.equal(half, first[100:])
+
+
 def test_another_size_without_zoom_is_the_evaluations_resize():
     images = pictures()
     batch = Augmentation(mean=MEAN, std=STD, pad=0, flip=False, size=(20, 18))(images, generator())
@@ -137,7 +208,7 @@ def test_another_size_without_zoom_is_the_evaluations_resize():
 def test_what_is_switched_off_leaves_the_rest_as_it_was():
     images = pictures()
     all_of_it = Augmentation(mean=MEAN, std=STD, pad=4, cutout=0)
-    for changes in ({"zoom": 0.5}, {"jitter": 0.3}):
+    for changes in ({"zoom": 0.5}, {"jitter": 0.3}, {"trivial_augment": True}):
         other = Augmentation(mean=MEAN, std=STD, pad=4, **changes)
         for a, b in zip(all_of_it.draw(6, 40, 36, generator()), other.draw(6, 40, 36, generator())):
             assert torch.equal(a, b)

@@ -36,9 +36,10 @@ def test_every_schedule_can_warm_up():
 
 
 def test_progressive_resizing_follows_the_share_of_the_run():
-    config = {"progressive": "0.5:0.6 0.75:0.8", "input_size": [32, 48]}
-    assert [input_size_at(config, share) for share in (0, 0.59, 0.6, 0.79, 0.8, 1)] == [
+    config = {"progressive": "0.5:0.6 0.75:0.8", "input_size": [32, 48], "epochs": 5, "progressive_from": 100}
+    assert [input_size_at(config, step, 20) for step in (0, 59, 60, 79, 80, 99)] == [
         (16, 24), (16, 24), (24, 36), (24, 36), None, None]
+    assert {input_size_at(config, step, 19) for step in range(95)} == {None}    # fewer steps than it needs
     for wrong in ("0.5", "2:0.5", "0.5:x", "0.5:0.9 0.75:0.3"):
         with pytest.raises(ValueError):
             optimise.parse_progressive(wrong)
@@ -60,16 +61,18 @@ def test_weight_decay_choices():
     assert sum(p.numel() for g in (filters, *others) for p in g["params"]) == total
 
 
-def test_moving_average_is_the_recurrence():
+@pytest.mark.parametrize("share, most", [(1.0, 0.5), (0.5, 0.5), (0.3, 1 / 6), (0.1, 0.0)])
+def test_moving_average_is_the_recurrence(share, most):
+    """Of a run of 4 steps it looks back over 4, 2, 1.2 or one at most: decay 1 - 1/4 (the config's 0.5 is less), ..."""
     model = build_model("vgg-gap", 3, width=1 / 16)
-    average = MovingAverage(model, 0.5)
+    average = MovingAverage(model, 0.5, share)
     expected = {name: value.clone() for name, value in model.state_dict().items()}
     for step in range(4):
         with torch.no_grad():
             for value in model.state_dict().values():
                 value.add_(torch.randn_like(value) if value.is_floating_point() else 1)
-        average.update(step)
-        decay = min(0.5, (1 + step) / (10 + step))
+        average.update(step, 4)
+        decay = min(most, (1 + step) / (10 + step))
         for name, value in model.state_dict().items():
             expected[name] = expected[name] * decay + value * (1 - decay) if value.is_floating_point() else value.clone()
     for name, value in average.model.state_dict().items():

@@ -68,13 +68,16 @@ def test_sanity_with_one_image_at_a_time(cli):
 
 
 def test_what_is_left_of_a_run_is_told_by_its_image_sizes():
-    config = {"epochs": 10, "progressive": "0.5:0.4 0.75:0.8"}
-    cost = (0.01, 0.001)    # seconds of an image
-    whole = 10 * (0.4 * 0.25 + 0.4 * 0.5625 + 0.2) * 1000 * 0.01 + 10 * 100 * 0.001
+    config = {"epochs": 10, "progressive": "0.5:0.4 0.75:0.8", "progressive_from": 100, "batch_size": 100}
+    cost = (0.01, 0.001)    # seconds of an image, trained on and evaluated
+    evaluated = 0.612       # 100 test images, and 512 for batch norm's statistics
+    whole = 10 * (0.4 * 0.25 + 0.4 * 0.5625 + 0.2) * 1000 * 0.01 + 10 * evaluated
     assert sanity.run_seconds(config, cost, 1000, 100) == pytest.approx(whole)
     assert sanity.run_seconds(config, cost, 1000, 100, 0.65) == pytest.approx(
-        10 * (0.15 * 0.5625 + 0.2) * 1000 * 0.01 + 4 * 100 * 0.001)
-    assert sanity.run_seconds(config, cost, 1000, 100, 0.9) == pytest.approx(10 * 0.1 * 1000 * 0.01 + 100 * 0.001)
+        10 * (0.15 * 0.5625 + 0.2) * 1000 * 0.01 + 4 * evaluated)
+    assert sanity.run_seconds(config, cost, 1000, 100, 0.9) == pytest.approx(10 * 0.1 * 1000 * 0.01 + evaluated)
+    few = sanity.run_seconds(config | {"progressive_from": 101}, cost, 1000, 100)    # all of them at full size
+    assert few == pytest.approx(10 * 1000 * 0.01 + 10 * evaluated)
 
 
 def test_a_signal_in_the_sanity_pass(cli, monkeypatch):

@@ -303,7 +303,7 @@ def test_statistics_that_are_kept_are_not_settled():
     assert changed and not [name for name in changed if name.startswith("trunk.")]
     plain = trainer(dropout=0.0)
     before = snapshot(plain)
-    plain.recalibrate_batch_norm(iter([]))
+    plain.recalibrate_batch_norm(iter([]))      # of no images there are no statistics
     assert all(torch.equal(value, before[name]) for name, value in plain.model.state_dict().items())
 
 

@@ -86,7 +86,8 @@ class Trainer:
         self.transferred = transferred
         self.optimizer = make_optimizer(self.model, config, precision, transferred)
         self.precision = Precision(precision, device)
-        self.average = MovingAverage(self.model, config["ema_decay"]) if config["ema_decay"] else None
+        self.average = (MovingAverage(self.model, config["ema_decay"], config["ema_share"]) if config["ema_decay"]
+                        else None)
         self.position = Position()
         # the epoch's loss * images, correct, images; and the first step with a non-finite loss (-1: none)
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -170,11 +171,9 @@ class Trainer:
         the whole step is done again in smaller parts: the optimizer never sees half a batch."""
         config, steps = self.config, len(self.batches)
         done = self.position.epoch * steps + self.position.step
-        images = resize(images, input_size_at(config, done / (config["epochs"] * steps)))
+        images = resize(images, input_size_at(config, done, steps))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, done, steps) * group.get("scale", 1.0)
-            if "filter_momentum" in group:
-                group["lr"] *= (1 - done / (config["epochs"] * steps)) ** config["muon_end"]
         if done == math.ceil(config["freeze_epochs"] * steps) > 0:
             print(f"The trunk trains from here on (epoch {self.position.epoch + 1}, step {self.position.step + 1}).")
         while True:
@@ -196,7 +195,13 @@ class Trainer:
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
         if self.average:
-            self.average.update(done)
+            self.average.update(done, config["epochs"] * steps)
+
+    def trained_at(self) -> tuple[int, int]:
+        """(height, width) of the images in the last step."""
+        steps = len(self.batches)
+        done = self.position.epoch * steps + self.position.step
+        return input_size_at(self.config, max(0, done - 1), steps) or tuple(self.config["input_size"])
 
     def set_mode(self) -> None:
         """Put the network into training mode for this step. While it is frozen, the transferred trunk neither trains nor
@@ -242,8 +247,7 @@ class Trainer:
                 loss = F.cross_entropy(logits.float(), answers, label_smoothing=self.config["label_smoothing"])
                 weight = len(part) / total * self.ranks.world_size   # DistributedDataParallel takes the mean over the ranks
                 self.precision.scaler.scale(loss * weight).backward()
-            likeliest = answers.argmax(1) if answers.ndim > 1 else answers
-            correct = (logits.detach().argmax(1) == likeliest).sum()
+            correct = (logits.detach().argmax(1) == answers).sum()
             sums += torch.stack([loss.detach().double() * len(part), correct.double(),
                                  torch.full_like(correct, len(part)).double()])
         self.ranks.all_reduce(sums)
@@ -294,10 +298,11 @@ class Trainer:
 
     @torch.no_grad()
     def recalibrate_batch_norm(self, images: Iterator[Tensor]) -> None:
-        """Where there is dropout, take the batch norms' statistics anew without it, from batches of training images (N, 3,
-        H, W), in the network that is evaluated and used. Dropout in front of a batch norm widens what the norm sees in
-        training, so its running statistics do not fit evaluation (arXiv 1801.05134); a convolution that starts as the
-        identity averages none of that out. Norms whose statistics are kept as they are keep them."""
+        """Take the batch norms' statistics anew from batches of training images (N, 3, H, W), in the network that is
+        evaluated and used. Its running statistics are not those of its weights: they are of smaller images (progressive
+        resizing), of the weights before they were averaged (arXiv 1803.05407), and of activations that dropout had widened
+        (arXiv 1801.05134; a convolution that starts as the identity averages none of that out). Norms whose statistics are
+        kept as they are keep them."""
         model = self.eval_model
         self.mode = None
         self.set_mode()

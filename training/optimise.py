@@ -171,13 +171,21 @@ def learning_rate(config: dict, step: int, steps_an_epoch: int) -> float:
     return config["lr"] * (total - step) / max(1.0, total - rising + 1)
 
 
-def input_size_at(config: dict, share: float) -> tuple[int, int] | None:
-    """Progressive resizing: height and width to train at when ``share`` (0 to 1) of the run is done; None: the full ones.
+def stages(config: dict, steps_an_epoch: int) -> list[tuple[float, float]]:
+    """Progressive resizing: (factor on the side, share of the run until which it holds) of each stage before the full size.
 
     ``progressive`` = "0.5:0.6 0.75:0.8" reads: half the side for the first 0.6 of the run, three quarters until 0.8.
-    The small images carry most of what the early steps learn, at a quarter of the cost."""
-    for scale, until in parse_progressive(config["progressive"]):
-        if share < until:
+    The small images carry most of what the early steps learn, at a quarter of the cost. A run of fewer steps than
+    ``progressive_from`` has no such stages: in its few steps at full size it would not get used to it."""
+    if config["epochs"] * steps_an_epoch < config["progressive_from"]:
+        return []
+    return parse_progressive(config["progressive"])
+
+
+def input_size_at(config: dict, step: int, steps_an_epoch: int) -> tuple[int, int] | None:
+    """Height and width to train at in optimizer step ``step`` (from 0, over the whole run); None: the full ones."""
+    for scale, until in stages(config, steps_an_epoch):
+        if step / (config["epochs"] * steps_an_epoch) < until:
             height, width = (max(SMALLEST_IMAGE, round(side * scale)) for side in config["input_size"])
             return height, width
     return None
@@ -216,12 +224,13 @@ class Precision:
 class MovingAverage:
     """Exponential moving average of the weights, with their batch-norm buffers: what is evaluated and used.
 
-    Early on the average is taken over few steps (decay (1 + t) / (10 + t)), so that it is never of the first, random
-    weights."""
+    The average looks back over 1 / (1 - ``decay``) steps, but over no more than ``share`` of the run: in a short run, whose
+    weights move fast, a longer one lags behind them. Early on it is taken over few steps (decay (1 + t) / (10 + t)), so that
+    it is never of the first, random weights."""
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float, share: float = 1.0):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
+        self.decay, self.share = decay, share
         # Collected once: the tensors stay the same ones, optimizer steps and load_state_dict write into them.
         pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
         self.averages, self.values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
@@ -229,9 +238,10 @@ class MovingAverage:
         self.counters, self.counted = ([pair[i] for pair in counters] for i in (0, 1))
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After optimizer step ``step`` (from 0)."""
-        torch._foreach_lerp_(self.averages, self.values, 1 - min(self.decay, (1 + step) / (10 + step)))
+    def update(self, step: int, steps: int) -> None:
+        """After optimizer step ``step`` (from 0) of the run's ``steps``."""
+        decay = min(self.decay, (1 + step) / (10 + step), 1 - 1 / max(1.0, self.share * steps))
+        torch._foreach_lerp_(self.averages, self.values, 1 - decay)
         if self.counters:
             torch._foreach_copy_(self.counters, self.counted)
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from data import ImageSet
 from training import checkpoint, options, transfer
 from training.loop import BatchNorm, Trainer, memory_ran_out, peak_memory_mib
-from training.optimise import parse_progressive
+from training.optimise import parse_progressive, stages
 from training.report import DEAD_SD, read_metrics
-from training.run import Run, Task, build, clock, eval_batch_size, input_size, split
+from training.run import Run, Task, build, clock, eval_batch_size, input_size, recalibration_count, split
 
 STEPS = 4               # optimizer steps of the pass
 CPU_SECONDS = 30.0      # that these steps may take on a CPU: the batch is cut to fit
@@ -56,7 +56,7 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
     # The rate goes down with the batch, and a run of a few steps has no time to warm up to the whole of it.
     config |= {"epochs": 1, "batch_size": batch, "lr": 0.1 * config["lr"] * batch / config["batch_size"],
                "sample": sample, "overlay_every": 1, "freeze_epochs": 0.5 if config["freeze_epochs"] else 0.0,
-               "progressive": progressive}
+               "progressive": progressive, "progressive_from": 0}
     # On a GPU a whole batch of an evaluation, whose memory counts too.
     tested = max(2 * batch, 16, device.type == "cuda" and eval_batch_size(input_size(config, train), device) + 1)
     run = Run(task, config, run_dir, spread(train, STEPS * batch), spread(evaluation, tested), sanity=True)
@@ -269,11 +269,12 @@ def timed(work, device: torch.device) -> float:
 def run_seconds(config: dict, cost: tuple[float, float], train_images: int, test_images: int, begun: float = 0.0) -> float:
     """Seconds of what is left of a run, evaluations included, when ``begun`` (0 to 1) of it is done; a progressively
     resized image costs its share of pixels."""
-    share, done = 0.0, begun
-    for scale, until in [*parse_progressive(config["progressive"]), (1.0, 1.0)]:
+    share, done, steps_an_epoch = 0.0, begun, max(1, train_images // config["batch_size"])
+    for scale, until in [*stages(config, steps_an_epoch), (1.0, 1.0)]:
         share, done = share + max(0.0, until - done) * scale**2, max(done, until)
     evaluations = config["epochs"] - int(begun * config["epochs"])
-    return config["epochs"] * train_images * cost[0] * share + evaluations * test_images * cost[1]
+    evaluated = evaluations * (test_images + recalibration_count(train_images))
+    return config["epochs"] * train_images * cost[0] * share + evaluated * cost[1]
 
 
 def print_table(table: list[tuple[str, str, float]], failures: list[str]) -> None:
