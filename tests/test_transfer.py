@@ -242,7 +242,7 @@ def test_the_authors_schedule_for_birds():
     assert rates == pytest.approx([0.01, 0.01, 0.02, 0.02, 0.04, 0.04, 0.02, 0.01, 0.005, 0.01 / 2**6])
 
 
-# ---- statistics under dropout ----------------------------------------------------------------------------------------
+# ---- statistics for evaluation ---------------------------------------------------------------------------------------
 
 def inputs_of_norms(model, images) -> dict[str, torch.Tensor]:
     """What each 2-d batch norm is given in evaluation mode."""
@@ -258,11 +258,12 @@ def inputs_of_norms(model, images) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_statistics_are_settled_without_dropout(ema_decay):
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_statistics_are_those_of_use(ema_decay, dropout):
     """The identity-like convolutions average nothing out, so that dropout shifts the running variance of the second norm
     on; settled, each norm has the mean and variance of what it sees in use."""
     torch.manual_seed(0)
-    model = build_model("vgg-att3-concat-pc", 4, width=1 / 16, dropout=1.0)
+    model = build_model("vgg-att3-concat-pc", 4, width=1 / 16, dropout=dropout)
     ours = Trainer(CONFIG | {"ema_decay": ema_decay}, model, Batches(64), torch.device("cpu"), precision="fp32")
     with torch.no_grad():
         for norm in (m for m in ours.model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
