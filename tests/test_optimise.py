@@ -61,6 +61,16 @@ def test_weight_decay_choices():
     assert sum(p.numel() for g in (filters, *others) for p in g["params"]) == total
 
 
+def test_in_wide_networks_all_but_the_filters_learn_at_less():
+    for width, most, expected in ((1 / 16, 1 / 32, 0.5), (1 / 16, 1 / 16, 1), (1 / 16, 1 / 8, 1), (1 / 16, 0.0, 1)):
+        config = CONFIG | {"width": width, "lr_width": most, "transfer_lr": 0.25}
+        model = build_model("vgg-att3-concat-pc", 4, width=width)
+        for group in parameter_groups(model, config, frozenset(["classifier.linears.0.weight"])):
+            transferred = any(p is dict(model.named_parameters()).get("classifier.linears.0.weight") for p in group["params"])
+            rate = config["muon"] if "filter_momentum" in group else expected
+            assert group["scale"] == pytest.approx(rate * (0.25 if transferred else 1))
+
+
 @pytest.mark.parametrize("share, most", [(1.0, 0.5), (0.5, 0.5), (0.3, 1 / 6), (0.1, 0.0)])
 def test_moving_average_is_the_recurrence(share, most):
     """Of a run of 4 steps it looks back over 4, 2, 1.2 or one at most: decay 1 - 1/4 (the config's 0.5 is less), ..."""

@@ -21,7 +21,7 @@ from training import checkpoint, options, sanity
 from training.benchmark import benchmark
 from training.loop import Interrupted, Precision, SMALLEST_FOR_STATISTICS, Trainer, evaluate, memory_ran_out
 from training.memory import check_memory
-from training.optimise import SCHEDULES, learning_rate, parse_progressive
+from training.optimise import SCHEDULES, learning_rate, parse_progressive, wide_factor
 from training.options import UserError
 from training.process import open_standard_streams, program, quoted, unbreakable_pipes
 from training.ranks import VARIABLES, Ranks, joined, of_environment
@@ -258,6 +258,8 @@ def rate_in_words(trainer: Trainer) -> str:
     words = f"Peak learning rate {peak:.3g} for batches of {config['batch_size']}: {peak / config['batch_size']:.2g} an image"
     if config["muon"]:
         words += f"; {config['muon']:g} of it for the 3x3 filters, by Muon"
+    if wide_factor(config) < 1:
+        words += f"; {wide_factor(config):g} of it for all else, at this width"
     if trainer.transferred:
         words += f"; {config['transfer_lr']:g} of it for the transferred layers"
     if config["freeze_epochs"]:

@@ -15,6 +15,12 @@ from torch import nn
 from attention_model import SMALLEST_IMAGE
 
 
+def wide_factor(config: dict) -> float:
+    """What all but Muon's filters learn at, times the schedule's rate: in networks wider than ``lr_width`` it falls as 1 /
+    width. Their scores and logits are sums over channels, and a step moves each summand alike (arXiv 2203.03466)."""
+    return min(1.0, config["lr_width"] / config["width"]) if config["lr_width"] else 1.0
+
+
 def parameter_groups(model: nn.Module, config: dict, transferred: frozenset[str] = frozenset()) -> list[dict]:
     """Weight decay on everything (the paper's), or on the matrices and filters alone: not on biases, batch norms, nor on
     a gate's vector u, which decay pulls towards a uniform map. With ``muon`` the 3x3 filters have groups of their own,
@@ -35,6 +41,8 @@ def parameter_groups(model: nn.Module, config: dict, transferred: frozenset[str]
             if by_muon:     # which has a momentum of its own, and keeps the norm
                 group |= {"filter_momentum": config["momentum"], "momentum": 0.0, "nesterov": False, "weight_decay": 0.0,
                           "scale": group["scale"] * config["muon"]}
+            else:
+                group["scale"] *= wide_factor(config)
             groups.append(group)
     return [group for group in groups if group["params"]]
 
