@@ -58,12 +58,15 @@ FAST = PAPER | {
     "schedule": "linear",       # up, then down to 0: most of a long schedule's gain in a tenth of its epochs
     "warmup": 0.15,
     "label_smoothing": 0.1,
-    "dropout": 0.0,             # 30 epochs do not overfit enough to pay for it
+    "dropout": 0.0,             # TrivialAugment instead
+    "trivial_augment": True,    # without it the last ten of 30 epochs only memorize: 97.5 % in training, 65.5 % held out
     "ema_decay": 0.99,
     "progressive": "0.5:0.3 0.75:0.5",  # half the side until 0.3 of the run, three quarters until 0.5, then all of it
 }
-# The fast recipe's change for runs under 10 epochs, a CPU's: more of the run on small images. Measured in README.
+# The fast recipe's change for runs under 10 epochs, a CPU's: more of the run on small images, and no regularization, since
+# they do not get to overfit. Measured in README.
 SHORT = {
+    "trivial_augment": False,
     "progressive": "0.5:0.7 0.75:0.9",
 }
 TASK = Task(
