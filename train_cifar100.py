@@ -22,7 +22,7 @@ PAPER = {
     "epochs": 300,              # authors' code
     "batch_size": 128,          # images; authors' code
     "lr": 0.1,                  # authors' 1.0 in Torch7, whose SGD dampens by the momentum: 0.1 here
-    "lr_width": 0.0,            # above this --width, lr falls as 1 / width for all but Muon's filters; 0: nowhere
+    "lr_by_width": 0.0,         # times lr / width, up to so many times, for all but Muon's filters; 0: lr at every width
     "momentum": 0.9,            # authors' code
     "muon": 0.0,                # the 3x3 filters move by Muon (training/optimise.py), at this times lr; 0: by SGD
     "nesterov": False,          # authors' code
@@ -52,8 +52,9 @@ PAPER = {
 FAST = PAPER | {
     "epochs": 30,
     "nesterov": True,
-    "muon": 0.15,               # more than SGD learns in the same steps, measured at a quarter of the width (README)
-    "lr_width": 0.5,            # half of lr learns more at full width, as much at half, less at a quarter (README)
+    "lr": 0.05,                 # at full width, where 0.1 and 0.2 learn less in 200 steps (README)
+    "muon": 0.3,                # more than SGD learns in the same steps, measured at a quarter of the width (README)
+    "lr_by_width": 4.0,         # 0.1 at half of the width, 0.2 at a quarter and below
     "decay_all": False,         # filters and matrices only: decay pulls a gate's u towards a flat map
     "schedule": "linear",       # up, then down to 0: most of a long schedule's gain in a tenth of its epochs
     "warmup": 0.15,

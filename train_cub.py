@@ -24,7 +24,7 @@ PAPER = {
     "epochs": 320,              # authors' code
     "batch_size": 128,          # images; authors' code
     "lr": 0.01,                 # authors' 0.1 in Torch7, whose SGD dampens by the momentum: 0.01 here
-    "lr_width": 0.0,            # above this --width, lr falls as 1 / width for all but Muon's filters; 0: nowhere
+    "lr_by_width": 0.0,         # times lr / width, up to so many times, for all but Muon's filters; 0: lr at every width
     "momentum": 0.9,            # authors' code
     "nesterov": False,          # authors' code
     "muon": 0.0,                # the 3x3 filters move by Muon (training/optimise.py), at this times lr; 0: by SGD

@@ -61,9 +61,9 @@ def test_weight_decay_choices():
     assert sum(p.numel() for g in (filters, *others) for p in g["params"]) == total
 
 
-def test_in_wide_networks_all_but_the_filters_learn_at_less():
-    for width, most, expected in ((1 / 16, 1 / 32, 0.5), (1 / 16, 1 / 16, 1), (1 / 16, 1 / 8, 1), (1 / 16, 0.0, 1)):
-        config = CONFIG | {"width": width, "lr_width": most, "transfer_lr": 0.25}
+def test_in_narrow_networks_all_but_the_filters_learn_at_more():
+    for width, most, expected in ((1 / 16, 4.0, 4), (1 / 16, 20.0, 16), (1 / 8, 20.0, 8), (1 / 16, 0.0, 1)):
+        config = CONFIG | {"width": width, "lr_by_width": most, "transfer_lr": 0.25}
         model = build_model("vgg-att3-concat-pc", 4, width=width)
         for group in parameter_groups(model, config, frozenset(["classifier.linears.0.weight"])):
             transferred = any(p is dict(model.named_parameters()).get("classifier.linears.0.weight") for p in group["params"])

@@ -23,7 +23,8 @@ from training.options import UserError
 from training.ranks import Ranks
 
 CONFIG = FAST | {"model": "vgg-att3-concat-gate", "width": 1 / 16, "batch_size": 8, "epochs": 2, "micro_batch": "auto",
-                 "checkpoint_activations": False, "progressive": "none", "input_size": [32, 32], "ema_decay": 0.9}
+                 "checkpoint_activations": False, "progressive": "none", "input_size": [32, 32], "ema_decay": 0.9,
+                 "lr": 0.1, "muon": 0.15, "lr_by_width": 0.0}
 CPU = torch.device("cpu")
 
 

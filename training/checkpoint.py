@@ -31,7 +31,7 @@ RUN_FILES = ("config.json", "metrics.csv", CHECKPOINT_NAME, PREVIOUS_NAME, BEST_
 SINCE_FORMAT_2 = {"zoom": 0.0, "jitter": 0.0, "transfer_lr": 1.0, "freeze_epochs": 0.0}
 # The same for early runs of format 2.
 LATER = {"muon": 0.0, "ema_share": 1.0, "progressive_from": 0, "trivial_augment": False,
-         "lr_width": 0.0}
+         "lr_by_width": 0.0}
 REQUIRED = ("format", "model", "ema", "config", "class_names", "input_size", "mean", "std", "position")
 
 

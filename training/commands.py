@@ -21,7 +21,7 @@ from training import checkpoint, options, sanity
 from training.benchmark import benchmark
 from training.loop import Interrupted, Precision, SMALLEST_FOR_STATISTICS, Trainer, evaluate, memory_ran_out
 from training.memory import check_memory
-from training.optimise import SCHEDULES, learning_rate, parse_progressive, wide_factor
+from training.optimise import SCHEDULES, learning_rate, parse_progressive, width_factor
 from training.options import UserError
 from training.process import open_standard_streams, program, quoted, unbreakable_pipes
 from training.ranks import VARIABLES, Ranks, joined, of_environment
@@ -254,14 +254,13 @@ def rate_in_words(trainer: Trainer) -> str:
     total, rising = config["epochs"] * steps, int(config["warmup"] * config["epochs"] * steps)
     # Where a schedule turns: around the warm-up's end, and at the first epochs at which the rate is doubled or halved.
     turns = [rising + more for more in (-2, -1, 0, 1)] + [number * config["halve_every"] * steps for number in range(4)]
-    peak = max(learning_rate(config, min(max(0, step), total - 1), steps) for step in turns)
+    at_full_width = max(learning_rate(config, min(max(0, step), total - 1), steps) for step in turns)
+    peak = at_full_width * width_factor(config)
     words = f"Peak learning rate {peak:.3g} for batches of {config['batch_size']}: {peak / config['batch_size']:.2g} an image"
     if config["muon"]:
-        words += f"; {config['muon']:g} of it for the 3x3 filters, by Muon"
-    if wide_factor(config) < 1:
-        words += f"; {wide_factor(config):g} of it for all else, at this width"
+        words += f"; {config['muon'] * at_full_width:.2g} for the 3x3 filters, by Muon"
     if trainer.transferred:
-        words += f"; {config['transfer_lr']:g} of it for the transferred layers"
+        words += f"; {config['transfer_lr']:g} times that for the transferred layers"
     if config["freeze_epochs"]:
         words += f", whose trunk trains after {config['freeze_epochs']:g} epochs"
     return words

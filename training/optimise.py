@@ -15,10 +15,11 @@ from torch import nn
 from attention_model import SMALLEST_IMAGE
 
 
-def wide_factor(config: dict) -> float:
-    """What all but Muon's filters learn at, times the schedule's rate: in networks wider than ``lr_width`` it falls as 1 /
-    width. Their scores and logits are sums over channels, and a step moves each summand alike (arXiv 2203.03466)."""
-    return min(1.0, config["lr_width"] / config["width"]) if config["lr_width"] else 1.0
+def width_factor(config: dict) -> float:
+    """What all but Muon's filters learn at, in units of the schedule's rate, which is meant for full width: 1 / width, up to
+    ``lr_by_width`` times (0: 1 at every width). Scores and logits are sums over channels, and a step moves each summand alike
+    (arXiv 2203.03466)."""
+    return min(config["lr_by_width"], 1 / config["width"]) if config["lr_by_width"] else 1.0
 
 
 def parameter_groups(model: nn.Module, config: dict, transferred: frozenset[str] = frozenset()) -> list[dict]:
@@ -42,7 +43,7 @@ def parameter_groups(model: nn.Module, config: dict, transferred: frozenset[str]
                 group |= {"filter_momentum": config["momentum"], "momentum": 0.0, "nesterov": False, "weight_decay": 0.0,
                           "scale": group["scale"] * config["muon"]}
             else:
-                group["scale"] *= wide_factor(config)
+                group["scale"] *= width_factor(config)
             groups.append(group)
     return [group for group in groups if group["params"]]
 
