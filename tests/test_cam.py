@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
     task = dataclasses.replace(TASK, sample=lambda config: sets)
     for name in ("vgg-att3-concat-pc", "vgg-gap"):
         assert commands.main(task, ["--sample", "--model", name, "--width", "0.0625", "--epochs", "3", "--batch-size",
-                                    "16", "--lr", "0.04", "--set", "muon=0.25", "--set", "progressive=none", "--set",
+                                    "16", "--lr", "0.04", "--set", "muon=0.25", "--set", "lr_by_width=0", "--set",
                                     "crop_pad=2", "--seed", "0", "--device", "cpu", "--precision", "fp32",
                                     "--overlay-every", "0", "--run-dir", str(folder / name)]) == 0
     return {name: folder / name / "last.pt" for name in ("vgg-att3-concat-pc", "vgg-gap")}

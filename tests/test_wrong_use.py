@@ -192,7 +192,7 @@ def test_a_run_is_never_overwritten_nor_contradicted(cli, unhurt):
     status, _, err = cli(*NARROW, "--run-dir", unhurt)
     assert status == 2 and "holds a run already: go on with it by --resume" in err
     status, _, err = cli("--resume", unhurt, "--lr", 0.3)
-    assert status == 2 and "this run has --lr 0.1, and 0.3 would make it another run" in err
+    assert status == 2 and "this run has --lr 0.05, and 0.3 would make it another run" in err
     status, _, err = cli("--resume", unhurt, "--set", "momentum=0.5")
     assert status == 2 and "would make it another run" in err
 
