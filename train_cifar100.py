@@ -67,7 +67,7 @@ FAST = PAPER | {
 # The fast recipe's change for runs under 10 epochs, a CPU's: faster filters, more of the run on small images, and no
 # regularization, since they do not get to overfit. Measured in README.
 SHORT = {
-    "muon": 0.4,
+    "muon": 0.6,
     "trivial_augment": False,
     "progressive": "0.5:0.7 0.75:0.9",
 }
