@@ -33,7 +33,7 @@ SAVE_EVERY = 50.0       # seconds; with a step and the save itself about a minut
 SAVE_SHARE = 0.02       # of the run's time may go into saving: where a save takes over a second, there are fewer
 OVERLAY_IMAGES = 16
 # For Trainer.recalibrate_batch_norm: a twelfth of the training images, which takes 3 % of a full-size epoch or less, but so many
-# at least and at most. With 256 images the accuracy is 0.2 to 0.4 points below that with 1,024 (README).
+# at least and at most. With 256 images the accuracy is 0.2 to 0.5 points below that with 1,024 (README).
 RECALIBRATION_IMAGES = 512, 1024
 # Of all images of an evaluation batch: 256 or 512 images of 32x32, for which training a batch of 128 leaves room.
 EVAL_PIXELS = {"cpu": 2**18, "cuda": 2**19}
