@@ -81,20 +81,18 @@ class Augmentation:
 
     def _trivially_augmented(self, images: torch.Tensor, generator: torch.Generator, part: slice | None,
                              total: int | None) -> torch.Tensor:
-        """Each operation goes to every 14th image, so that it is calculated for those alone and no device is asked which
-        they are. The batch is shuffled, so an image's place says nothing about it; which operation comes first changes from
-        batch to batch."""
+        """Each operation goes to every 14th image, so that it is calculated for those alone, and the host need not wait for
+        the device to learn which they are. The batch is shuffled, so an image's place says nothing about it; which operation
+        comes first changes from batch to batch."""
         strength = torch.rand(total or len(images), 2, generator=generator, device=images.device)
-        strength = strength[part or slice(None)]
-        first = generator.initial_seed() + (part.start if part else 0)
-        images = images.clone()
-        for place in range(min(len(OPERATIONS), len(images))):
-            operation = OPERATIONS[(first + place) % len(OPERATIONS)]
-            chosen = images[place::len(OPERATIONS)].permute(0, 3, 1, 2).float() / 255
-            amount, sign = strength[place::len(OPERATIONS), :, None, None, None].unbind(1)
-            changed = operation(chosen, amount, torch.where(sign < 0.5, -1.0, 1.0), self.mean)
-            images[place::len(OPERATIONS)] = (255 * changed).round_().clamp_(0, 255).byte().permute(0, 2, 3, 1)
-        return images
+        amounts, signs = strength[part or slice(None), :, None, None, None].unbind(1)
+        signs = torch.where(signs < 0.5, -1.0, 1.0)
+        first, count = generator.initial_seed() + (part.start if part else 0), len(OPERATIONS)
+        batch = images.permute(0, 3, 1, 2) / 255
+        for place in range(min(count, len(batch))):
+            chosen = batch[place::count]
+            chosen.copy_(OPERATIONS[(first + place) % count](chosen, amounts[place::count], signs[place::count], self.mean))
+        return batch.mul_(255).round_().clamp_(0, 255).byte().permute(0, 2, 3, 1)
 
 
 # ---- TrivialAugment: operations on images (N, 3, H, W) in [0, 1], amount (N, 1, 1, 1) in [0, 1], sign -1 or 1 --------------
@@ -104,35 +102,41 @@ def _as_it_is(x, amount, sign, fill):
     return x
 
 
-def _moved(x: torch.Tensor, theta: list, fill) -> torch.Tensor:
-    """Sampled, bilinear, where the affine map ``theta`` (six numbers or (N,) tensors, row by row, from -1 to 1 over the
-    picture) leads; ``fill`` outside."""
+def _moved(x: torch.Tensor, theta: torch.Tensor, fill) -> torch.Tensor:
+    """Sampled, bilinear, where the affine map ``theta`` (N, 6), row by row, from -1 to 1 over the picture, leads; ``fill``
+    outside."""
     middle = _constants(tuple(fill), x.device)[:, None, None]
-    theta = torch.stack([torch.zeros(len(x), device=x.device) + value for value in theta], 1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, tuple(x.shape), align_corners=False)
+    grid = F.affine_grid(theta.view(-1, 2, 3), tuple(x.shape), align_corners=False)
     return F.grid_sample(x - middle, grid, padding_mode="zeros", align_corners=False) + middle
 
 
+def _shifted(x: torch.Tensor, by: torch.Tensor, direction: tuple[float, ...], fill) -> torch.Tensor:
+    """_moved by the identity and ``by`` (N, 1, 1, 1) times ``direction`` (six numbers)."""
+    identity, direction = (_constants(values, x.device) for values in ((1, 0, 0, 0, 1, 0), direction))
+    return _moved(x, torch.addcmul(identity, by.flatten(1), direction), fill)
+
+
 def _shear_x(x, amount, sign, fill):
-    return _moved(x, [1, 0.99 * (amount * sign).flatten(), 0, 0, 1, 0], fill)
+    return _shifted(x, amount * sign, (0, 0.99 * x.shape[2] / x.shape[3], 0, 0, 0, 0), fill)    # theta counts in half sides
 
 
 def _shear_y(x, amount, sign, fill):
-    return _moved(x, [1, 0, 0, 0.99 * (amount * sign).flatten(), 1, 0], fill)
+    return _shifted(x, amount * sign, (0, 0, 0, 0.99 * x.shape[3] / x.shape[2], 0, 0), fill)
 
 
 def _translate_x(x, amount, sign, fill):
-    return _moved(x, [1, 0, (amount * sign).flatten(), 0, 1, 0], fill)
+    return _shifted(x, amount * sign, (0, 0, 1, 0, 0, 0), fill)
 
 
 def _translate_y(x, amount, sign, fill):
-    return _moved(x, [1, 0, 0, 0, 1, (amount * sign).flatten()], fill)
+    return _shifted(x, amount * sign, (0, 0, 0, 0, 0, 1), fill)
 
 
 def _rotate(x, amount, sign, fill):
     angle = math.radians(135) * (amount * sign).flatten()
-    sides = x.shape[2] / x.shape[3]     # theta counts in half sides, which may differ
-    return _moved(x, [angle.cos(), -angle.sin() * sides, 0, angle.sin() / sides, angle.cos(), 0], fill)
+    sides, cos, sin = x.shape[2] / x.shape[3], angle.cos(), angle.sin()
+    none = torch.zeros_like(angle)
+    return _moved(x, torch.stack([cos, -sin * sides, none, sin / sides, cos, none], 1), fill)
 
 
 def _brightness(x, amount, sign, fill):

@@ -22,7 +22,7 @@ PAPER = {
     "epochs": 300,              # authors' code
     "batch_size": 128,          # images; authors' code
     "lr": 0.1,                  # authors' 1.0 in Torch7, whose SGD dampens by the momentum: 0.1 here
-    "lr_by_width": 0.0,         # times lr / width, up to so many times, for all but Muon's filters; 0: lr at every width
+    "lr_by_width": 0.0,         # lr times 1 / width, or times this where that is less, but for Muon's filters; 0: lr alone
     "momentum": 0.9,            # authors' code
     "muon": 0.0,                # the 3x3 filters move by Muon (training/optimise.py), at this times lr; 0: by SGD
     "nesterov": False,          # authors' code
@@ -34,7 +34,7 @@ PAPER = {
     "label_smoothing": 0.0,     # authors' code
     "dropout": 1.0,             # factor on the authors' rates (0.3 to 0.5)
     "ema_decay": 0.0,           # moving average of the weights, a step; 0: none
-    "ema_share": 0.02,          # it looks back over no more than this share of the run
+    "ema_share": 0.02,          # it looks back over no more than this share of the run; 1: no limit
     "crop_pad": 4,              # pixels of reflection for the random crop. The authors flip only; crops are ours
     "flip": True,               # authors' code
     "trivial_augment": False,   # one of 14 changes to each image (arXiv 2103.10158)
@@ -65,7 +65,7 @@ FAST = PAPER | {
     "progressive": "0.5:0.3 0.75:0.5",  # half the side until 0.3 of the run, three quarters until 0.5, then all of it
 }
 # The fast recipe's change for runs under 10 epochs, a CPU's: faster filters, more of the run on small images, and no
-# regularization, since they do not get to overfit. Measured in README.
+# TrivialAugment, since they do not get to overfit. Measured in README.
 SHORT = {
     "muon": 0.6,
     "trivial_augment": False,

@@ -24,7 +24,7 @@ PAPER = {
     "epochs": 320,              # authors' code
     "batch_size": 128,          # images; authors' code
     "lr": 0.01,                 # authors' 0.1 in Torch7, whose SGD dampens by the momentum: 0.01 here
-    "lr_by_width": 0.0,         # times lr / width, up to so many times, for all but Muon's filters; 0: lr at every width
+    "lr_by_width": 0.0,         # lr times 1 / width, or times this where that is less, but for Muon's filters; 0: lr alone
     "momentum": 0.9,            # authors' code
     "nesterov": False,          # authors' code
     "muon": 0.0,                # the 3x3 filters move by Muon (training/optimise.py), at this times lr; 0: by SGD
@@ -36,7 +36,7 @@ PAPER = {
     "label_smoothing": 0.0,     # authors' code
     "dropout": 1.0,             # factor on the authors' rates (0.3 to 0.5)
     "ema_decay": 0.0,           # moving average of the weights, a step; 0: none
-    "ema_share": 0.02,          # it looks back over no more than this share of the run
+    "ema_share": 0.02,          # it looks back over no more than this share of the run; 1: no limit
     "image_size": 80,           # pixels; authors' code
     "crop": "box",              # to the bounding box (authors' code), or the whole image
     "margin": 0.0,              # grows the box on each side, by this share of its longer side

@@ -85,7 +85,7 @@ def test_stopped_in_a_stage_and_resumed_equals_the_unhurt_run(cli, monkeypatch, 
     status, out, _ = cli(*STAGED, "--data-dir", folder / "data", "--init-from", folder / "cifar" / "last.pt", "--run-dir",
                          "hurt")
     assert status == 143 and "python train_cub.py --resume hurt" in out
-    assert re.search(r"Peak learning rate [\d.]+ for batches of 8: 0.00[\d.]+ an image; 0.5 times that for the transferred layers,"
+    assert re.search(r"Peak learning rate [\d.]+ for batches of 8: 0.00[\d.]+ an image; transferred layers at 0.5 times their rate,"
                      r" whose trunk trains after 2 epochs", out)
     status, out, _ = cli("--resume", "hurt")
     assert status == 0 and ("The trunk trains" in out) == (after_step < 6)

@@ -386,9 +386,10 @@ def test_what_is_not_ours_says_so(tmp_path, saved):
     torch.save(older, tmp_path / "older.pt")
     read = checkpoint.read_checkpoint(tmp_path / "older.pt")
     assert read["config"] == saved[1]["config"] and read["transferred"] == [] and read["format"] == 2
-    before_muon = saved[1] | {"config": {k: v for k, v in saved[1]["config"].items() if k != "muon"}}
-    torch.save(before_muon, tmp_path / "before.pt")
-    assert checkpoint.read_checkpoint(tmp_path / "before.pt")["config"]["muon"] == 0.0     # it trained by SGD
+    was = {"muon": 0.0, "ema_share": 1.0, "progressive_from": 0, "trivial_augment": False, "lr_by_width": 0.0}  # what it did
+    before = saved[1] | {"config": {k: v for k, v in saved[1]["config"].items() if k not in was}}
+    torch.save(before, tmp_path / "before.pt")
+    assert checkpoint.read_checkpoint(tmp_path / "before.pt")["config"] == saved[1]["config"] | was
     with pytest.raises(UserError, match="there is no such file"):
         checkpoint.read_checkpoint(tmp_path / "none.pt")
     with pytest.raises(UserError, match="is a folder; name the checkpoint in it"):

@@ -199,7 +199,8 @@ def baseline(trainer: Trainer, train: ImageSet, config: dict, steps: int, mean, 
     height, width = input_size(config, train)
     crop = (transforms.RandomResizedCrop((height, width), (config["zoom"], 1.0)) if config["zoom"] else
             transforms.RandomCrop((height, width), padding=config["crop_pad"] or None, padding_mode="reflect"))
-    transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+    changes = [transforms.TrivialAugmentWide()] if config["trivial_augment"] else []
+    transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *changes, transforms.ToTensor(),
                                     transforms.Normalize(mean, std)])
     loader = DataLoader(PlainImages(train, transform), config["batch_size"], shuffle=True, drop_last=True,
                         num_workers=min(2, config["num_workers"]), pin_memory=trainer.device.type == "cuda")

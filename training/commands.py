@@ -260,7 +260,7 @@ def rate_in_words(trainer: Trainer) -> str:
     if config["muon"]:
         words += f"; {config['muon'] * at_full_width:.2g} for the 3x3 filters, by Muon"
     if trainer.transferred:
-        words += f"; {config['transfer_lr']:g} times that for the transferred layers"
+        words += f"; transferred layers at {config['transfer_lr']:g} times their rate"
     if config["freeze_epochs"]:
         words += f", whose trunk trains after {config['freeze_epochs']:g} epochs"
     return words
@@ -358,6 +358,9 @@ def evaluate_checkpoint(task: Task, args, argv: list[str]) -> int:
     seconds = time.perf_counter() - started
     print(f"{args.evaluate}: {config['model']}, width {config['width']:g}, after epoch {content['position']['epoch']} of "
           f"{config['epochs']}" + (", moving average of the weights" if content["ema"] else ""))
+    if content["position"]["step"]:
+        print("It was saved in the middle of an epoch, so batch norm's statistics are not taken anew yet: --resume to the epoch's "
+              "end gives its accuracy.")
     print(f"{len(test):,} test images ({test.source}), {options.device_name(device)}, {precision}, {seconds:.1f} s")
     print(f"loss {result.loss:.4f}   top-1 {result.top1:.2f} %   top-5 {result.top5:.2f} %\n")
     print_classes(test.class_names, result.class_counts, result.class_correct)

@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from attention_model import without_norms
 from augmentation import resize
 from image_files import one_line
-from training.optimise import MovingAverage, Precision, grad_norm, input_size_at, learning_rate, make_optimizer
+from training.optimise import (MovingAverage, Precision, grad_norm, input_size_at, learning_rate, make_optimizer,
+                               width_factor)
 from training.options import UserError
 from training.ranks import Ranks
 
@@ -170,7 +171,7 @@ class Trainer:
         """One optimizer step on a batch (N, 3, H, W), in parts of at most ``micro_batch`` images. When memory runs out,
         the whole step is done again in smaller parts: the optimizer never sees half a batch."""
         config, steps = self.config, len(self.batches)
-        done = self.position.epoch * steps + self.position.step
+        done = self.done
         images = resize(images, input_size_at(config, done, steps))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, done, steps) * group.get("scale", 1.0)
@@ -197,19 +198,23 @@ class Trainer:
         if self.average:
             self.average.update(done, config["epochs"] * steps)
 
-    def trained_at(self) -> tuple[int, int]:
-        """(height, width) of the images in the last step."""
-        steps = len(self.batches)
-        done = self.position.epoch * steps + self.position.step
-        return input_size_at(self.config, max(0, done - 1), steps) or tuple(self.config["input_size"])
+    @property
+    def done(self) -> int:
+        """Optimizer steps of the run so far."""
+        return self.position.epoch * len(self.batches) + self.position.step
 
-    def set_mode(self) -> None:
-        """Put the network into training mode for this step. While it is frozen, the transferred trunk neither trains nor
+    def trained_at(self) -> list[tuple[int, int]]:
+        """(height, width) of the images in the epoch's first and last step so far."""
+        steps = len(self.batches)
+        return [input_size_at(self.config, step, steps) or tuple(self.config["input_size"])
+                for step in (self.position.epoch * steps, max(0, self.done - 1))]
+
+    def set_mode(self, step: int | None = None) -> None:
+        """Put the network into training mode for the step (from 0, over the whole run; None: that of ``position``). While it is frozen, the transferred trunk neither trains nor
         moves its batch-norm statistics. Batch norm that sees fewer than SMALLEST_FOR_STATISTICS images at a time (a small
         batch or micro-batch) uses its running statistics, as they are, where these came with transferred weights, and
         everywhere when it sees one image."""
-        steps = len(self.batches)
-        frozen = self.position.epoch * steps + self.position.step < self.config["freeze_epochs"] * steps
+        frozen = (self.done if step is None else step) < self.config["freeze_epochs"] * len(self.batches)
         seen = self.images_at_once()
         few = seen < SMALLEST_FOR_STATISTICS
         mode = frozen, seen if few else None
@@ -305,7 +310,7 @@ class Trainer:
         kept as they are keep them."""
         model = self.eval_model
         self.mode = None
-        self.set_mode()
+        self.set_mode(max(0, self.done - 1))    # what was frozen in the last step stays as it was used
         moving = {name for name, m in self.model.named_modules() if isinstance(m, BatchNorm) and m.training}
         norms = [m for name, m in model.named_modules() if name in moving]
         before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
@@ -354,7 +359,8 @@ class Trainer:
         """The training half of a metrics row, for the epoch that has just ended."""
         loss_sum, correct, seen = self.sums.tolist()
         epoch, steps = self.position.epoch, len(self.batches)
-        return {"epoch": epoch + 1, "lr": learning_rate(self.config, epoch * steps + steps - 1, steps),
+        rate = learning_rate(self.config, epoch * steps + steps - 1, steps) * width_factor(self.config)
+        return {"epoch": epoch + 1, "lr": rate,
                 "train_loss": loss_sum / seen, "train_top1": 100 * correct / seen,
                 "images_per_second": seen / max(self.position.seconds, 1e-9), "seconds": self.position.seconds,
                 "peak_memory_mib": peak_memory_mib(self.device)}

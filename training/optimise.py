@@ -16,9 +16,9 @@ from attention_model import SMALLEST_IMAGE
 
 
 def width_factor(config: dict) -> float:
-    """What all but Muon's filters learn at, in units of the schedule's rate, which is meant for full width: 1 / width, up to
-    ``lr_by_width`` times (0: 1 at every width). Scores and logits are sums over channels, and a step moves each summand alike
-    (arXiv 2203.03466)."""
+    """What all but Muon's filters learn at, in units of the schedule's rate, which is that of full width: 1 / width, at most
+    ``lr_by_width`` (0: 1 at every width). Scores and logits are sums over channels, and a step moves each summand alike, so
+    wide networks want smaller steps (the idea of arXiv 2203.03466, not its exact rules)."""
     return min(config["lr_by_width"], 1 / config["width"]) if config["lr_by_width"] else 1.0
 
 
@@ -185,7 +185,7 @@ def stages(config: dict, steps_an_epoch: int) -> list[tuple[float, float]]:
 
     ``progressive`` = "0.5:0.6 0.75:0.8" reads: half the side for the first 0.6 of the run, three quarters until 0.8.
     The small images carry most of what the early steps learn, at a quarter of the cost. A run of fewer steps than
-    ``progressive_from`` has no such stages: in its few steps at full size it would not get used to it."""
+    ``progressive_from`` has no such stages: too few steps would be left at full size."""
     if config["epochs"] * steps_an_epoch < config["progressive_from"]:
         return []
     return parse_progressive(config["progressive"])

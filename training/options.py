@@ -76,7 +76,8 @@ def make_parser(description: str, recipes: dict[str, dict], *, model: str, datas
     what.add_argument("--epochs", type=whole(1, 10**6), default=quiet, help="(default: the recipe's)")
     what.add_argument("--batch-size", type=whole(2, 10**6), default=quiet,
                       help="images an optimizer step (default: the recipe's)")
-    what.add_argument("--lr", type=positive(1e6), default=quiet, help="peak learning rate, of full width where the recipe has lr_by_width (default: the recipe's)")
+    what.add_argument("--lr", type=positive(1e6), default=quiet,
+                      help="peak learning rate, with lr_by_width that of full width (default: the recipe's)")
     what.add_argument("--seed", type=whole(0, 2**63 - 1), default=quiet,
                       help="of weights, order, augmentation, dropout (default: 0)")
     what.add_argument("--val-fraction", type=fraction, default=quiet,

@@ -32,8 +32,8 @@ from training.ranks import Ranks, of_environment
 SAVE_EVERY = 50.0       # seconds; with a step and the save itself about a minute of work is at risk
 SAVE_SHARE = 0.02       # of the run's time may go into saving: where a save takes over a second, there are fewer
 OVERLAY_IMAGES = 16
-# For Trainer.recalibrate_batch_norm: a twelfth of the training images, which takes 3 % of a full-size epoch or less, but so many
-# at least and at most. With 256 images the accuracy is 0.2 to 0.5 points below that with 1,024 (README).
+# For Trainer.recalibrate_batch_norm: a twelfth of the training images (3 % of a full-size epoch), at least 512 and at most 1,024.
+# With 256 images the accuracy is 0.2 to 0.5 points below that with 1,024 (README).
 RECALIBRATION_IMAGES = 512, 1024
 # Of all images of an evaluation batch: 256 or 512 images of 32x32, for which training a batch of 128 leaves room.
 EVAL_PIXELS = {"cpu": 2**18, "cuda": 2**19}
@@ -249,10 +249,11 @@ class Run:
         if self.ranks.first:
             self.show_attention(number)
             self.report.epoch(row)
-        size, full = trainer.trained_at(), tuple(self.config["input_size"])
+        sizes, full = trainer.trained_at(), tuple(self.config["input_size"])
         average = ", moving average" if trainer.average else ""
-        lags = " (lags while training images are smaller)" if size != full else ""
-        print(f"epoch {number}/{self.config['epochs']}  train ({in_pixels(size)}) loss {row['train_loss']:.4f}, top-1 "
+        lags = " (lags while training images are smaller)" if sizes[1] != full else ""
+        trained = " to ".join(dict.fromkeys(map(in_pixels, sizes)))
+        print(f"epoch {number}/{self.config['epochs']}  train ({trained}) loss {row['train_loss']:.4f}, top-1 "
               f"{row['train_top1']:.2f} %  {self.eval_name} ({in_pixels(full)}{average}) loss {result.loss:.4f}, top-1 "
               f"{result.top1:.2f} %, top-5 {result.top5:.2f} %{lags}  {row['images_per_second']:.0f} images/s, "
               f"{row['seconds']:.1f} s", flush=True)
@@ -279,10 +280,12 @@ class Run:
     def recalibration_batches(self) -> Iterator[Tensor]:
         """Training images, evenly spread over the set and augmented as in training, the same ones every time."""
         chosen = torch.linspace(0, len(self.train_set) - 1, recalibration_count(len(self.train_set))).round().long()
-        generator = torch.Generator(self.device).manual_seed(stable_seed("statistics", self.config["seed"]))
+        generator = torch.Generator(self.device)
         chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
         # No larger than in an evaluation, which has to fit anyway, and no single image: batch norm cannot take its variance.
-        for part, _ in parts_of(chosen, chosen, max(2, eval_batch_size(self.config["input_size"], self.device))):
+        parts = parts_of(chosen, chosen, max(2, eval_batch_size(self.config["input_size"], self.device)))
+        for number, (part, _) in enumerate(parts):
+            generator.manual_seed(stable_seed("statistics", self.config["seed"], number))
             images = self.train_set.images.index_select(0, part.to(self.train_set.images.device))
             yield self.trainer.batches.augmentation(images.to(self.device), generator)
 
