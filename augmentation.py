@@ -179,7 +179,8 @@ def _equalize(x, amount, sign, fill):
     values = x.flatten(2)
     in_order = values.sort(2).values.contiguous()
     below = torch.searchsorted(in_order, values.contiguous()).float()
-    return torch.where(in_order[:, :, -1:] > in_order[:, :, :1], below / below.amax(2, keepdim=True).clamp(min=1), values).view_as(x)
+    varies, most = in_order[:, :, -1:] > in_order[:, :, :1], below.amax(2, keepdim=True).clamp(min=1)
+    return torch.where(varies, below / most, values).view_as(x)
 
 
 OPERATIONS = (_as_it_is, _shear_x, _shear_y, _translate_x, _translate_y, _rotate, _brightness, _saturation, _contrast,

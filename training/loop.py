@@ -210,10 +210,11 @@ class Trainer:
                 for step in (self.position.epoch * steps, max(0, self.done - 1))]
 
     def set_mode(self, step: int | None = None) -> None:
-        """Put the network into training mode for the step (from 0, over the whole run; None: that of ``position``). While it is frozen, the transferred trunk neither trains nor
-        moves its batch-norm statistics. Batch norm that sees fewer than SMALLEST_FOR_STATISTICS images at a time (a small
-        batch or micro-batch) uses its running statistics, as they are, where these came with transferred weights, and
-        everywhere when it sees one image."""
+        """Put the network into training mode for the step (from 0, over the whole run; None: that of ``position``).
+
+        While it is frozen, the transferred trunk neither trains nor moves its batch-norm statistics. Batch norm that sees
+        fewer than SMALLEST_FOR_STATISTICS images at a time (a small batch or micro-batch) uses its running statistics, as
+        they are, where these came with transferred weights, and everywhere when it sees one image."""
         frozen = (self.done if step is None else step) < self.config["freeze_epochs"] * len(self.batches)
         seen = self.images_at_once()
         few = seen < SMALLEST_FOR_STATISTICS
