@@ -78,7 +78,6 @@ class Augmentation:
             _cut_out(batch, draw.cut_y, draw.cut_x, self.cutout)
         return batch
 
-
     def _trivially_augmented(self, images: torch.Tensor, generator: torch.Generator, part: slice | None,
                              total: int | None) -> torch.Tensor:
         """Each operation goes to every 14th image, so that it is calculated for those alone, and the host need not wait for
