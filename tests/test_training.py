@@ -184,7 +184,7 @@ def test_micro_batches_give_the_gradient_of_the_batch():
         images, labels = ours.batches.all[0]
         ours.gradients(images.double(), labels)
         gradients.append([p.grad.clone() for p in ours.model.parameters()])
-        assert ours.sums[2] == 8
+        assert ours.images_summed == 8
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)  # the loss itself is in float32
 

@@ -90,9 +90,9 @@ class Trainer:
         self.average = (MovingAverage(self.model, config["ema_decay"], config["ema_share"]) if config["ema_decay"]
                         else None)
         self.position = Position()
-        # the epoch's loss * images, correct, images; and the first step with a non-finite loss (-1: none)
+        # of the epoch so far: loss * images, correct, steps until the loss was not finite; and all steps, on the host
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.summed = 0
         self.micro_batch = None if config["micro_batch"] == "auto" else config["micro_batch"]
         self.mode: tuple | None = None  # see set_mode; None: to be set
 
@@ -107,7 +107,7 @@ class Trainer:
         """What a checkpoint needs to go on with, bit for bit. The model's keys are clean: no wrapper's prefix."""
         return {"model": self.model.state_dict(), "ema": self.average.model.state_dict() if self.average else None,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict(),
-                "position": dataclasses.asdict(self.position) | {"sums": self.sums.tolist()},
+                "position": dataclasses.asdict(self.position) | {"sums": [*self.sums[:2].tolist(), self.images_summed]},
                 "schedule": {"epochs": self.config["epochs"], "steps_an_epoch": len(self.batches)},
                 "micro_batch": self.micro_batch, "transferred": sorted(self.transferred)}
 
@@ -119,8 +119,10 @@ class Trainer:
         if state["scaler"]:
             self.precision.scaler.load_state_dict(state["scaler"])
         position = dict(state["position"])
-        self.sums = torch.tensor(position.pop("sums"), dtype=torch.float64, device=self.device)
+        loss, correct, _ = position.pop("sums")
         self.position = Position(**position)
+        self.summed = self.position.step
+        self.sums = torch.tensor([loss, correct, self.summed], dtype=torch.float64, device=self.device)
         if self.config["micro_batch"] == "auto" == state.get("config", self.config)["micro_batch"]:
             self.micro_batch = state["micro_batch"]     # to which it came; not a number that was asked for then
         if state["schedule"]["steps_an_epoch"] != len(self.batches):
@@ -199,6 +201,11 @@ class Trainer:
             self.average.update(done, config["epochs"] * steps)
 
     @property
+    def images_summed(self) -> float:
+        """Images that ``sums`` is of."""
+        return float(self.summed * self.batches.images_a_step)
+
+    @property
     def done(self) -> int:
         """Optimizer steps of the run so far."""
         return self.position.epoch * len(self.batches) + self.position.step
@@ -252,14 +259,13 @@ class Trainer:
                     logits = self.run_model(part)
                 loss = F.cross_entropy(logits.float(), answers, label_smoothing=self.config["label_smoothing"])
                 weight = len(part) / total * self.ranks.world_size   # DistributedDataParallel takes the mean over the ranks
-                self.precision.scaler.scale(loss * weight).backward()
-            correct = (logits.detach().argmax(1) == answers).sum()
-            sums += torch.stack([loss.detach().double() * len(part), correct.double(),
-                                 torch.full_like(correct, len(part)).double()])
+                self.precision.scaler.scale(loss if weight == 1 else loss * weight).backward()
+            sums[0].add_(loss.detach(), alpha=len(part))
+            sums[1].add_((logits.detach().argmax(1) == answers).sum())
         self.ranks.all_reduce(sums)
-        bad = (self.bad_step < 0) & ~torch.isfinite(sums[0])
-        self.bad_step = torch.where(bad, self.position.step, self.bad_step)
         self.sums += sums
+        self.sums[2].add_(self.sums[0] < math.inf)      # a sum that is not finite stays so
+        self.summed += 1
 
     def halve_micro_batch(self, batch: int, reason: str) -> None:
         """After out-of-memory: half the micro-batch, or a UserError when that is not wanted or not possible."""
@@ -338,10 +344,10 @@ class Trainer:
 
     def checked_loss(self) -> float:
         """The epoch's mean loss so far. Raises UserError when a loss was not finite."""
-        loss_sum, _, seen, bad = torch.cat([self.sums, self.bad_step.double()[None]]).tolist()
-        if bad >= 0:
-            raise self.diverged("the loss", int(bad) + 1)
-        return loss_sum / seen if seen else math.nan
+        loss_sum, _, finite = self.sums.tolist()
+        if finite < self.summed:
+            raise self.diverged("the loss", int(finite) + 1)
+        return loss_sum / self.images_summed if self.summed else math.nan
 
     def check_weights(self) -> None:
         """Before anything is saved. Raises UserError when a weight is not finite, whatever the losses were."""
@@ -358,7 +364,8 @@ class Trainer:
 
     def epoch_metrics(self) -> dict:
         """The training half of a metrics row, for the epoch that has just ended."""
-        loss_sum, correct, seen = self.sums.tolist()
+        loss_sum, correct, _ = self.sums.tolist()
+        seen = self.images_summed
         epoch, steps = self.position.epoch, len(self.batches)
         rate = learning_rate(self.config, epoch * steps + steps - 1, steps) * width_factor(self.config)
         return {"epoch": epoch + 1, "lr": rate,
@@ -370,6 +377,7 @@ class Trainer:
         """The epoch is whole: trained, evaluated, reported."""
         self.position = Position(epoch=self.position.epoch + 1)
         self.sums.zero_()
+        self.summed = 0
 
 
 def parts_of(images: Tensor, labels: Tensor, micro_batch: int | None,

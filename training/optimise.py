@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from attention_model import SMALLEST_IMAGE
@@ -99,60 +99,79 @@ class Muon(torch.optim.SGD):
         torch._foreach_lerp_(momenta, gradients, 1 - decay)
         ahead = torch._foreach_lerp(gradients, momenta, decay)
         torch._foreach_mul_(filters, torch._foreach_div(norms, torch._foreach_norm(filters)))
-        alike: dict[torch.Size, list[int]] = {}     # layers of one shape are calculated together: fewer, larger products
-        for number, p in enumerate(filters):
-            alike.setdefault(p.shape, []).append(number)
         # Input channels last, as channels_last has them in memory: the order of a matrix's columns does not matter.
-        rows = [torch.stack([ahead[number].permute(0, 2, 3, 1).flatten(1) for number in numbers])
-                for numbers in alike.values()]
-        for ((out_channels, in_channels, *sides), numbers), steps in zip(alike.items(), newton_schulz(rows, self.dtype)):
-            rank = min(steps.shape[1:])     # all singular values 1: the norm is the root of it
-            sizes = torch.stack([norms[number] for number in numbers])[:, None, None] / math.sqrt(rank)
-            for number, step in zip(numbers, (steps * sizes).unbind()):     # in float32 again
-                step, p = step.view(out_channels, *sides, in_channels).permute(0, 3, 1, 2), filters[number]
-                # The fused SGD goes through memory in order: weight and gradient must lie in the same one.
-                p.grad = step if step.stride() == p.stride() else torch.empty_like(p).copy_(step)
+        rows = [each.permute(0, 2, 3, 1).flatten(1) for each in ahead]
+        steps = [step.view_as(p.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+                 for step, p in zip(newton_schulz(rows, self.dtype), filters)]
+        # All singular values 1: the norm is the root of their number.
+        sizes = torch._foreach_div(norms, [math.sqrt(min(each.shape)) for each in rows])
+        for p in filters:   # the fused SGD goes through memory in order: weight and gradient must lie in the same one
+            if p.grad.stride() != p.stride():
+                p.grad = torch.empty_like(p)
+        gradients = [p.grad for p in filters]
+        torch._foreach_copy_(gradients, steps)      # in float32 again
+        torch._foreach_mul_(gradients, sizes)
 
 
 NEWTON_SCHULZ = 3   # iterations; five, calculated as below, overshoot in bfloat16 (singular values up to 4)
 SMALLEST_GRAM = 64  # smaller matrices are filled up with zeros: few large products are sooner done than many small ones
 
 
-def newton_schulz(stacks: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Matrices, each stack (B, R, C) in float32 -> the nearest ones whose singular values are 1, roughly (most end between
+def newton_schulz(matrices: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Matrices (R, C) in float32, of any shapes -> the nearest ones whose singular values are 1, roughly (most end between
     0.5 and 1.2), calculated in ``dtype``: Newton-Schulz iterations x <- (a + b x x^T + c (x x^T)^2) x, whose polynomial
     (Jordan's) lifts small singular values fast.
 
     The factors are polynomials of the Gram matrix g = x x^T, so they are multiplied up there, R x R, and x is only needed
-    at the beginning and at the end: for R = 512, C = 4608 that is half of the arithmetic. Stacks whose Gram matrices have
-    one size are multiplied up together."""
+    at the beginning and at the end: for R = 512, C = 4608 that is half of the arithmetic. Matrices of one shape are
+    calculated together, and Gram matrices of one size multiplied up together: fewer, larger products."""
+    order = sorted(range(len(matrices)), key=lambda number: (gram_side(matrices[number]), matrices[number].shape))
+    matrices = [matrices[number] for number in order]
+    lengths = torch._foreach_norm(matrices)
+    torch._foreach_add_(lengths, 1e-20)
+    stacks = [matrices[0].new_empty(len(list(alike)), *shape, dtype=dtype)
+              for shape, alike in itertools.groupby(matrix.shape for matrix in matrices)]
+    torch._foreach_copy_([x for stack in stacks for x in stack], torch._foreach_div(matrices, lengths))
     wide = [x if x.shape[1] <= x.shape[2] else x.mT for x in stacks]
-    wide = [(x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-20)).to(dtype) for x in wide]
-    grams = [x @ x.mT for x in wide]
-    sides = [max(SMALLEST_GRAM, g.shape[1]) for g in grams]
-    factors = [None] * len(stacks)
-    for side in set(sides):
-        alike = [number for number in range(len(stacks)) if sides[number] == side]
-        filled_up = [F.pad(grams[number], 2 * (0, side - grams[number].shape[1])) for number in alike]
-        product = product_of_factors(torch.cat(filled_up))
-        for number, factor in zip(alike, product.split([len(g) for g in filled_up])):
-            rank = grams[number].shape[1]
-            factors[number] = factor[:, :rank, :rank]
-    results = [factor @ x for factor, x in zip(factors, wide)]
-    return [result if result.shape == x.shape else result.mT for result, x in zip(results, stacks)]
+    groups = [list(alike) for _, alike in itertools.groupby(wide, gram_side)]
+    products = products_of_factors([gram_matrices(group) for group in groups])
+    results = [factor @ x for group, product in zip(groups, products) for factor, x in zip(corners(product, group), group)]
+    steps = [step for result, stack in zip(results, stacks) for step in (result if result.shape == stack.shape else result.mT)]
+    return [steps[order.index(number)] for number in range(len(order))]
 
 
-def product_of_factors(g: torch.Tensor) -> torch.Tensor:
-    """Gram matrices (B, R, R) of some x -> the product of the iterations' factors (B, R, R), to be multiplied with x."""
+def gram_side(x: torch.Tensor) -> int:
+    """Side of the Gram matrix of x (..., R, C), filled up."""
+    return max(SMALLEST_GRAM, min(x.shape[-2:]))
+
+
+def gram_matrices(stacks: list[torch.Tensor]) -> torch.Tensor:
+    """x x^T of stacks x (B, R, C), R <= C, with one gram_side S, filled up with zeros: (sum of B, S, S)."""
+    side = gram_side(stacks[0])
+    make = stacks[0].new_empty if all(x.shape[1] == side for x in stacks) else stacks[0].new_zeros
+    grams = make(sum(map(len, stacks)), side, side)
+    for gram, x in zip(corners(grams, stacks), stacks):
+        torch.bmm(x, x.mT, out=gram)
+    return grams
+
+
+def corners(filled_up: torch.Tensor, stacks: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The part (B, R, R) of each stack (B, R, C) in matrices (sum of B, S, S)."""
+    parts = filled_up.split([len(x) for x in stacks])
+    return [part[:, :x.shape[1], :x.shape[1]] for part, x in zip(parts, stacks)]
+
+
+def products_of_factors(grams: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gram matrices of some x, each (B, S, S) -> the products of the iterations' factors, to be multiplied with x."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    product = None
+    products = None
     for number in range(NEWTON_SCHULZ):
-        factor = torch.baddbmm(g, g, g, beta=b, alpha=c)
-        factor.diagonal(dim1=1, dim2=2).add_(a)
-        product = factor if product is None else factor @ product
+        factors = [torch.baddbmm(g, g, g, beta=b, alpha=c) for g in grams]
+        torch._foreach_add_([factor.diagonal(dim1=1, dim2=2) for factor in factors], a)
+        products = factors if products is None else [f @ product for f, product in zip(factors, products)]
         if number < NEWTON_SCHULZ - 1:
-            g = factor @ g @ factor
-    return product
+            grams = [f @ g @ f for f, g in zip(factors, grams)]
+    return products
 
 
 SCHEDULES = ("linear", "halve", "double-halve")
