@@ -5,6 +5,7 @@ No worker processes: a batch is an index into the set, cropped, flipped, recolou
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -82,108 +83,101 @@ class Augmentation:
                              total: int | None) -> torch.Tensor:
         """Each operation goes to every 14th image, so that it is calculated for those alone, and the host need not wait for
         the device to learn which they are. The batch is shuffled, so an image's place says nothing about it; which operation
-        comes first changes from batch to batch."""
+        comes first changes from batch to batch. The images of an operation are brought together, and back at the end."""
         strength = torch.rand(total or len(images), 2, generator=generator, device=images.device)
-        amounts, signs = strength[part or slice(None), :, None, None, None].unbind(1)
-        signs = torch.where(signs < 0.5, -1.0, 1.0)
-        first, count = generator.initial_seed() + (part.start if part else 0), len(OPERATIONS)
-        batch = images.permute(0, 3, 1, 2) / 255
-        for place in range(min(count, len(batch))):
-            chosen = batch[place::count]
-            chosen.copy_(OPERATIONS[(first + place) % count](chosen, amounts[place::count], signs[place::count], self.mean))
-        return batch.mul_(255).round_().clamp_(0, 255).byte().permute(0, 2, 3, 1)
+        first = generator.initial_seed() + (part.start if part else 0)
+        order, back, counts = _by_operation(len(images), first % len(OPERATIONS), images.device)
+        amounts, signs = strength[part or slice(None), :, None, None, None].index_select(0, order).unbind(1)
+        batch = images.index_select(0, order).permute(0, 3, 1, 2) / 255
+        _operate(batch, amounts, torch.copysign(amounts, signs - 0.5), counts, self.mean)
+        return batch.mul_(255).round_().clamp_(0, 255).byte().permute(0, 2, 3, 1).index_select(0, back)
 
 
-# ---- TrivialAugment: operations on images (N, 3, H, W) in [0, 1], amount (N, 1, 1, 1) in [0, 1], sign -1 or 1 --------------
+# ---- TrivialAugment: in place, on x (N, 3, H, W) in [0, 1]; amount (N, 1, 1, 1) in [0, 1]; signed, from -1 to 1 -----------
 # Strengths of the "wide" setting, but for translation by half of the picture at most: by all of it, nothing is left.
+# A function may do several operations at once, each on counts[i] images in a row, as the host takes longer to start a kernel
+# than a GPU to run it on so few images.
 
-def _as_it_is(x, amount, sign, fill):
-    return x
-
-
-def _moved(x: torch.Tensor, theta: torch.Tensor, fill) -> torch.Tensor:
-    """Sampled, bilinear, where the affine map ``theta`` (N, 6), row by row, from -1 to 1 over the picture, leads; ``fill``
-    outside."""
-    middle = _constants(tuple(fill), x.device)[:, None, None]
+def _move(x, amount, signed, counts, fill):
+    """Shears, translations and the rotation: sampled, bilinear, where an affine map (six numbers, row by row) from -1 to 1
+    over the picture leads; ``fill`` outside. Each is a rotation, by 0 but for the last, to which a change is added."""
+    height, width = x.shape[2:]
+    # for full strength: six numbers of the change, and the angle
+    moves = ((0, 0.99 * height / width, 0, 0, 0, 0, 0), (0, 0, 0, 0.99 * width / height, 0, 0, 0),
+             (0, 0, 1, 0, 0, 0, 0), (0, 0, 0, 0, 0, 1, 0), (0, 0, 0, 0, 0, 0, math.radians(135)))
+    moves = [_constants(move, x.device).expand(count, 7) for move, count in zip(moves, counts)]
+    changes, turns = torch.cat(moves).split(6, 1)
+    by, none, sides = signed.flatten(1), _constants((0,), x.device).expand(len(x), 1), height / width
+    angle = by * turns
+    cos, sin = angle.cos(), angle.sin()
+    theta = torch.cat([cos, sin * -sides, none, sin / sides, cos, none], 1).addcmul_(by, changes)
     grid = F.affine_grid(theta.view(-1, 2, 3), tuple(x.shape), align_corners=False)
-    return F.grid_sample(x - middle, grid, padding_mode="zeros", align_corners=False) + middle
+    middle = _constants(tuple(fill), x.device)[:, None, None]
+    torch.add(F.grid_sample(x - middle, grid, padding_mode="zeros", align_corners=False), middle, out=x)
 
 
-def _shifted(x: torch.Tensor, by: torch.Tensor, direction: tuple[float, ...], fill) -> torch.Tensor:
-    """_moved by the identity and ``by`` (N, 1, 1, 1) times ``direction`` (six numbers)."""
-    identity, direction = (_constants(values, x.device) for values in ((1, 0, 0, 0, 1, 0), direction))
-    return _moved(x, torch.addcmul(identity, by.flatten(1), direction), fill)
+def _blend(x, amount, signed, counts, fill):
+    """Brightness, saturation, contrast and sharpness: a blend with black, with grey, with the mean grey, and with a smoothed
+    copy. The last is Pillow's: the copy's border pixels are the picture's own."""
+    factors = (1 + 0.99 * signed).split(counts)
+    bright, colourful, rich, sharp = x.split(counts)
+    bright.mul_(factors[0])
+    grey, mean_grey = _grey(x[len(bright):len(x) - len(sharp)]).split(counts[1:3])
+    torch.lerp(grey, colourful, factors[1], out=colourful)
+    torch.lerp(mean_grey.mean((2, 3), keepdim=True), rich, factors[2], out=rich)
+    weights = _constants(tuple(each / 13 for each in (1, 1, 1, 1, 5, 1, 1, 1, 1)), x.device, 3).view(3, 1, 3, 3)
+    inner = sharp[:, :, 1:-1, 1:-1]
+    torch.lerp(F.conv2d(sharp, weights, groups=3), inner, factors[3], out=inner)
 
 
-def _shear_x(x, amount, sign, fill):
-    return _shifted(x, amount * sign, (0, 0.99 * x.shape[2] / x.shape[3], 0, 0, 0, 0), fill)    # theta counts in half sides
-
-
-def _shear_y(x, amount, sign, fill):
-    return _shifted(x, amount * sign, (0, 0, 0, 0.99 * x.shape[3] / x.shape[2], 0, 0), fill)
-
-
-def _translate_x(x, amount, sign, fill):
-    return _shifted(x, amount * sign, (0, 0, 1, 0, 0, 0), fill)
-
-
-def _translate_y(x, amount, sign, fill):
-    return _shifted(x, amount * sign, (0, 0, 0, 0, 0, 1), fill)
-
-
-def _rotate(x, amount, sign, fill):
-    angle = math.radians(135) * (amount * sign).flatten()
-    sides, cos, sin = x.shape[2] / x.shape[3], angle.cos(), angle.sin()
-    none = torch.zeros_like(angle)
-    return _moved(x, torch.stack([cos, -sin * sides, none, sin / sides, cos, none], 1), fill)
-
-
-def _brightness(x, amount, sign, fill):
-    return x * (1 + 0.99 * amount * sign)
-
-
-def _saturation(x, amount, sign, fill):
-    return torch.lerp(_grey(x), x, 1 + 0.99 * amount * sign)
-
-
-def _contrast(x, amount, sign, fill):
-    return torch.lerp(_grey(x).mean((2, 3), keepdim=True), x, 1 + 0.99 * amount * sign)
-
-
-def _sharpness(x, amount, sign, fill):
-    """Pillow's: blended with a smoothed copy, whose border pixels are the picture's own."""
-    weights = _constants((1, 1, 1, 1, 5, 1, 1, 1, 1), x.device).view(1, 1, 3, 3).expand(3, 1, 3, 3) / 13
-    smooth = x.clone()
-    smooth[:, :, 1:-1, 1:-1] = F.conv2d(x, weights, groups=3)
-    return torch.lerp(smooth, x, 1 + 0.99 * amount * sign)
-
-
-def _posterize(x, amount, sign, fill):
+def _posterize(x, amount, signed, counts, fill):
     """2 to 8 bits a channel are left."""
-    step = 2 ** (6 * amount).round()
-    return (255 * x / step + 1e-4).floor() * step / 255
+    steps = 255 * 2 ** (-6 * amount).round()     # so many from 0 to 1
+    x.mul_(steps).add_(1e-4).floor_().div_(steps)
 
 
-def _solarize(x, amount, sign, fill):
-    return torch.where(x >= 1 - amount, 1 - x, x)
+def _solarize(x, amount, signed, counts, fill):
+    torch.where(x >= 1 - amount, 1 - x, x, out=x)
 
 
-def _autocontrast(x, amount, sign, fill):
-    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    return torch.where(high > low, (x - low) / (high - low).clamp(min=1 / 255), x)
+def _autocontrast(x, amount, signed, counts, fill):
+    values = x.view(len(x), 3, -1)
+    low, high = values.aminmax(dim=2, keepdim=True)
+    # 0 / 0 is never chosen
+    torch.where(high > low, (values - low) / (high - low), values, out=values)
 
 
-def _equalize(x, amount, sign, fill):
+def _equalize(x, amount, signed, counts, fill):
     """A pixel becomes the share of its channel's pixels that are darker, stretched to [0, 1]."""
-    values = x.flatten(2)
-    in_order = values.sort(2).values.contiguous()
-    below = torch.searchsorted(in_order, values.contiguous()).float()
-    varies, most = in_order[:, :, -1:] > in_order[:, :, :1], below.amax(2, keepdim=True).clamp(min=1)
-    return torch.where(varies, below / most, values).view_as(x)
+    values = x.flatten(2).contiguous()
+    below = torch.searchsorted(values.sort(2).values, values)
+    most = below.amax(2, keepdim=True)
+    torch.where(most > 0, below / most, values, out=x.view(values.shape))
 
 
-OPERATIONS = (_as_it_is, _shear_x, _shear_y, _translate_x, _translate_y, _rotate, _brightness, _saturation, _contrast,
-              _sharpness, _posterize, _solarize, _autocontrast, _equalize)
+OPERATIONS = {"as_it_is": None, "shear_x": _move, "shear_y": _move, "translate_x": _move, "translate_y": _move,
+              "rotate": _move, "brightness": _blend, "saturation": _blend, "contrast": _blend, "sharpness": _blend,
+              "posterize": _posterize, "solarize": _solarize, "autocontrast": _autocontrast, "equalize": _equalize}
+
+
+def _operate(x, amount, signed, counts, fill):
+    """All of OPERATIONS, the i-th on the next counts[i] images."""
+    counts, end = iter(counts), 0
+    for function, names in itertools.groupby(OPERATIONS.values()):
+        of_each = [next(counts) for _ in names]
+        here = slice(end, end + sum(of_each))
+        end = here.stop
+        if function and any(of_each):
+            function(x[here], amount[here], signed[here], of_each, fill)
+
+
+@functools.lru_cache(maxsize=64)
+def _by_operation(count: int, first: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """For so many images, to which the operations go in turn from number ``first`` on: an order that puts those of each
+    operation in a row, the order that undoes it, and how many each operation has. Kept, as they take a few kernels."""
+    every = len(OPERATIONS)
+    order = ((torch.arange(count, device=device) + first) % every).argsort(stable=True)
+    return order, order.argsort(), [len(range((i - first) % every, count, every)) for i in range(every)]
 
 
 @functools.lru_cache(maxsize=64)
@@ -193,15 +187,18 @@ def _constants(values: tuple[float, ...], device: torch.device, times: int = 1) 
     return torch.stack([torch.full((), float(value), device=device) for value in values]).repeat(times)
 
 
+_arange = functools.lru_cache(maxsize=64)(torch.arange)     # kept as well
+
+
 def _zoom(batch: torch.Tensor, draw: Draw, least: float, size: tuple[int, int]) -> torch.Tensor:
     """(N, 3, H, W) to (N, 3, *size): a part of each picture that holds `least` to all of its area, bilinear."""
     area = least + (1 - least) * draw.area
-    aspect = torch.exp((2 * draw.aspect - 1) * math.log(4 / 3))
-    wide, high = ((area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1))
+    aspect = torch.exp((draw.aspect - 0.5) * (2 * math.log(4 / 3)))
+    sides = torch.stack([area * aspect, area / aspect], 1).sqrt().clamp(max=1)      # width and height
     # affine_grid counts from -1 to 1 over the picture
-    middle_x, middle_y = ((1 - part) * (2 * place - 1) for part, place in ((wide, draw.place_x), (high, draw.place_y)))
-    none = torch.zeros_like(wide)
-    theta = torch.stack([wide, none, middle_x, none, high, middle_y], 1).view(-1, 2, 3)
+    middle = (1 - sides) * (2 * torch.stack([draw.place_x, draw.place_y], 1) - 1)
+    none = _constants((0,), batch.device).expand(len(batch))
+    theta = torch.stack([sides[:, 0], none, middle[:, 0], none, sides[:, 1], middle[:, 1]], 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, (len(batch), 3, *size), align_corners=False)
     batch = F.grid_sample(batch, grid, padding_mode="border", align_corners=False)
     return batch.contiguous(memory_format=torch.channels_last)
@@ -211,7 +208,7 @@ def _jitter(batch: torch.Tensor, light: torch.Tensor, most: float, mean, std) ->
     """Brightness, contrast and saturation of a normalised batch (N, 3, H, W), in this order, as torchvision defines
     them. On values in [0, 1], to which each step clips."""
     mean, std = (_constants(tuple(values), batch.device)[:, None, None] for values in (mean, std))
-    brightness, contrast, saturation = (1 + most * (2 * light[:, :, None, None, None] - 1)).unbind(1)
+    brightness, contrast, saturation = (1 + 2 * most * (light[:, :, None, None, None] - 0.5)).unbind(1)
     batch = ((batch * std + mean) * brightness).clamp_(0, 1)
     batch = torch.lerp(_grey(batch).mean((2, 3), keepdim=True), batch, contrast).clamp_(0, 1)
     batch = torch.lerp(_grey(batch), batch, saturation).clamp_(0, 1)
@@ -220,7 +217,9 @@ def _jitter(batch: torch.Tensor, light: torch.Tensor, most: float, mean, std) ->
 
 def _grey(batch: torch.Tensor) -> torch.Tensor:
     """(N, 3, H, W) to (N, 1, H, W): luma after ITU-R BT.601."""
-    return 0.2989 * batch[:, :1] + 0.587 * batch[:, 1:2] + 0.114 * batch[:, 2:]
+    red, green, blue = batch.split(1, 1)
+    one = _constants((1,), batch.device)    # as a factor, so that one kernel multiplies and adds
+    return torch.addcmul(torch.addcmul(0.2989 * red, green, one, value=0.587), blue, one, value=0.114)
 
 
 def _crop(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, pad: int) -> torch.Tensor:
@@ -232,16 +231,23 @@ def _crop(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, pad: int)
     before = [images[:, :, i:i + 1] for i in range(pad, 0, -1)]
     after = [images[:, :, i:i + 1] for i in range(w - 2, w - 2 - pad, -1)]
     padded, wide = torch.cat([*before, images, *after], 2).contiguous(), w + 2 * pad
-    rows = (top[:, None] - pad + torch.arange(h, device=images.device)).abs()
-    rows = (h - 1) - ((h - 1) - rows).abs() + h * torch.arange(n, device=images.device)[:, None]
+    starts = _row_starts(h, pad, wide, images.device).index_select(0, top)
+    starts = starts + (left + _arange(0, n * h * wide, h * wide, device=images.device))[:, None]
     windows = padded.as_strided((n * h * wide - w + 1, 3 * w), (3, 1))     # every run of w pixels, overlapping
-    return windows.index_select(0, (rows * wide + left[:, None]).flatten()).view(n, h, w, 3)
+    return windows.index_select(0, starts.flatten()).view(n, h, w, 3)
+
+
+@functools.lru_cache(maxsize=64)
+def _row_starts(height: int, pad: int, wide: int, device: torch.device) -> torch.Tensor:
+    """(2 pad + 1, height): where the rows of a crop start in an image of rows so wide, by the crop's first row."""
+    rows = torch.arange(-pad, height + pad, device=device).abs()
+    return (wide * ((height - 1) - ((height - 1) - rows).abs())).unfold(0, height, 1)
 
 
 def _flip(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
     """Mirror the images whose `flip` is true. Choosing from both is faster than torch.where on bytes."""
     both = torch.stack([images, images.flip(2)], 1).flatten(0, 1)
-    return both.index_select(0, 2 * torch.arange(len(images), device=images.device) + flip)
+    return both.index_select(0, _arange(0, 2 * len(images), 2, device=images.device) + flip)
 
 
 def _cut_out(batch: torch.Tensor, cut_y: torch.Tensor, cut_x: torch.Tensor, side: int) -> None:
@@ -249,8 +255,8 @@ def _cut_out(batch: torch.Tensor, cut_y: torch.Tensor, cut_x: torch.Tensor, side
     then: the number of pixels written stays fixed, so nobody waits for a count."""
     n, _, h, w = batch.shape
     side = min(side, 2 * max(h, w))     # which covers all of it already
-    offsets = torch.arange(side, device=batch.device) - side // 2
-    rows = (cut_y[:, None] + offsets).clamp(0, h - 1) + h * torch.arange(n, device=batch.device)[:, None]
+    offsets = _arange(-(side // 2), side - side // 2, device=batch.device)
+    rows = (cut_y[:, None] + offsets).clamp(0, h - 1) + _arange(0, n * h, h, device=batch.device)[:, None]
     columns = (cut_x[:, None] + offsets).clamp(0, w - 1)
     pixels = batch.permute(0, 2, 3, 1).view(n * h * w, 3)
     pixels.index_fill_(0, (rows[:, :, None] * w + columns[:, None, :]).flatten(), 0.0)
@@ -260,12 +266,10 @@ def normalise(images: torch.Tensor, mean, std) -> torch.Tensor:
     """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in channels_last memory: (x / 255 - mean) / std. The transform of
     evaluation."""
     n, h, w, _ = images.shape
-    batch = images.reshape(n * h, w * 3).float()
     # (3W,): whole rows are multiplied, as a last dimension of 3 is slow
     shift, scale = (_constants(tuple(values), images.device, w)
                     for values in ([-m / s for m, s in zip(mean, std)], [1 / (255 * s) for s in std]))
-    torch.addcmul(shift, batch, scale, out=batch)
-    return batch.view(n, h, w, 3).permute(0, 3, 1, 2)
+    return torch.addcmul(shift, images.reshape(n * h, w * 3), scale).view(n, h, w, 3).permute(0, 3, 1, 2)
 
 
 def resize(batch: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:

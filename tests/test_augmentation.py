@@ -113,10 +113,12 @@ def test_zoom_shows_parts_of_the_least_share_up_to_the_whole():
     assert shown.min() >= 0 and shown.max() <= 199
 
 
-def operation(name: str, images: torch.Tensor, amount: float = 1.0, sign: float = 1.0) -> torch.Tensor:
-    """One of TrivialAugment's, at one strength for all images."""
-    amounts, signs = (torch.full((len(images), 1, 1, 1), value) for value in (amount, sign))
-    return getattr(augmentation, f"_{name}")(images, amounts, signs, MEAN)
+def operation(name: str, images: torch.Tensor, amount=1.0, sign=1.0, fill=MEAN) -> torch.Tensor:
+    """One of TrivialAugment's, at one strength for all images or one for each."""
+    amounts, signs = (torch.as_tensor(value).expand(len(images), 1, 1, 1) for value in (amount, sign))
+    changed, counts = images.clone(), [len(images) if each == name else 0 for each in augmentation.OPERATIONS]
+    augmentation._operate(changed, amounts, amounts * signs, counts, fill)
+    return changed
 
 
 @pytest.mark.parametrize("most", [0.2, 0.8])
@@ -195,8 +197,8 @@ def test_trivial_augment_gives_every_operation_its_share_of_a_batch():
         strength = torch.rand(280, 2, generator=drawn)
         for place in range(14):
             amount, sign = strength[place::14, :, None, None, None].unbind(1)
-            expected = augmentation.OPERATIONS[(seed + place) % 14](
-                images[place::14].permute(0, 3, 1, 2) / 255, amount, torch.where(sign < 0.5, -1.0, 1.0), (0,) * 3)
+            name, chosen = list(augmentation.OPERATIONS)[(seed + place) % 14], images[place::14].permute(0, 3, 1, 2) / 255
+            expected = operation(name, chosen, amount, torch.where(sign < 0.5, -1.0, 1.0), (0,) * 3)
             torch.testing.assert_close(batch[place::14], (255 * expected).round().clamp(0, 255).permute(0, 2, 3, 1))
     assert first.min() >= 0 and first.max() <= 255
     half = ours(images[100:], generator(3), slice(100, 280), 280).permute(0, 2, 3, 1)

@@ -1,5 +1,5 @@
-"""The CUDA path on a CPU. Tensors that claim to be on cuda:0 (FakeTensorMode: shapes, types and devices, no numbers) go through
-whole steps and evaluations. A mix of devices, a value that the host asks for, and a copy that it waits for raise.
+"""The CUDA path on a CPU. Tensors that claim to be on cuda:0 (FakeTensorMode: shapes, types and devices, no numbers) go
+through whole steps and evaluations. A mix of devices, a value that the host asks for, and a copy that it waits for raise.
 
 What fake tensors cannot do is replaced: random draws, the backward pass, fused kernels. tests/test_gpu.py has the numbers.
 """
@@ -83,6 +83,13 @@ def moved(self, device, memory_format=torch.preserve_format):
     return self
 
 
+def forget_constants():
+    """What is kept between batches must be neither taken into this mode nor left behind."""
+    for function in vars(augmentation).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
 @pytest.fixture
 def on_cuda(monkeypatch):
     """on_cuda(task, *words) -> a Run on the device that is not there. Everything else of the test runs there too."""
@@ -99,11 +106,12 @@ def on_cuda(monkeypatch):
     monkeypatch.setattr(attention_model, "initialise", lambda model: None)      # is done on the CPU, and slow in this mode
     monkeypatch.setattr(run, "fingerprint", lambda image_set: [len(image_set), 0])
     monkeypatch.setattr(run.Run, "weights_and_statistics", lambda *_: ((0.5,) * 3, (0.25,) * 3, frozenset()))
-    augmentation._constants.cache_clear()
+    forget_constants()
 
     def make(task, *words, side=32):
         args = options.make_parser("", task.recipes, model=task.model, dataset=task.dataset).parse_args(
-            ["--no-compile", "--width", "0.0625", "--batch-size", str(BATCH), "--set", "progressive_from=0", *map(str, words)])
+            ["--no-compile", "--width", "0.0625", "--batch-size", str(BATCH), "--set", "progressive_from=0",
+             *map(str, words)])
         config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
         images = ImageSet(torch.empty(COUNT, side, side, 3, dtype=torch.uint8), torch.empty(COUNT, dtype=torch.int64),
                           tuple("abcdef"), "nowhere")
@@ -123,7 +131,7 @@ def on_cuda(monkeypatch):
         return made
     with Mode():
         yield make
-    augmentation._constants.cache_clear()
+    forget_constants()
 
 
 def walk(made):
