@@ -17,6 +17,7 @@ pytest.register_assert_rewrite("tests.makers", "tests.runs")
 
 from training.process import share_cores  # noqa: E402
 
+GPU = os.environ.get("GPU_TESTS_ON") or "cuda"      # where the tests marked gpu run
 share_cores()   # before PyTorch is loaded: beside other programs the tests would take many times as long
 
 
@@ -25,6 +26,15 @@ def fresh_notices():
     """What a program says only once, it says anew in every test."""
     import image_files
     image_files._say_once.cache_clear()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Without a GPU, the tests that need one are skipped here, not one by one: pytest -rs says so in one line."""
+    if item.get_closest_marker("gpu") and GPU == "cuda":
+        import torch
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA GPU here (GPU_TESTS_ON=cpu runs these tests on the CPU, to test them)")
 
 
 @pytest.fixture(scope="session")

@@ -97,3 +97,12 @@ def first_lines(commands, folder):
                                 cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for words in commands]
     ended = [(process, *process.communicate(timeout=300)) for process in started]
     return [(process.returncode, len(out.splitlines()), error) for process, out, error in ended]
+
+
+def orthogonalised(matrix, iterations=3):
+    """Muon's polynomial on the singular values, in float64: what the matrix products come to."""
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(iterations):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u @ torch.diag(s) @ v

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from attention_model import build_model
+from tests.makers import orthogonalised
 from tests.test_training import CONFIG, Batches, trainer
 from train_cifar100 import FAST, PAPER
 from training import optimise
@@ -125,15 +126,6 @@ def test_a_first_step_that_the_scaler_skips_leaves_the_momentum_clean():
 
 
 # ---- Muon -------------------------------------------------------------------------------------------------------------
-
-def orthogonalised(matrix, iterations=3):
-    """Muon's polynomial on the singular values, in float64: what the matrix products come to."""
-    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    s = s / s.norm()
-    for _ in range(iterations):
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    return u @ torch.diag(s) @ v
-
 
 def test_newton_schulz_is_its_polynomial_of_the_singular_values():
     """Matrices of several shapes at once: wide and high ones, with Gram matrices that are filled up and ones that are not."""

@@ -103,6 +103,7 @@ def test_a_rank_that_dies_ends_the_run_with_a_checkpoint(ranks, tmp_path):
     assert ranks("--resume", "r", "--device", "cpu", count=1) == [0]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: SyncBatchNorm has no CPU code, NCCL a GPU a rank")
 def test_two_gpus_are_one_that_sees_the_whole_batch(ranks, tmp_path):
     words = [*RUN, "--device", "cuda", "--no-compile"]

@@ -31,9 +31,9 @@ CPU = torch.device("cpu")
 class Batches:
     """Three batches of random images."""
 
-    def __init__(self, count=8):
+    def __init__(self, count=8, device=CPU):
         torch.manual_seed(7)
-        self.all = [(torch.randn(count, 3, 32, 32), torch.randint(4, (count,))) for _ in range(3)]
+        self.all = [(torch.randn(count, 3, 32, 32).to(device), torch.randint(4, (count,)).to(device)) for _ in range(3)]
 
     def __len__(self):
         return len(self.all)
@@ -46,11 +46,11 @@ class Batches:
         yield from self.all[start_step:]
 
 
-def trainer(batches=None, **changes) -> Trainer:
+def trainer(batches=None, device=CPU, precision="fp32", compiled=False, **changes) -> Trainer:
     config = CONFIG | changes
     torch.manual_seed(0)
     model = build_model(config["model"], 4, width=config["width"], dropout=config["dropout"])
-    return Trainer(config, model, batches or Batches(), CPU, precision="fp32")
+    return Trainer(config, model, batches or Batches(device=device), device, precision=precision, compiled=compiled)
 
 
 # ---- precision --------------------------------------------------------------------------------------------------------
