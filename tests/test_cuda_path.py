@@ -206,10 +206,12 @@ def test_images_that_stay_on_the_host(on_cuda, monkeypatch):
 
 
 def harmed(work, harm):
-    """The function, with something done to what comes out of it."""
+    """The function, with something done to what comes out of it, or to the moving average."""
     def call(*args, **kwargs):
         result = work(*args, **kwargs)
-        return harm(result)
+        if isinstance(result, (list, tuple)):
+            return [harm(each) for each in result]
+        return harm(args[0].averages[0] if result is None else result)
     return call
 
 
@@ -226,14 +228,13 @@ def copied(tensor):
 
 
 PLACES = ((augmentation, "normalise"), (loop, "resize"), (loop.F, "cross_entropy"), (optimise, "products_of_factors"),
-          (torch, "_foreach_lerp"))
+          (torch, "_foreach_lerp"), (optimise.MovingAverage, "update"))
 
 
 @pytest.mark.parametrize("harm, said", [(from_the_host, "devices"), (read, "_local_scalar_dense"), (copied, "waits")])
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
 def test_a_mistake_is_found_wherever_it_is(on_cuda, monkeypatch, place, harm, said):
     made = on_cuda(train_cifar100.TASK, "--epochs", 5, "--precision", "bf16")
-    change = (lambda result: list(map(harm, result))) if place[1] in ("products_of_factors", "_foreach_lerp") else harm
-    monkeypatch.setattr(*place, harmed(getattr(*place), change))
+    monkeypatch.setattr(*place, harmed(getattr(*place), harm))
     with pytest.raises((RuntimeError, AssertionError), match=said):
         walk(made)

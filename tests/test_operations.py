@@ -11,6 +11,7 @@ import train_cub
 from attention_model import build_model
 from data import ImageSet
 from training import options
+from training.loop import Trainer
 from training.optimise import make_optimizer
 from training.run import Run
 
@@ -21,17 +22,19 @@ CASTS = "_to_copy"      # to another type; autocast's casts of the weights among
 
 class Operations(TorchDispatchMode):
     """``names``: how many operations of each name there were, without views and allocations. A _foreach operation is one,
-    though CUDA starts a kernel for each tensor where their shapes differ."""
+    though CUDA starts a kernel for each tensor where their shapes differ. ``cast``: the addresses of what was cast."""
 
     def __init__(self):
         super().__init__()
-        self.names = collections.Counter()
+        self.names, self.cast = collections.Counter(), collections.Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.partition("::")[2]
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if not is_view and name not in NOTHING_TO_DO:
             self.names[name] += 1
+        if name == CASTS:
+            self.cast[args[0].data_ptr()] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -42,14 +45,18 @@ def counted(work) -> tuple[int, int]:
     return seen.names.total() - seen.names[CASTS], seen.names[CASTS]
 
 
-def operations(task, *words, batch=128) -> tuple[dict, dict]:
-    """Operations but casts, and casts, of a step's parts."""
+def sample_trainer(task, *words, batch=128) -> Trainer:
     args = options.make_parser("", task.recipes, model=task.model, dataset=task.dataset).parse_args(
         ["--device", "cpu", "--precision", "bf16", "--no-compile", "--batch-size", str(batch), "--width", "0.0625",
          "--init-from", "none", "--set", "progressive=none", *words])
     config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
     images = ImageSet(torch.zeros(3 * batch, 32, 32, 3, dtype=torch.uint8), torch.arange(3 * batch) % 4, tuple("abcd"), "")
-    trainer = Run(task, config, None, images, images).trainer
+    return Run(task, config, None, images, images).trainer
+
+
+def operations(task, *words) -> tuple[dict, dict]:
+    """Operations but casts, and casts, of a step's parts."""
+    trainer = sample_trainer(task, *words)
     for images, labels in trainer.batches.epoch(0):     # what is kept from step to step is there from now on
         trainer.step(images, labels)
     batches, found = trainer.batches.epoch(0), {}
@@ -62,7 +69,7 @@ def operations(task, *words, batch=128) -> tuple[dict, dict]:
     def network():
         with trainer.precision.context():
             logits = trainer.run_model(images)
-        F.cross_entropy(logits.float(), labels, label_smoothing=config["label_smoothing"]).backward()
+        F.cross_entropy(logits.float(), labels, label_smoothing=trainer.config["label_smoothing"]).backward()
     found["network"] = counted(network)     # and the loss
     found["optimizer"] = counted(trainer.optimizer.step)
     return {part: count for part, (count, _) in found.items()}, {part: casts for part, (_, casts) in found.items()}
@@ -91,3 +98,15 @@ def test_what_muon_asks_for_at_full_width():
     found, casts = counted(optimizer.step)
     print(found, casts)
     assert found <= 71 and casts == 0
+
+
+@pytest.mark.parametrize("words", [(), ("--checkpoint-activations",)])
+def test_each_weight_is_cast_once_a_step(words):
+    """Also when the batch comes in parts, and when the backward pass runs a block once more."""
+    trainer = sample_trainer(train_cifar100.TASK, "--epochs", "5", "--micro-batch", "6", *words, batch=16)
+    with Operations() as seen:
+        trainer.step(*next(trainer.batches.epoch(0)))
+    weights = {name: seen.cast[p.data_ptr()] for name, p in trainer.model.named_parameters()
+               if p.grad is not None and ".u." not in name}     # a gate's u goes in as a view, which autocast does not keep
+    assert {count for name, count in weights.items() if ".conv." in name} == {1}
+    assert max(weights.values()) == 1

@@ -252,20 +252,25 @@ class Trainer:
         # Every rank must make as many parts: in each, SyncBatchNorm meets the others.
         shares = (total // self.ranks.world_size, math.ceil(total / self.ranks.world_size))
         parts = list(parts_of(images, labels, self.micro_batch, shares))
-        for number, (part, answers) in enumerate(parts, start=1):
-            # Ranks exchange gradients once a step, at its last part.
-            with contextlib.nullcontext() if alone or number == len(parts) else self.parallel.no_sync():
-                with self.precision.context():
+        with self.precision.context():  # around all parts, as autocast forgets its casts of the weights at the end
+            for number, (part, answers) in enumerate(parts, start=1):
+                # Ranks exchange gradients once a step, at its last part.
+                with contextlib.nullcontext() if alone or number == len(parts) else self.parallel.no_sync():
                     logits = self.run_model(part)
-                loss = F.cross_entropy(logits.float(), answers, label_smoothing=self.config["label_smoothing"])
-                weight = len(part) / total * self.ranks.world_size   # DistributedDataParallel takes the mean over the ranks
-                self.precision.scaler.scale(loss if weight == 1 else loss * weight).backward()
-            sums[0].add_(loss.detach(), alpha=len(part))
-            sums[1].add_((logits.detach().argmax(1) == answers).sum())
+                    with self.precision.off():
+                        self.backward(logits, answers, total, sums)
         self.ranks.all_reduce(sums)
         self.sums += sums
         self.sums[2].add_(self.sums[0] < math.inf)      # a sum that is not finite stays so
         self.summed += 1
+
+    def backward(self, logits: Tensor, labels: Tensor, total: int, sums: Tensor) -> None:
+        """Gradients of a part's share in the mean loss of ``total`` images; its own ``sums`` are added."""
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config["label_smoothing"])
+        weight = len(labels) / total * self.ranks.world_size     # DistributedDataParallel takes the mean over the ranks
+        self.precision.scaler.scale(loss if weight == 1 else loss * weight).backward()
+        sums[0].add_(loss.detach(), alpha=len(labels))
+        sums[1].add_((logits.detach().argmax(1) == labels).sum())
 
     def halve_micro_batch(self, batch: int, reason: str) -> None:
         """After out-of-memory: half the micro-batch, or a UserError when that is not wanted or not possible."""

@@ -248,6 +248,10 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def off(self):
+        """Within the context: what is in float32 stays so, and the backward pass takes the types of the forward pass."""
+        return torch.autocast(self.device.type, enabled=False)
+
 
 class MovingAverage:
     """Exponential moving average of the weights, with their batch-norm buffers: what is evaluated and used.
