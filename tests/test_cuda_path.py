@@ -103,7 +103,8 @@ def on_cuda(monkeypatch):
     # fp16's scaler asks whether the gradients are finite: the only thing in a step that waits
     monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", lambda self, optimizer, *_, **__: optimizer.step())
     monkeypatch.setattr(options, "choose_device", lambda name: CUDA)
-    monkeypatch.setattr(attention_model, "initialise", lambda model: None)      # is done on the CPU, and slow in this mode
+    for place, name in ((attention_model, "initialise"), (nn.Conv2d, "reset_parameters"), (nn.Linear, "reset_parameters")):
+        monkeypatch.setattr(place, name, lambda _: None)    # done on the CPU, and slow in this mode
     monkeypatch.setattr(run, "fingerprint", lambda image_set: [len(image_set), 0])
     monkeypatch.setattr(run.Run, "weights_and_statistics", lambda *_: ((0.5,) * 3, (0.25,) * 3, frozenset()))
     forget_constants()
@@ -135,14 +136,13 @@ def on_cuda(monkeypatch):
 
 
 def walk(made):
-    """Two steps and an evaluation; the second step as the run's last, whose images have the full size. Returns how often the
-    network was run in the steps."""
+    """A step of each image size that the run has, and an evaluation. Returns how often the network was run in the steps."""
     trainer, found = made.trainer, []
     hook = trainer.model.trunk.block1[1].register_forward_hook(lambda unit, inputs, output: found.append(output.dtype))
     batches = trainer.batches.epoch(0)
     next(batches)       # an epoch's order of images is copied to the device once
     with NoWaiting():
-        for epoch in (0, made.config["epochs"] - 1):
+        for epoch in (0, made.config["epochs"] - 1)[:1 + (made.config["progressive"] != "none")]:
             trainer.position.epoch = epoch
             trainer.step(*next(batches))
     hook.remove()
@@ -171,7 +171,8 @@ def asked_at_the_end(work, batches):
 
 @pytest.mark.parametrize("model", attention_model.MODEL_NAMES)
 def test_every_model(on_cuda, model):
-    made = on_cuda(train_cifar100.TASK, "--model", model, "--precision", "bf16", "--epochs", 5)
+    made = on_cuda(train_cifar100.TASK, "--model", model, "--precision", "bf16", "--epochs", 5,
+                   "--set", "progressive=none")
     assert made.config["muon"]
     walk(made)
 
@@ -188,14 +189,15 @@ def test_every_recipe_and_precision(on_cuda, task, recipe, precision):
 
 @pytest.mark.parametrize("words, parts", [(["--micro-batch", 6], 3), (["--checkpoint-activations"], 1)])
 def test_what_saves_memory(on_cuda, words, parts):
-    made = on_cuda(train_cifar100.TASK, "--model", "vgg-att3-concat-gate", "--precision", "fp16", *words)
-    assert walk(made) == 2 * parts
+    made = on_cuda(train_cub.TASK, "--model", "vgg-att3-concat-gate", "--precision", "fp16", "--image-size", 48, *words)
+    assert walk(made) == parts
 
 
 def test_a_frozen_trunk(on_cuda):
     made = on_cuda(train_cub.TASK, "--precision", "bf16", "--image-size", 48, "--set", "muon=0.3")
     made.trainer.transferred = frozenset(name for name in made.trainer.model.state_dict() if name.startswith("trunk."))
     walk(made)
+    assert not any(p.requires_grad for name, p in made.trainer.model.named_parameters() if name.startswith("trunk."))
 
 
 def test_images_that_stay_on_the_host(on_cuda, monkeypatch):
@@ -234,7 +236,7 @@ PLACES = ((augmentation, "normalise"), (loop, "resize"), (loop.F, "cross_entropy
 @pytest.mark.parametrize("harm, said", [(from_the_host, "devices"), (read, "_local_scalar_dense"), (copied, "waits")])
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
 def test_a_mistake_is_found_wherever_it_is(on_cuda, monkeypatch, place, harm, said):
-    made = on_cuda(train_cifar100.TASK, "--epochs", 5, "--precision", "bf16")
+    made = on_cuda(train_cifar100.TASK, "--epochs", 5, "--precision", "bf16", "--set", "progressive=none")
     monkeypatch.setattr(*place, harmed(getattr(*place), harm))
     with pytest.raises((RuntimeError, AssertionError), match=said):
         walk(made)
