@@ -10,13 +10,16 @@ import copy
 import functools
 import math
 import os
+import re
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import cam
 from augmentation import Augmentation
 from cam import attention_maps, class_activation_map, grad_cam
 from tests.conftest import GPU
@@ -71,6 +74,10 @@ def cpu_numbers(model: str, precision: str) -> dict[str, dict]:
     return measured(make(model, CPU, precision))
 
 
+def grads(ours: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in ours.model.named_parameters() if p.grad is not None}
+
+
 def measured(ours: Trainer) -> dict[str, dict]:
     """By kind: gradients, changes of the weights in two steps, statistics, average; and what is evaluated."""
     (images, labels), *_ = ours.batches.all
@@ -83,7 +90,7 @@ def measured(ours: Trainer) -> dict[str, dict]:
             ours.precision.scaler.update(ours.precision.scaler.get_scale() / 2)
             ours.gradients(images, labels)
         ours.precision.scaler.unscale_(ours.optimizer)
-    found = {"gradients": {name: p.grad.clone() for name, p in ours.model.named_parameters() if p.grad is not None}}
+    found = {"gradients": grads(ours)}
     ours.precision.scaler.update()
     for batch in ours.batches.all[:2]:
         ours.step(*batch)
@@ -112,7 +119,8 @@ def test_compiled_networks_are_the_cpus(model, precision):
 def test_muons_step_is_that_of_float64():
     """Shapes of the full width, whose Gram matrices have three sizes; against singular values cut by hand."""
     torch.manual_seed(0)
-    weights = [torch.randn(shape) for shape in ((64, 3, 3, 3), (64, 64, 3, 3), (128, 64, 3, 3), (128, 64, 3, 3), (512, 64, 3, 3))]
+    shapes = ((64, 3, 3, 3), (64, 64, 3, 3), (128, 64, 3, 3), (128, 64, 3, 3), (512, 64, 3, 3))
+    weights = [torch.randn(shape) for shape in shapes]
     gradients = [torch.randn_like(weight) for weight in weights]
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
         filters = [torch.nn.Parameter(weight.to(DEVICE).contiguous(memory_format=torch.channels_last)) for weight in weights]
@@ -145,7 +153,8 @@ def same_draws(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *size, generator, device: rand(*size, generator=generator.real).to(device))
 
 
-AUGMENTATIONS = {"cifar100": {"pad": 4, "trivial_augment": True}, "cub": {"pad": 0, "zoom": 0.5, "jitter": 0.2, "size": (28, 30)},
+AUGMENTATIONS = {"cifar100": {"pad": 4, "trivial_augment": True},
+                 "cub": {"pad": 0, "zoom": 0.5, "jitter": 0.2, "size": (28, 30)},
                  "the rest": {"pad": 2, "cutout": 7, "jitter": 0.1}}
 
 
@@ -246,7 +255,7 @@ def run_maker(task, *words):
 def test_nothing_in_a_step_waits_for_the_device(task, words, recipe, precision):
     trainer = run_maker(task, "--sample", "--width", 0.0625, "--device", GPU, "--precision", precision, "--no-compile",
                         "--recipe", recipe, *words)().trainer
-    for epoch in range(4):  # what is kept from step to step is there from now on, in any order of TrivialAugment's operations
+    for epoch in range(4):  # what is kept from step to step is there from now on, for any order of the operations
         for batch in trainer.batches.epoch(epoch):
             if epoch == 0:
                 trainer.step(*batch)
@@ -278,7 +287,7 @@ BATCH = 256     # images, so that activations are most of what is needed
 def gradients_of(ours: Trainer) -> dict:
     ours.set_mode()
     ours.gradients(*ours.batches.all[0])
-    return {name: p.grad for name, p in ours.model.named_parameters() if p.grad is not None}
+    return grads(ours)
 
 
 def peak_of(work) -> tuple[object, float]:
@@ -303,8 +312,7 @@ def test_out_of_memory_halves_the_micro_batch_and_loses_nothing_of_the_batch(cap
     print(f"peak {whole:.0f} MiB with {BATCH} images at once, {half:.0f} MiB with half of them")
     assert f"going on with --micro-batch {BATCH // 2}" in said and ours.images_summed == BATCH
     expected.step(*expected.batches.all[0])
-    gradients = [{name: p.grad for name, p in each.model.named_parameters() if p.grad is not None} for each in (ours, expected)]
-    assert far(*gradients) < 1e-3
+    assert far(*(grads(each) for each in (ours, expected))) < 1e-3
     assert far(dict(ours.model.named_parameters()), dict(expected.model.named_parameters())) < 1e-4
 
 
@@ -374,3 +382,22 @@ def test_sanity_and_benchmark(cli, task, words):
     status, out, err = cli("--benchmark", 10, *words, task=task)
     print(out)
     assert status == 0 and "images/s" in out, err
+
+
+def test_evaluation_and_cam_of_a_checkpoint_on_either_device(cli, small_task, monkeypatch, tmp_path):
+    monkeypatch.setitem(cam.TASKS, "cifar100", small_task)
+    assert cli(*RUN, "--device", GPU, "--run-dir", "run")[0] == 0
+    shown, maps = [], []
+    for number, device in enumerate(("cpu", GPU)):
+        status, out, err = cli("--evaluate", "run/last.pt", "--device", device)
+        assert status == 0, err
+        shown.append([float(found) for found in re.findall(r"(?:loss|top-1|top-5) ([0-9.]+)", out)])
+        assert cam.main(["--checkpoint", "run/last.pt", "--dataset", "sample", "--index", "0-3", "--raw", "--target", "1",
+                         "--out", str(number), "--device", device]) == 0
+        maps.append({path.name: np.load(path) for path in sorted(Path(str(number)).rglob("*.npy"))})
+    print(shown)
+    (loss, *tops), (found, *others) = shown
+    assert found == pytest.approx(loss, rel=0.01) and others == pytest.approx(tops, abs=100 / 32 + 0.1)     # an image may flip
+    assert len(maps[0]) == 4 * 4 and maps[0].keys() == maps[1].keys()     # three levels and Grad-CAM
+    for name, expected in maps[0].items():
+        np.testing.assert_allclose(maps[1][name], expected, atol=5e-3)
