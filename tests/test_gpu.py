@@ -82,16 +82,16 @@ def measured(ours: Trainer) -> dict[str, dict]:
     """By kind: gradients, changes of the weights in two steps, statistics, average; and what is evaluated."""
     (images, labels), *_ = ours.batches.all
     before = {name: p.detach().clone() for name, p in ours.model.named_parameters()}
+    scaler = ours.precision.scaler
+    if scaler.is_enabled():     # it begins with more than these gradients can bear, and would skip steps
+        scaler.scale(torch.ones((), device=ours.device))
+        scaler.update(128.0)
     ours.set_mode()
     ours.gradients(images, labels)
-    if ours.precision.scaler.is_enabled():      # its first scales are too large: gradients that are not finite
-        ours.precision.scaler.scale(torch.ones((), device=ours.device))
-        while not all(p.grad.isfinite().all() for p in ours.model.parameters() if p.grad is not None):
-            ours.precision.scaler.update(ours.precision.scaler.get_scale() / 2)
-            ours.gradients(images, labels)
-        ours.precision.scaler.unscale_(ours.optimizer)
+    if scaler.is_enabled():
+        scaler.unscale_(ours.optimizer)
     found = {"gradients": grads(ours)}
-    ours.precision.scaler.update()
+    scaler.update()
     for batch in ours.batches.all[:2]:
         ours.step(*batch)
         ours.position.step += 1
@@ -397,7 +397,8 @@ def test_evaluation_and_cam_of_a_checkpoint_on_either_device(cli, small_task, mo
         maps.append({path.name: np.load(path) for path in sorted(Path(str(number)).rglob("*.npy"))})
     print(shown)
     (loss, *tops), (found, *others) = shown
-    assert found == pytest.approx(loss, rel=0.01) and others == pytest.approx(tops, abs=100 / 32 + 0.1)     # an image may flip
+    assert found == pytest.approx(loss, rel=0.01)
+    assert others == pytest.approx(tops, abs=100 / 32 + 0.1)    # an image may change sides
     assert len(maps[0]) == 4 * 4 and maps[0].keys() == maps[1].keys()     # three levels and Grad-CAM
     for name, expected in maps[0].items():
         np.testing.assert_allclose(maps[1][name], expected, atol=5e-3)
