@@ -122,7 +122,7 @@ def test_muons_step_is_that_of_float64():
     shapes = ((64, 3, 3, 3), (64, 64, 3, 3), (128, 64, 3, 3), (128, 64, 3, 3), (512, 64, 3, 3))
     weights = [torch.randn(shape) for shape in shapes]
     gradients = [torch.randn_like(weight) for weight in weights]
-    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
         filters = [torch.nn.Parameter(weight.to(DEVICE).contiguous(memory_format=torch.channels_last)) for weight in weights]
         for p, gradient in zip(filters, gradients):
             p.grad = gradient.to(DEVICE).contiguous(memory_format=torch.channels_last)
