@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
 
+from tests.runs import config_of  # noqa: E402
 from train_cifar100 import TASK  # noqa: E402
-from training import options  # noqa: E402
 from training.run import Run  # noqa: E402
 
 STEPS, HELD_OUT = 200, 10_000
@@ -20,10 +20,8 @@ STEPS, HELD_OUT = 200, 10_000
 def measure(width: float, rate: float, filters: float, train, held_out) -> dict:
     """Loss of the last 20 steps, held-out top-1, the largest relative change of a layer's filters in a step, and each level's
     score sd."""
-    words = ["--width", width, "--epochs", 1, "--lr", rate, "--set", f"muon={filters / rate}", "--set", "lr_by_width=0",
-             "--set", "progressive=none", "--no-compile"]
-    args = options.make_parser("", TASK.recipes, model=TASK.model, dataset=TASK.dataset).parse_args(list(map(str, words)))
-    config = options.resolve(args, TASK.recipes, TASK.short, model=TASK.model, dataset=TASK.dataset)
+    config = config_of(TASK, "--width", width, "--epochs", 1, "--lr", rate, "--set", f"muon={filters / rate}",
+                       "--set", "lr_by_width=0", "--set", "progressive=none", "--no-compile")
     run = Run(TASK, config, Path("."), train, held_out)
     trainer, losses, largest = run.trainer, [], 0.0
     weights = [p for name, p in trainer.model.named_parameters() if name.endswith(".conv.weight")]

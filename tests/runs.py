@@ -5,12 +5,18 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from files import TEMPORARY
-from training import checkpoint
+from training import checkpoint, options
 from training.report import read_metrics
 
 NARROW = ["--sample", "--width", "0.0625", "--batch-size", "16", "--device", "cpu", "--precision", "fp32",
           "--overlay-every", "0"]     # tensorboard takes a picture's checksum in Python: it would be half of a test's time
 MEASURED = ("images_per_second", "seconds", "peak_memory_mib")  # differ from run to run
+
+
+def config_of(task, *words) -> dict:
+    """What a script makes of its command line."""
+    args = options.make_parser("", task.recipes, model=task.model, dataset=task.dataset).parse_args(list(map(str, words)))
+    return options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
 
 
 def content_of(run_dir) -> dict:

@@ -14,6 +14,7 @@ import augmentation
 import train_cifar100
 import train_cub
 from data import ImageSet
+from tests.runs import config_of
 from training import loop, optimise, options, run
 
 CUDA = torch.device("cuda", 0)
@@ -110,10 +111,7 @@ def on_cuda(monkeypatch):
     forget_constants()
 
     def make(task, *words, side=32):
-        args = options.make_parser("", task.recipes, model=task.model, dataset=task.dataset).parse_args(
-            ["--no-compile", "--width", "0.0625", "--batch-size", str(BATCH), "--set", "progressive_from=0",
-             *map(str, words)])
-        config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
+        config = config_of(task, "--no-compile", "--width", 0.0625, "--batch-size", BATCH, "--set", "progressive_from=0", *words)
         images = ImageSet(torch.empty(COUNT, side, side, 3, dtype=torch.uint8), torch.empty(COUNT, dtype=torch.int64),
                           tuple("abcdef"), "nowhere")
         made = run.Run(task, config, None, images, images)

@@ -24,11 +24,11 @@ from augmentation import Augmentation
 from cam import attention_maps, class_activation_map, grad_cam
 from tests.conftest import GPU
 from tests.makers import image_set, orthogonalised
-from tests.runs import NARROW, assert_equal, content_of
+from tests.runs import NARROW, assert_equal, config_of, content_of
 from tests.test_training import CPU, Batches, trainer
 from train_cifar100 import TASK as CIFAR100
 from train_cub import TASK as CUB
-from training import options, optimise
+from training import optimise
 from training.loop import Trainer, evaluate
 from training.report import read_metrics
 from training.run import Run
@@ -214,8 +214,7 @@ def test_a_run_that_is_stopped_goes_on_on_either_device(cli, stopped, tmp_path, 
 
 
 def test_a_resumed_run_starts_from_every_bit_of_the_one_before(small_task):
-    run_of = run_maker(small_task, *RUN, "--device", GPU)
-    before, after = run_of(), run_of()
+    before, after = (run_of(small_task, *RUN, "--device", GPU) for _ in range(2))
     before.trainer.train_epoch()
     before.trainer.next_epoch()
     state = before.trainer.state()
@@ -238,13 +237,9 @@ def to_cpu(value):
     return value.cpu().clone() if torch.is_tensor(value) else value
 
 
-def run_maker(task, *words):
-    """run_of() -> a new Run of the sample."""
-    def make(**changes):
-        args = options.make_parser("", task.recipes, model=task.model, dataset=task.dataset).parse_args([*map(str, words)])
-        config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset) | changes
-        return Run(task, config, Path("."), *task.sample(config))
-    return make
+def run_of(task, *words) -> Run:
+    config = config_of(task, *words)
+    return Run(task, config, Path("."), *task.sample(config))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])     # fp16's scaler asks whether the gradients are finite
@@ -253,8 +248,8 @@ def run_maker(task, *words):
                                          (CUB, ["--image-size", 64, "--batch-size", 16, "--init-from", "none"])],
                          ids=["cifar100", "cub"])
 def test_nothing_in_a_step_waits_for_the_device(task, words, recipe, precision):
-    trainer = run_maker(task, "--sample", "--width", 0.0625, "--device", GPU, "--precision", precision, "--no-compile",
-                        "--recipe", recipe, *words)().trainer
+    trainer = run_of(task, "--sample", "--width", 0.0625, "--device", GPU, "--precision", precision, "--no-compile",
+                     "--recipe", recipe, *words).trainer
     for epoch in range(4):  # what is kept from step to step is there from now on, for any order of the operations
         for batch in trainer.batches.epoch(epoch):
             if epoch == 0:

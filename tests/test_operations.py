@@ -10,7 +10,7 @@ import train_cifar100
 import train_cub
 from attention_model import build_model
 from data import ImageSet
-from training import options
+from tests.runs import config_of
 from training.loop import Trainer
 from training.optimise import make_optimizer
 from training.run import Run
@@ -46,10 +46,8 @@ def counted(work) -> tuple[int, int]:
 
 
 def sample_trainer(task, *words, batch=128) -> Trainer:
-    args = options.make_parser("", task.recipes, model=task.model, dataset=task.dataset).parse_args(
-        ["--device", "cpu", "--precision", "bf16", "--no-compile", "--batch-size", str(batch), "--width", "0.0625",
-         "--init-from", "none", "--set", "progressive=none", *words])
-    config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
+    config = config_of(task, "--device", "cpu", "--precision", "bf16", "--no-compile", "--batch-size", batch, "--width", 0.0625,
+                       "--init-from", "none", "--set", "progressive=none", *words)
     images = ImageSet(torch.zeros(3 * batch, 32, 32, 3, dtype=torch.uint8), torch.arange(3 * batch) % 4, tuple("abcd"), "")
     return Run(task, config, None, images, images).trainer
 

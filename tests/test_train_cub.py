@@ -11,8 +11,8 @@ import train_cifar100
 import train_cub
 from cub_sample import write_cub_sample
 from sample_data import cifar_sample
-from tests.runs import assert_runs_equal, content_of
-from training import commands, options, transfer
+from tests.runs import assert_runs_equal, config_of, content_of
+from training import commands, transfer
 from training.loop import Trainer
 from training.report import read_metrics
 
@@ -118,9 +118,7 @@ def test_from_scratch_nothing_is_frozen(cli):
 
 @pytest.mark.parametrize("epochs, frozen", [(1, 0.25), (2, 0.5), (8, 2), (60, 2)])
 def test_a_short_run_freezes_for_a_quarter_at_most(epochs, frozen):
-    task = train_cub.TASK
-    args = options.make_parser("", task.recipes, model=task.model, dataset="cub").parse_args(["--epochs", str(epochs)])
-    config = options.resolve(args, task.recipes, task.short, model=task.model, dataset="cub")
+    config = config_of(train_cub.TASK, "--epochs", epochs)
     assert config["freeze_epochs"] == frozen
     commands.check_recipe(config | {"image_size": 64})
 
