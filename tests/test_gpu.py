@@ -1,7 +1,7 @@
 """A GPU's numbers against the CPU's: python -m pytest -m gpu, two minutes on one card.
 
 Devices round differently. A number may be three times as far from the CPU's in float32 as the CPU's own is in the same
-precision, and FLOOR more. TF32 is switched off, so that float32 is what it says.
+precision, and FLOOR or FLOOR_OF_SUMS more. TF32 is switched off, so that float32 is what it says.
 
 GPU_TESTS_ON=cpu runs all of this on the CPU: that tests the tests.
 """
@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from tests.runs import NARROW, assert_equal, config_of, content_of
 from tests.test_training import CPU, Batches, trainer
 from train_cifar100 import TASK as CIFAR100
 from train_cub import TASK as CUB
-from training import optimise
+from training import loop, optimise
 from training.loop import Trainer, evaluate
 from training.report import read_metrics
 from training.run import Run
@@ -36,16 +37,26 @@ from training.run import Run
 DEVICE = torch.device(GPU)
 ON_CARD = DEVICE.type == "cuda"
 FAMILIES = ("vgg", "vgg-gap", "vgg-pan", "vgg-att3-concat-pc", "vgg-att3-concat-dp", "vgg-att3-concat-gate")
-FLOOR = {"fp32": 0.01, "fp16": 0.02, "bf16": 0.04}
+FLOOR = 0.05    # of weights and gradients: where rounding turns a ReLU or a maximum, a few per cent of these
+FLOOR_OF_SUMS = 0.01
+COMPILERS = [name for name in ("cc", "gcc", "clang") if shutil.which(name)]
 
 pytestmark = pytest.mark.gpu
+compiles = pytest.mark.skipif(not COMPILERS or ON_CARD and torch.cuda.is_available()
+                              and torch.cuda.get_device_capability() < (7, 0),
+                              reason="Triton needs compute capability 7.0 and a C compiler")
 
 
 @pytest.fixture(autouse=True)
-def the_same_kernels(monkeypatch):
-    """No TF32 (matrix products are without it anyway), and no choice of kernels by their speed of the moment."""
+def the_same_kernels(monkeypatch, request):
+    """No TF32 (matrix products are without it anyway), and no search for the fastest kernels, which takes time and may choose
+    others each time. bf16 only where the card has it."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    if ON_CARD:
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark_limit", 1)     # a Run switches the search on
+        if "bf16" in request.node.name and not torch.cuda.is_bf16_supported(including_emulation=False):
+            pytest.skip("this card has no bf16")
 
 
 def far(found: dict, expected: dict) -> float:
@@ -60,7 +71,8 @@ def assert_near(model: str, precision: str, compiled: bool = False):
     expected, same = cpu_numbers(model, "fp32"), cpu_numbers(model, precision)
     found = measured(make(model, DEVICE, precision, compiled))
     for kind in expected:
-        distance, allowed = far(found[kind], expected[kind]), 3 * far(same[kind], expected[kind]) + FLOOR[precision]
+        floor = FLOOR_OF_SUMS if kind in ("statistics", "evaluation") else FLOOR
+        distance, allowed = far(found[kind], expected[kind]), 3 * far(same[kind], expected[kind]) + floor
         print(f"{kind}: {distance:.2g} from the CPU's in float32, {allowed:.2g} allowed")
         assert distance <= allowed, kind
 
@@ -111,30 +123,31 @@ def test_training_and_evaluation_are_the_cpus(model, precision):
     assert_near(model, precision)
 
 
+@compiles
 @pytest.mark.parametrize("model, precision", [("vgg-att3-concat-gate", "bf16"), ("vgg-pan", "fp32"), ("vgg", "fp16")])
 def test_compiled_networks_are_the_cpus(model, precision):
     assert_near(model, precision, compiled=True)
 
 
-def test_muons_step_is_that_of_float64():
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.1)])
+def test_muons_step_is_that_of_float64(precision, tolerance):
     """Shapes of the full width, whose Gram matrices have three sizes; against singular values cut by hand."""
     torch.manual_seed(0)
     shapes = ((64, 3, 3, 3), (64, 64, 3, 3), (128, 64, 3, 3), (128, 64, 3, 3), (512, 64, 3, 3))
     weights = [torch.randn(shape) for shape in shapes]
     gradients = [torch.randn_like(weight) for weight in weights]
-    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
-        filters = [torch.nn.Parameter(weight.to(DEVICE).contiguous(memory_format=torch.channels_last)) for weight in weights]
-        for p, gradient in zip(filters, gradients):
-            p.grad = gradient.to(DEVICE).contiguous(memory_format=torch.channels_last)
-        group = {"params": filters, "momentum": 0.0, "nesterov": False, "filter_momentum": 0.9}
-        optimise.Muon([group], dtype, lr=0.1, fused=True).step()
-        for p, weight, gradient in zip(filters, weights, gradients):
-            direction = orthogonalised(gradient.flatten(1)).view(weight.shape)
-            size = weight.norm() / math.sqrt(min(direction.flatten(1).shape))
-            step = (weight.double() - p.detach().cpu().double()) / (0.1 * size)
-            distance = ((step - direction).norm() / direction.norm()).item()
-            print(f"{tuple(weight.shape)}, {dtype}: {distance:.2g}")
-            assert distance < tolerance
+    filters = [torch.nn.Parameter(weight.to(DEVICE).contiguous(memory_format=torch.channels_last)) for weight in weights]
+    for p, gradient in zip(filters, gradients):
+        p.grad = gradient.to(DEVICE).contiguous(memory_format=torch.channels_last)
+    group = {"params": filters, "momentum": 0.0, "nesterov": False, "filter_momentum": 0.9}
+    optimise.Muon([group], optimise.DTYPES[precision], lr=0.1, fused=True).step()
+    for p, weight, gradient in zip(filters, weights, gradients):
+        direction = orthogonalised(gradient.flatten(1)).view(weight.shape)
+        size = weight.norm() / math.sqrt(min(direction.flatten(1).shape))
+        step = (weight.double() - p.detach().cpu().double()) / (0.1 * size)
+        distance = ((step - direction).norm() / direction.norm()).item()
+        print(f"{tuple(weight.shape)}: {distance:.2g}")
+        assert distance < tolerance
 
 
 # ---- data -------------------------------------------------------------------------------------------------------------
@@ -176,7 +189,8 @@ def test_augmentation_is_the_cpus_for_the_same_draws(same_draws, options):
 # ---- whole runs -------------------------------------------------------------------------------------------------------
 
 RUN = [*NARROW[:NARROW.index("--device")], "--precision", "fp32", "--no-compile", "--overlay-every", "0", "--epochs", "2",
-       "--set", "crop_pad=0", "--set", "flip=false"]    # each device draws numbers of its own
+       "--set", "crop_pad=0", "--set", "flip=false",    # each device draws numbers of its own
+       "--lr", "0.003"]     # at the recipe's rate rounding changes the loss of such a run by a tenth
 
 
 @pytest.fixture
@@ -210,7 +224,7 @@ def test_a_run_that_is_stopped_goes_on_on_either_device(cli, stopped, tmp_path, 
         print({name: (found[name], expected[name]) for name in ("train_loss", "eval_loss", "train_top1")})
         assert found["lr"] == expected["lr"] and found["epoch"] == expected["epoch"]
         for name in ("train_loss", "eval_loss"):
-            assert found[name] == pytest.approx(expected[name], rel=0.03)
+            assert found[name] == pytest.approx(expected[name], rel=0.01)
 
 
 def test_a_resumed_run_starts_from_every_bit_of_the_one_before(small_task):
@@ -327,9 +341,12 @@ def only_room_for(ours: Trainer, mib: float):
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + mib * 2**20) / total)
+    half_full = loop.gpu_is_half_full
+    loop.gpu_is_half_full = lambda: True    # it asks the whole card
     try:
         yield
     finally:
+        loop.gpu_is_half_full = half_full
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
@@ -342,7 +359,7 @@ def test_checkpointed_activations_cost_no_accuracy_and_less_memory(precision):
         found[checkpointed] = peak_of(lambda: gradients_of(ours))
     distance = far(found[True][0], found[False][0])
     print(f"peak {found[False][1]:.0f} MiB, checkpointed {found[True][1]:.0f} MiB; gradients {distance:.2g} apart")
-    assert distance < FLOOR[precision]
+    assert distance < FLOOR_OF_SUMS
     assert not ON_CARD or found[True][1] < 0.8 * found[False][1]
 
 
@@ -369,7 +386,8 @@ def test_maps_are_the_cpus(method, model):
 
 @pytest.mark.parametrize("task, words", [(CIFAR100, ["--batch-size", 32]), (CUB, ["--image-size", 64, "--batch-size", 8])],
                          ids=["cifar100", "cub"])
-def test_sanity_and_benchmark(cli, task, words):
+def test_sanity_and_benchmark(cli, monkeypatch, tmp_path, task, words):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))     # ImageNet's weights do not fit so narrow a network
     words = ["--sample", "--width", 0.0625, "--device", GPU, "--no-compile", *words]
     status, out, err = cli("--sanity", *words, task=task)
     print(out)
