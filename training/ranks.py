@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -153,6 +154,8 @@ def joined(device: str) -> Iterator[Ranks]:
     finally:
         # After an error on this rank alone, NCCL would wait here for the others, and they for this one: torchrun ends them
         # as soon as this process has ended.
+        if not on_gpus:     # before 2.8 PyTorch holds the GIL while it waits for gloo's threads, which may need it once more
+            time.sleep(0.2)
         if ended_well or not on_gpus:
             with contextlib.suppress(RuntimeError):     # a rank that died is missing here too
                 dist.destroy_process_group()
