@@ -1,4 +1,6 @@
-"""What the tests of whole runs have in common: a small one's options, and how two are compared."""
+"""What the tests of whole runs have in common: a small one's options, and how one is stopped, how two are compared."""
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -6,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from files import TEMPORARY
 from training import checkpoint, options
+from training.loop import Trainer
 from training.report import read_metrics
 
 NARROW = ["--sample", "--width", "0.0625", "--batch-size", "16", "--device", "cpu", "--precision", "fp32",
@@ -17,6 +20,19 @@ def config_of(task, *words) -> dict:
     """What a script makes of its command line."""
     args = options.make_parser("", task.recipes, model=task.model, dataset=task.dataset).parse_args(list(map(str, words)))
     return options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
+
+
+def signal_after(patch, count: int, number: int = signal.SIGTERM) -> list:
+    """This process sends itself the signal when its runs have made so many steps. Returns a list of all steps made since."""
+    step, steps = Trainer.step, []
+
+    def signalled(self, *batch):
+        step(self, *batch)
+        steps.append(1)
+        if len(steps) == count:
+            os.kill(os.getpid(), number)
+    patch.setattr(Trainer, "step", signalled)
+    return steps
 
 
 def content_of(run_dir) -> dict:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.makers import make_folders
-from tests.runs import NARROW, assert_runs_equal, content_of, scalars_of
+from tests.runs import NARROW, assert_runs_equal, content_of, scalars_of, signal_after
 from train_cifar100 import FAST
 from training import checkpoint, commands, options, run as run_module
 from training.loop import Trainer
@@ -36,14 +36,7 @@ def without_nohup():
 @pytest.mark.usefixtures("without_nohup")
 @pytest.mark.parametrize("after_step, number", [(3, signal.SIGTERM), (12, signal.SIGINT), (15, signal.SIGHUP)])
 def test_stopped_by_a_signal_and_resumed_equals_the_unhurt_run(cli, monkeypatch, unhurt, after_step, number):
-    step, steps = Trainer.step, []
-
-    def signalled(self, *batch):
-        step(self, *batch)
-        steps.append(1)
-        if len(steps) == after_step:
-            os.kill(os.getpid(), number)
-    monkeypatch.setattr(Trainer, "step", signalled)
+    steps = signal_after(monkeypatch, after_step, number)
     status, out, _ = cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "hurt")
     assert status == 128 + number and len(steps) == after_step
     assert "everything is saved" in out and "--resume hurt" in out

@@ -1,4 +1,4 @@
-"""A GPU's numbers against the CPU's: python -m pytest -m gpu, two minutes on one card.
+"""A GPU's numbers against the CPU's: python -m pytest -m gpu, some minutes on one card.
 
 Devices round differently. A number may be three times as far from the CPU's in float32 as the CPU's own is in the same
 precision, and FLOOR or FLOOR_OF_SUMS more. TF32 is switched off, so that float32 is what it says.
@@ -8,11 +8,10 @@ GPU_TESTS_ON=cpu runs all of this on the CPU: that tests the tests.
 import contextlib
 import copy
 import functools
+import io
 import math
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from augmentation import Augmentation
 from cam import attention_maps, class_activation_map, grad_cam
 from tests.conftest import GPU
 from tests.makers import image_set, orthogonalised
-from tests.runs import NARROW, assert_equal, config_of, content_of
+from tests.runs import NARROW, assert_equal, config_of, content_of, signal_after
 from tests.test_training import CPU, Batches, trainer
 from train_cifar100 import TASK as CIFAR100
 from train_cub import TASK as CUB
@@ -193,28 +192,12 @@ RUN = [*NARROW[:NARROW.index("--device")], "--precision", "fp32", "--no-compile"
        "--lr", "0.003"]     # at the recipe's rate rounding changes the loss of such a run by a tenth
 
 
-@pytest.fixture
-def stopped(cli, monkeypatch):
-    """stopped(steps, *words): a run that a signal stops after so many steps."""
-    def call(steps, *words):
-        step, done = Trainer.step, []
-
-        def counting(self, *batch):
-            step(self, *batch)
-            done.append(1)
-            if len(done) == steps:
-                os.kill(os.getpid(), signal.SIGTERM)
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "step", counting)
-            status, _, err = cli(*words)
-        assert status == 143, err
-    return call
-
-
 @pytest.mark.parametrize("first, second", [(GPU, GPU), ("cpu", GPU), (GPU, "cpu")])
-def test_a_run_that_is_stopped_goes_on_on_either_device(cli, stopped, tmp_path, first, second):
+def test_a_run_that_is_stopped_goes_on_on_either_device(cli, monkeypatch, tmp_path, first, second):
     assert cli(*RUN, "--device", "cpu", "--run-dir", "whole")[0] == 0
-    stopped(8, *RUN, "--device", first, "--run-dir", "hurt")
+    signal_after(monkeypatch, 8)
+    status, _, err = cli(*RUN, "--device", first, "--run-dir", "hurt")
+    assert status == 143, err
     content = content_of(tmp_path / "hurt")
     assert (content["position"]["epoch"], content["position"]["step"]) == (1, 2)
     status, _, err = cli("--resume", "hurt", "--device", second)
@@ -231,10 +214,9 @@ def test_a_resumed_run_starts_from_every_bit_of_the_one_before(small_task):
     before, after = (run_of(small_task, *RUN, "--device", GPU) for _ in range(2))
     before.trainer.train_epoch()
     before.trainer.next_epoch()
-    state = before.trainer.state()
-    on_disk = {name: to_cpu(value) for name, value in state.items()}
-    after.trainer.load_state(on_disk)
-    assert_equal(to_cpu(after.trainer.state()), on_disk)
+    state = on_disk(before.trainer.state())
+    after.trainer.load_state(state)
+    assert_equal(on_disk(after.trainer.state()), state)
     batches = [next(each.trainer.batches.epoch(1)) for each in (before, after)]
     assert torch.equal(batches[0][0], batches[1][0])    # the same draws
     for each, batch in zip((before, after), batches):
@@ -243,12 +225,12 @@ def test_a_resumed_run_starts_from_every_bit_of_the_one_before(small_task):
     assert far(states[1], states[0]) < 1e-4
 
 
-def to_cpu(value):
-    if isinstance(value, dict):
-        return {name: to_cpu(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [to_cpu(each) for each in value]
-    return value.cpu().clone() if torch.is_tensor(value) else value
+def on_disk(state: dict) -> dict:
+    """What a checkpoint gives back."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def run_of(task, *words) -> Run:
@@ -341,12 +323,11 @@ def only_room_for(ours: Trainer, mib: float):
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + mib * 2**20) / total)
-    half_full = loop.gpu_is_half_full
-    loop.gpu_is_half_full = lambda: True    # it asks the whole card
     try:
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "gpu_is_half_full", lambda: True)   # it asks the whole card
+            yield
     finally:
-        loop.gpu_is_half_full = half_full
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 

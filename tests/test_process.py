@@ -13,10 +13,9 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.makers import first_lines
-from tests.runs import NARROW, assert_runs_equal
+from tests.runs import NARROW, assert_runs_equal, signal_after
 from train_cifar100 import TASK
 from training import commands, process, run as run_module
-from training.loop import Trainer
 
 TINY = ["--sample", "--width", "0.015625", "--model", "vgg", "--image-size", "16", "--epochs", "1", "--device", "cpu",
         "--overlay-every", "0", "--set", "progressive=none"]
@@ -151,14 +150,7 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGXCPU])    # SIGUSR2: in the campaign
 def test_signals_of_batch_systems_save_and_end_the_run(cli, monkeypatch, unhurt, number):
-    step, steps = Trainer.step, []
-
-    def signalled(self, *batch):
-        step(self, *batch)
-        steps.append(1)
-        if len(steps) == 3:
-            os.kill(os.getpid(), number)
-    monkeypatch.setattr(Trainer, "step", signalled)
+    signal_after(monkeypatch, 3, number)
     status, out, _ = cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "hurt")
     assert status == 128 + number and f"Stopped by {signal.Signals(number).name}; everything is saved" in out
     assert cli("--resume", "hurt")[0] == 0

@@ -1,8 +1,6 @@
 """train_cub.py as people use it: the sanity pass, transfer in stages, resuming in each of them, and wrong use."""
 import dataclasses
-import os
 import re
-import signal
 
 import pytest
 import torch
@@ -11,9 +9,8 @@ import train_cifar100
 import train_cub
 from cub_sample import write_cub_sample
 from sample_data import cifar_sample
-from tests.runs import assert_runs_equal, config_of, content_of
+from tests.runs import assert_runs_equal, config_of, content_of, signal_after
 from training import commands, transfer
-from training.loop import Trainer
 from training.report import read_metrics
 
 SMALL = ["--width", "0.0625", "--image-size", "32", "--batch-size", "8", "--device", "cpu", "--precision", "fp32"]
@@ -74,14 +71,7 @@ def unhurt(folder, tmp_path_factory):
 @pytest.mark.parametrize("after_step", [4, 8])
 def test_stopped_in_a_stage_and_resumed_equals_the_unhurt_run(cli, monkeypatch, folder, unhurt, after_step):
     """Three steps an epoch; the trunk is frozen for six of them."""
-    step, steps = Trainer.step, []
-
-    def signalled(self, *batch):
-        step(self, *batch)
-        steps.append(1)
-        if len(steps) == after_step:
-            os.kill(os.getpid(), signal.SIGTERM)
-    monkeypatch.setattr(Trainer, "step", signalled)
+    signal_after(monkeypatch, after_step)
     status, out, _ = cli(*STAGED, "--data-dir", folder / "data", "--init-from", folder / "cifar" / "last.pt", "--run-dir",
                          "hurt")
     assert status == 143 and "python train_cub.py --resume hurt" in out
