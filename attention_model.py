@@ -18,13 +18,13 @@ import copy
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # what BatchNorm2d and SyncBatchNorm have in common
+from torch.nn.modules.batchnorm import (
+    _BatchNorm as BatchNorm,  # what BatchNorm2d and SyncBatchNorm have in common
+)
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
-
-from attention_gates import (HEAD_DROPOUT, AttentionGate, Classifier, LevelHead, ParametrisedCompatibility,
-                             softmax_over_positions)
 
 MODEL_NAMES = ("vgg", "vgg-gap", "vgg-pan") + tuple(
     f"vgg-{levels}-{compatibility}"
@@ -45,9 +45,10 @@ BLOCKS = (
 )
 LEVEL_OF_BLOCK = {3: "conv7", 4: "conv10", 5: "conv13"}
 GLOBAL_DROPOUT = 0.4
+HEAD_DROPOUT = 0.5  # the authors', in front of each linear layer
 
 
-class ConvUnit(nn.Sequential):
+class ConvBNReLU(nn.Sequential):
     """Convolution 3x3 with bias, batch norm, ReLU, dropout: (N, C, H, W) -> (N, C', H, W)."""
 
     def __init__(self, channels_in: int, channels_out: int, dropout: float, eps: float):
@@ -72,15 +73,19 @@ class Trunk(nn.Module):
         channels = 3
         for number, block in enumerate(BLOCKS, start=1):
             units = []
-            for wide, rate in block:
-                wide = scaled(wide, width)
-                units.append(ConvUnit(channels, wide, rate * dropout, eps))
-                channels = wide
+            for full_width, rate in block:
+                channels_out = scaled(full_width, width)
+                units.append(ConvBNReLU(channels, channels_out, rate * dropout, eps))
+                channels = channels_out
             setattr(self, f"block{number}", nn.Sequential(*units))
         before = {4: pool4, 5: 2} if trunk == "full" else {2: 2, 3: 2, 4: pool4, 5: 2}
         self.pools = nn.ModuleDict({
             f"block{number}": nn.MaxPool2d(side, ceil_mode=True) for number, side in before.items()})
         self.checkpoint_activations = False
+
+    @property
+    def pools_everywhere(self) -> bool:
+        return len(self.pools) == len(BLOCKS) - 1
 
     def run_block(self, number: int, x: Tensor) -> Tensor:
         """Block ``number`` (1 to 5) with the pooling in front of it. With ``checkpoint_activations`` only what comes out
@@ -97,9 +102,9 @@ class GlobalBranch(nn.Module):
     def __init__(self, channels: int, dropout: float, eps: float, first_pool: int = 2):
         super().__init__()
         self.pool1 = nn.MaxPool2d(first_pool, ceil_mode=True)
-        self.unit1 = ConvUnit(channels, channels, GLOBAL_DROPOUT * dropout, eps)
+        self.unit1 = ConvBNReLU(channels, channels, GLOBAL_DROPOUT * dropout, eps)
         self.pool2 = nn.MaxPool2d(2, ceil_mode=True)
-        self.unit2 = ConvUnit(channels, channels, GLOBAL_DROPOUT * dropout, eps)
+        self.unit2 = ConvBNReLU(channels, channels, GLOBAL_DROPOUT * dropout, eps)
         self.pool3 = nn.AdaptiveMaxPool2d(1)
         self.dropout = nn.Dropout(HEAD_DROPOUT * dropout)
         self.linear = nn.Linear(channels, channels)
@@ -110,15 +115,121 @@ class GlobalBranch(nn.Module):
         return self.linear(self.dropout(self.pool3(x).flatten(1)))
 
 
+# ---- compatibility functions: local features (N, C, H, W), global feature (N, C_g) -> scores (N, H, W) ----------------
+# Paper section 3.1. None builds l + g, which would be one more full-size tensor for the backward pass.
+
+class ParametrizedCompatibility(nn.Module):
+    """pc: c_i = u . (l_i + g) + b = u . l_i + u . g + b. The same number u . g + b is added at every position, so softmax
+    over the positions does not see it: with ``g=None`` it is left out, which changes nothing."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.u = nn.Linear(channels, 1)
+
+    def forward(self, local: Tensor, g: Tensor | None) -> Tensor:
+        scores = project(local, self.u)
+        return scores if g is None else scores + self.u(g)[:, :, None]
+
+
+class DotProductCompatibility(nn.Module):
+    """dp: c_i = <l_i, g>. No parameters."""
+
+    def forward(self, local: Tensor, g: Tensor) -> Tensor:
+        scores = torch.bmm(local.flatten(2).transpose(1, 2), g[:, :, None])    # so that l's gradient is channels_last too
+        return scores.view(local.shape[0], *local.shape[2:])
+
+
+class AdditiveCompatibility(nn.Module):
+    """gate: c_i = u . relu(W l_i + V g), W and V to half the channels (additive attention gate, arXiv 1804.03999).
+
+    The ReLU between the sum and u is what gives g a say in the map."""
+
+    def __init__(self, channels: int, global_channels: int):
+        super().__init__()
+        between = max(1, channels // 2)
+        self.W = nn.Conv2d(channels, between, 1)
+        self.V = nn.Linear(global_channels, between, bias=False)  # W has the bias
+        self.u = nn.Linear(between, 1, bias=False)  # a bias would be one more constant that softmax ignores
+
+    def forward(self, local: Tensor, g: Tensor) -> Tensor:
+        joint = F.relu(self.W(local) + self.V(g)[:, :, None, None])
+        return project(joint, self.u)
+
+
+def project(features: Tensor, u: nn.Linear) -> Tensor:
+    """u . x at every position, without u's bias: (N, C, H, W) -> (N, H, W). On channels_last features a product with a
+    vector takes half of the time of a convolution with one filter."""
+    return features.permute(0, 2, 3, 1) @ u.weight[0]
+
+
+def attend(local: Tensor, attention_map: Tensor) -> Tensor:
+    """The attended feature g_a = sum_i a_i l_i: (N, C, H, W), (N, H, W) -> (N, C)."""
+    weights = attention_map.flatten(1)[:, None, :].to(local.dtype)
+    return torch.bmm(weights, local.flatten(2).transpose(1, 2))[:, 0]      # so that l's gradient is channels_last too
+
+
+def softmax_over_positions(scores: Tensor) -> Tensor:
+    """Scores (N, H, W) -> attention map (N, H, W) in float32, summing to 1 over H and W (paper section 3, eq. 3)."""
+    return scores.flatten(1).float().softmax(dim=1).view(scores.shape)
+
+
+class AttentionGate(nn.Module):
+    """One level: local features (N, C, H, W) and g (N, C_g) -> attended feature (N, C), scores (N, H, W)."""
+
+    def __init__(self, compatibility: str, channels: int, global_channels: int):
+        super().__init__()
+        self.compatibility = {
+            "pc": lambda: ParametrizedCompatibility(channels),
+            "dp": DotProductCompatibility,
+            "gate": lambda: AdditiveCompatibility(channels, global_channels),
+        }[compatibility]()
+
+    def forward(self, local: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
+        scores = self.compatibility(local, g)
+        return attend(local, softmax_over_positions(scores)), scores
+
+
+class BranchNorm(nn.Sequential):
+    """What each attended feature goes through before the classifier: batch norm (it also keeps the scale of the branch,
+    without which weight decay starves it: a flat map), ReLU, dropout."""
+
+    def __init__(self, channels: int, dropout: float):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.dropout = nn.Dropout(HEAD_DROPOUT * dropout)
+
+
+class Classifier(nn.Module):
+    """Attended features, one (N, C) a level -> logits (N, num_classes). ``concat``: one linear layer on all of them.
+    ``indep``: a linear layer for each, their logits summed (the same probabilities as summed log-softmax)."""
+
+    def __init__(self, channels: list[int], num_classes: int, combination: str, dropout: float):
+        super().__init__()
+        self.levels = nn.ModuleList(BranchNorm(c, dropout) for c in channels)
+        self.combination = combination
+        sizes = [sum(channels)] if combination == "concat" else channels
+        self.linears = nn.ModuleList(nn.Linear(size, num_classes) for size in sizes)
+
+    def forward(self, attended: list[Tensor]) -> Tensor:
+        features = [level(x) for level, x in zip(self.levels, attended)]
+        if self.combination == "concat":
+            return self.linears[0](torch.cat(features, dim=1))
+        return torch.stack([linear(x) for linear, x in zip(self.linears, features)]).sum(dim=0)
+
+
 # ---- networks ---------------------------------------------------------------------------------------------------------
 
 class Network(nn.Module, abc.ABC):
     """What every network here does: images (N, 3, H, W) -> logits (N, num_classes), and its maps when asked."""
 
-    sigmoid_levels: tuple[str, ...] = ()  # levels whose map is a gate in [0, 1], not a probability over positions
+    TRUNK = "trunk"                         # the trunk's name in state dicts
+    LAST_FEATURES = "trunk.block5"          # the layer whose output conv13's map is over; it ends in conv13's ReLU
+    sigmoid_levels: tuple[str, ...] = ()    # levels whose map is a gate in [0, 1], not a probability over positions
 
     def __init__(self, trunk: str, width: float, dropout: float, pool4: int):
         super().__init__()
+        self.width = width
         self.trunk = Trunk(trunk, width, dropout, pool4)
         self.channels = {level: scaled(BLOCKS[block - 1][-1][0], width) for block, level in LEVEL_OF_BLOCK.items()}
         self.eps = self.trunk.block1[0].norm.eps
@@ -140,14 +251,14 @@ class Network(nn.Module, abc.ABC):
                 module.checkpoint_activations = on
 
     @abc.abstractmethod
-    def run(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def logits_and_raw_scores(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (N, num_classes) and the compatibility scores (N, H, W) of each level."""
 
     def forward(self, images: Tensor, return_attention: bool = False):
         """Images (N, 3, H, W), normalised -> logits (N, num_classes); with ``return_attention`` also a dict of maps, one
         (N, H, W) in float32 a level. Raises ValueError where the images cannot be used."""
         self.check(images)
-        logits, scores = self.run(images)
+        logits, scores = self.logits_and_raw_scores(images)
         if not return_attention:
             return logits
         return logits, {level: self.map_of(level, s) for level, s in scores.items()}
@@ -155,12 +266,31 @@ class Network(nn.Module, abc.ABC):
     def logits_and_scores(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits, and the compatibility scores that the maps are made of (see map_of): one (N, H, W) in float32 a level."""
         self.check(images)
-        logits, scores = self.run(images)
+        logits, scores = self.logits_and_raw_scores(images)
         return logits, {level: s.float() for level, s in scores.items()}
 
     def map_of(self, level: str, scores: Tensor) -> Tensor:
         """Scores (N, H, W) -> the attention map (N, H, W), float32."""
         return scores.float().sigmoid() if level in self.sigmoid_levels else softmax_over_positions(scores)
+
+    # What each parameter is, for optimizers, checks and transfers, which must not guess it from names.
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether the trunk pools after every block, as torchvision's VGG16 does."""
+        return self.trunk.pools_everywhere
+
+    def normalized_convs(self) -> list[nn.Conv2d]:
+        """The 3x3 convolutions in front of a batch norm, which undoes the norm of their filters and their bias."""
+        return [module.conv for module in self.modules() if isinstance(module, ConvBNReLU)]
+
+    def gate_vectors(self) -> list[nn.Parameter]:
+        """The vectors u that turn features into compatibility scores, (1, C) each."""
+        return [module.u.weight for module in self.modules() if hasattr(module, "u")]
+
+    @abc.abstractmethod
+    def class_layers(self) -> list[nn.Linear]:
+        """The layers whose outputs are the classes."""
 
     def parameters_without_gradient(self) -> set[str]:
         """Names of the parameters that get no gradient by the mathematics of the network, not by a mistake."""
@@ -187,14 +317,17 @@ class VGG(Network):
 
     def __init__(self, num_classes: int, width: float, dropout: float, pool4: int):
         super().__init__("pooled", width, dropout, pool4)
-        wide = self.channels["conv13"]
+        channels = self.channels["conv13"]
         self.pool = nn.AdaptiveMaxPool2d(1)  # at 32x32 the 2x2 pooling behind block 5
         self.dropout = nn.Dropout(HEAD_DROPOUT * dropout)
-        self.linear = nn.Linear(wide, wide)
-        self.level = LevelHead(wide, dropout)
-        self.classifier = nn.Linear(wide, num_classes)
+        self.linear = nn.Linear(channels, channels)
+        self.level = BranchNorm(channels, dropout)
+        self.classifier = nn.Linear(channels, num_classes)
 
-    def run(self, images: Tensor):
+    def class_layers(self) -> list[nn.Linear]:
+        return [self.classifier]
+
+    def logits_and_raw_scores(self, images: Tensor):
         x = images
         for number in range(1, 6):
             x = self.trunk.run_block(number, x)
@@ -213,7 +346,10 @@ class VGGGAP(Network):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(self.channels["conv13"], num_classes)
 
-    def run(self, images: Tensor):
+    def class_layers(self) -> list[nn.Linear]:
+        return [self.classifier]
+
+    def logits_and_raw_scores(self, images: Tensor):
         x = images
         for number in range(1, 6):
             x = self.trunk.run_block(number, x)
@@ -223,29 +359,32 @@ class VGGGAP(Network):
 class AttentionVGG(Network):
     """VGG-att1, att2, att3: attention at conv13, conv10 and conv13, or conv7, conv10 and conv13 (paper section 3).
 
-    With pc no part of the network can feel g (see ParametrisedCompatibility), so the global branch is not run: its
+    With pc no part of the network can feel g (see ParametrizedCompatibility), so the global branch is not run: its
     parameters are there, as the authors', and get no gradient."""
 
     def __init__(self, levels: int, combination: str, compatibility: str, num_classes: int, trunk: str, width: float,
                  dropout: float, pool4: int):
         super().__init__(trunk, width, dropout, pool4)
         self._levels = tuple(LEVEL_OF_BLOCK.values())[-levels:]
-        wide = self.channels["conv13"]
-        self.global_branch = GlobalBranch(wide, dropout, self.eps)
+        channels = self.channels["conv13"]
+        self.global_branch = GlobalBranch(channels, dropout, self.eps)
         self.uses_global, self.dot_product = compatibility != "pc", compatibility == "dp"
         if levels == 3 and compatibility != "gate":  # the gate's V maps g to any width by itself
             self.global_to_conv7 = nn.Sequential(
-                nn.BatchNorm1d(wide), nn.ReLU(inplace=False), nn.Dropout(HEAD_DROPOUT * dropout),
-                nn.Linear(wide, self.channels["conv7"]))
+                nn.BatchNorm1d(channels), nn.ReLU(inplace=False), nn.Dropout(HEAD_DROPOUT * dropout),
+                nn.Linear(channels, self.channels["conv7"]))
         self.gates = nn.ModuleDict({
-            level: AttentionGate(compatibility, self.channels[level], wide) for level in self._levels})
+            level: AttentionGate(compatibility, self.channels[level], channels) for level in self._levels})
         self.classifier = Classifier([self.channels[level] for level in self._levels], num_classes, combination, dropout)
+
+    def class_layers(self) -> list[nn.Linear]:
+        return list(self.classifier.linears)
 
     @property
     def levels(self) -> tuple[str, ...]:
         return self._levels
 
-    def run(self, images: Tensor):
+    def logits_and_raw_scores(self, images: Tensor):
         x, local = images, {}
         for number in range(1, 6):
             x = self.trunk.run_block(number, x)
@@ -257,7 +396,7 @@ class AttentionVGG(Network):
             g_here = g
             if level == "conv7" and g is not None and hasattr(self, "global_to_conv7"):
                 g_here = self.global_to_conv7(g)
-            if self.dot_product:    # see initialise
+            if self.dot_product:    # see initialize
                 g_here = g_here / math.sqrt(features.shape[1])
             g_a, scores[level] = self.gates[level](features, g_here)
             attended.append(g_a)
@@ -281,18 +420,21 @@ class VGGPAN(Network):
 
     def __init__(self, num_classes: int, trunk: str, width: float, dropout: float, pool4: int):
         super().__init__(trunk, width, dropout, pool4)
-        wide = self.channels["conv13"]
-        self.global_branch_conv10 = GlobalBranch(wide, dropout, self.eps, first_pool=4)
-        self.global_branch = GlobalBranch(wide, dropout, self.eps)  # softmax pc: not run, as in AttentionVGG
-        self.compatibility_conv10 = ParametrisedCompatibility(wide)
-        self.gates = nn.ModuleDict({"conv13": AttentionGate("pc", wide, wide)})
-        self.classifier = Classifier([wide], num_classes, "concat", dropout)
+        channels = self.channels["conv13"]
+        self.global_branch_conv10 = GlobalBranch(channels, dropout, self.eps, first_pool=4)
+        self.global_branch = GlobalBranch(channels, dropout, self.eps)  # softmax pc: not run, as in AttentionVGG
+        self.compatibility_conv10 = ParametrizedCompatibility(channels)
+        self.gates = nn.ModuleDict({"conv13": AttentionGate("pc", channels, channels)})
+        self.classifier = Classifier([channels], num_classes, "concat", dropout)
+
+    def class_layers(self) -> list[nn.Linear]:
+        return list(self.classifier.linears)
 
     @property
     def levels(self) -> tuple[str, ...]:
         return ("conv10", "conv13")
 
-    def run(self, images: Tensor):
+    def logits_and_raw_scores(self, images: Tensor):
         x, scores = images, {}
         for number in range(1, 5):
             x = self.trunk.run_block(number, x)
@@ -345,12 +487,12 @@ def build_model(name: str, num_classes: int, width: float = 1.0, trunk: str | No
         levels, compatibility = int(parts[1][-1]), parts[-1]
         combination = parts[2] if len(parts) == 4 else "concat"
         model = AttentionVGG(levels, combination, compatibility, num_classes, trunk, width, dropout, pool4)
-    initialise(model)
+    initialize(model)
     return model
 
 
 @torch.no_grad()
-def initialise(model: nn.Module) -> None:
+def initialize(model: nn.Module) -> None:
     """Fresh weights. The authors' (convolutions N(0, sqrt(2 / (k*k*out))), linear layers U(-1/sqrt(in), 1/sqrt(in)), which
     is nn.Linear's own, batch norm U(0, 1), u as a convolution with one output: std 1.41) but for these:
 
@@ -370,7 +512,7 @@ def initialise(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(module.bias)
     for module in model.modules():
-        if isinstance(module, ConvUnit):
+        if isinstance(module, ConvBNReLU):
             nn.init.constant_(module.norm.bias, 1.0)
             if module.conv.in_channels > 3:
                 nn.init.dirac_(module.conv.weight[:module.conv.in_channels])
@@ -384,12 +526,12 @@ def initialise(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def without_norms(model: Network) -> Network:
+def fuse_conv_bn(model: Network) -> Network:
     """A copy for evaluation whose convolutions hold the batch norm behind them: a CPU then passes over each activation
     once less. Equal but for rounding."""
     model = copy.deepcopy(model).eval()
     for unit in model.modules():
-        if isinstance(unit, ConvUnit):
+        if isinstance(unit, ConvBNReLU):
             unit.conv, unit.norm = fuse_conv_bn_eval(unit.conv, unit.norm), nn.Identity()
     return model
 
@@ -412,11 +554,11 @@ def run_layers(layers: list[nn.Module], x: Tensor, save_memory: bool) -> Tensor:
     if torch.compiler.is_compiling():  # the compiler moves the statistics once by itself, and takes no context_fn
         return checkpoint(run, x, use_reentrant=False)
     return checkpoint(run, x, use_reentrant=False,
-                      context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(layers)))
+                      context_fn=lambda: (contextlib.nullcontext(), freeze_bn_stats(layers)))
 
 
 @contextlib.contextmanager
-def frozen_statistics(layers: list[nn.Module]):
+def freeze_bn_stats(layers: list[nn.Module]):
     """Batch norm normalises as it would, but its running statistics stay: the second pass must not count twice."""
     norms = [m for layer in layers for m in layer.modules() if isinstance(m, BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
-    from training.process import settle
+    from common.process import settle
     settle()    # before PyTorch is loaded
 
 import numpy as np
@@ -28,23 +28,37 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import train_cifar100
-import train_cub
-from data import DataError, ImageSet
-from files import free_path, make_folders, replace_file
-from image_files import open_rgb, printable
-from training import options
-from training.classifiers import Classifier, find_class, from_checkpoint, from_torchvision
-from training.commands import exit_status, load
-from training.explain import attention_maps, class_activation_map, default_layer, feature_layers, grad_cam
-from training.gallery import GREATEST_SIDE, Overview, Picture, Writer, complain, list_files, parse_index
-from training.localise import Measures, part_lines, table_lines
-from training.options import UserError
-from training.pictures import COLOUR_MAPS, shown, title_of
-from training.process import open_standard_streams, unbreakable_pipes
+from common.arguments import MAX_WORKERS, expanded_path, int_at_least, parse
+from common.device import choose_device
+from common.errors import UserError, exit_status, print_error, printable
+from common.files import free_path, make_folders, replace_file
+from common.process import open_standard_streams, unbreakable_pipes
+from data import SOURCES, ImageSet, open_rgb
+from explain.maps import (
+    attention_maps,
+    class_activation_map,
+    default_layer,
+    feature_layers,
+    grad_cam,
+)
+from explain.metrics import Measures, part_lines, table_lines
+from explain.networks import (
+    TrainedNetwork,
+    find_class,
+    from_checkpoint,
+    from_torchvision,
+)
+from explain.output import (
+    GREATEST_SIDE,
+    Overview,
+    Picture,
+    Writer,
+    list_files,
+    parse_index,
+)
+from explain.pictures import COLOR_MAPS, shown, title_of
 
 METHODS = ("attention", "cam", "gradcam")
-TASKS = {task.dataset: task for task in (train_cifar100.TASK, train_cub.TASK)}
 FIRST_IMAGES = 16           # of a data set, when pictures are made and --index is not given
 OVERVIEW = 64               # images on the sheet of a whole selection, at most
 PHOTOS_AT_ONCE = 16         # of files: they wait in memory, large as they are shown
@@ -55,21 +69,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Where a network looks, as pictures and as localisation measures.",
                                      allow_abbrev=False)
     which = parser.add_argument_group("network")
-    which.add_argument("--checkpoint", type=options.path, metavar="FILE", help="a last.pt of train_cifar100.py or train_cub.py")
+    which.add_argument("--checkpoint", type=expanded_path, metavar="FILE", help="a last.pt of train_cifar100.py or train_cub.py")
     which.add_argument("--arch", metavar="NAME", help="a torchvision classifier (resnet50, ...), for cam and gradcam")
-    which.add_argument("--weights", type=options.path, metavar="{DEFAULT,NAME,FILE}",
+    which.add_argument("--weights", type=expanded_path, metavar="{DEFAULT,NAME,FILE}",
                        help="of --arch: torchvision's by name (downloaded), or a state dict of yours")
     what = parser.add_argument_group("images")
-    what.add_argument("images", nargs="*", type=options.path, metavar="IMAGE", help="files, and folders of files")
-    what.add_argument("--dataset", choices=(*TASKS, "sample"), help="instead: images of a data set, or the sample")
+    what.add_argument("images", nargs="*", type=expanded_path, metavar="IMAGE", help="files, and folders of files")
+    what.add_argument("--dataset", choices=(*SOURCES, "sample"), help="instead: images of a data set, or the sample")
     what.add_argument("--split", choices=("test", "train"), default="test", help="(default: test)")
     what.add_argument("--index", metavar="LIST", help=f"which of them, as 3,7,9-12 (default: the first {FIRST_IMAGES}; "
                                                       f"for --measure all)")
     what.add_argument("--crop", choices=("box", "whole"), help="of birds: the box or the whole picture (default: as "
                                                                "trained; whole for --measure)")
-    what.add_argument("--data-dir", type=options.path, help="folder that holds the data set (default: the checkpoint's, "
+    what.add_argument("--data-dir", type=expanded_path, help="folder that holds the data set (default: the checkpoint's, "
                                                             "else data)")
-    what.add_argument("--num-workers", type=options.whole(0, options.MOST_WORKERS), default=2,
+    what.add_argument("--num-workers", type=int_at_least(0, MAX_WORKERS), default=2,
                       help="processes that decode a data set's images into the cache (default: 2)")
     how = parser.add_argument_group("maps")
     how.add_argument("--method", choices=(*METHODS, "all"), default="all", help="(default: all that the network has)")
@@ -77,13 +91,13 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--list-layers", action="store_true", help="print the layers that gradcam can be made at")
     target = how.add_mutually_exclusive_group()
     target.add_argument("--target", metavar="CLASS", help="name or number (default: the one that the network sees)")
-    target.add_argument("--top-k", type=options.whole(1), default=1, metavar="K", help="the K best, side by side")
+    target.add_argument("--top-k", type=int_at_least(1), default=1, metavar="K", help="the K best, side by side")
     out = parser.add_argument_group("output")
-    out.add_argument("--out", type=options.path, default="runs/cam", metavar="FOLDER", help="(default: runs/cam)")
+    out.add_argument("--out", type=expanded_path, default="runs/cam", metavar="FOLDER", help="(default: runs/cam)")
     out.add_argument("--raw", action="store_true", help="also the maps as .npy")
     out.add_argument("--measure", action="store_true", help="no pictures but how well the maps find the object, as a "
                                                             "table and CSV: for birds and the sample")
-    out.add_argument("--colours", choices=tuple(COLOUR_MAPS), default="inferno", help="(default: inferno)")
+    out.add_argument("--colours", choices=tuple(COLOR_MAPS), default="inferno", help="(default: inferno)")
     out.add_argument("--opacity", type=opacity, default=0.5, help="of the map over the image, 0 to 1 (default: 0.5)")
     out.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N (default: auto)")
     return parser
@@ -101,17 +115,19 @@ def main(argv: list[str] | None = None) -> int:
     open_standard_streams()
     with unbreakable_pipes():
         try:
-            args = options.parse(make_parser(), sys.argv[1:] if argv is None else argv)
+            args = parse(make_parser(), sys.argv[1:] if argv is None else argv)
         except SystemExit as stop:  # argparse has printed the help (0) or what is wrong (2)
             return stop.code
-        return exit_status(lambda: do(args), "Stopped. What was written so far is whole.")
+        with exit_status("Stopped. What was written so far is whole.") as status:
+            status.code = dispatch(args)
+        return status.code
 
 
-def do(args: argparse.Namespace) -> int:
+def dispatch(args: argparse.Namespace) -> int:
     check_use(args)
     network = from_checkpoint(args.checkpoint) if args.checkpoint else from_torchvision(args.arch, args.weights)
-    network.place_on(options.choose_device(args.device))
-    print(network.what)
+    network.place_on(choose_device(args.device))
+    print(network.description)
     if args.list_layers:
         return list_layers(network)
     methods, layer = applicable(network, args.method, args.layer)
@@ -148,19 +164,19 @@ def check_use(args: argparse.Namespace) -> None:
 
 # ---- methods ----------------------------------------------------------------------------------------------------------
 
-def probe(network: Classifier) -> Tensor:
+def probe(network: TrainedNetwork) -> Tensor:
     """(1, 3, H, W): noise, to ask what a network can do before any image is read."""
     return torch.randn(1, 3, *network.size, generator=torch.Generator().manual_seed(0)).to(network.device)
 
 
-def list_layers(network: Classifier) -> int:
+def list_layers(network: TrainedNetwork) -> int:
     default = default_layer(network.model, probe(network))
     for name, (channels, height, width) in feature_layers(network.model, probe(network)).items():
         print(f"{name:<32} {channels:>5} x {height} x {width}{'   (default)' if name == default else ''}")
     return 0
 
 
-def applicable(network: Classifier, asked: str, layer: str | None) -> tuple[list[str], str | None]:
+def applicable(network: TrainedNetwork, asked: str, layer: str | None) -> tuple[list[str], str | None]:
     """The methods to use, and the layer of gradcam. Raises UserError for one that was asked for and cannot be."""
     methods = []
     for method in METHODS if asked == "all" else (asked,):
@@ -181,7 +197,7 @@ def applicable(network: Classifier, asked: str, layer: str | None) -> tuple[list
     return methods, layer
 
 
-def maps_of(network: Classifier, method: str, batch: Tensor, classes: Tensor,
+def maps_of(network: TrainedNetwork, method: str, batch: Tensor, classes: Tensor,
             layer: str | None) -> dict[str, tuple[np.ndarray, int | None]]:
     """The maps that a method makes of a batch (N, 3, H, W) and of its classes (N, K): {"conv7": (maps (N, H, W), None)}
     for attention, which knows no class, and {"cam": (maps, 0), "cam-2": (maps, 1)} with the column for the others."""
@@ -197,7 +213,7 @@ def maps_of(network: Classifier, method: str, batch: Tensor, classes: Tensor,
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 
-def batches_of_files(network: Classifier, paths: list[Path], bad: list[Path]) -> Iterator[tuple[list[Picture], Tensor]]:
+def batches_of_files(network: TrainedNetwork, paths: list[Path], bad: list[Path]) -> Iterator[tuple[list[Picture], Tensor]]:
     """Pictures, and the batch that the network sees of them. What cannot be read is told, put in ``bad``, left out."""
     height, width = network.size
     at_once = min(network.batch_size, PHOTOS_AT_ONCE)
@@ -206,8 +222,8 @@ def batches_of_files(network: Classifier, paths: list[Path], bad: list[Path]) ->
         for path in paths[first:first + at_once]:
             try:
                 pixels = np.asarray(open_rgb(path))
-            except DataError as error:
-                complain(str(error))
+            except UserError as error:
+                print_error(str(error))
                 bad.append(path)
                 continue
             small.append(np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)))
@@ -216,7 +232,7 @@ def batches_of_files(network: Classifier, paths: list[Path], bad: list[Path]) ->
             yield pictures, network.batch(torch.from_numpy(np.stack(small)))
 
 
-def batches_of_set(network: Classifier, images: ImageSet, indices: list[int],
+def batches_of_set(network: TrainedNetwork, images: ImageSet, indices: list[int],
                    name: str) -> Iterator[tuple[list[Picture], Tensor]]:
     """The same of a data set's images."""
     for first in range(0, len(indices), network.batch_size):
@@ -226,24 +242,24 @@ def batches_of_set(network: Classifier, images: ImageSet, indices: list[int],
                for i, pixels, label in zip(part, some.images.numpy(), some.labels.tolist())], network.batch(some.images)
 
 
-def load_set(args: argparse.Namespace, network: Classifier) -> ImageSet:
+def load_set(args: argparse.Namespace, network: TrainedNetwork) -> ImageSet:
     """The split of --dataset, loaded and cut out as the network was trained with it (whole pictures to measure on)."""
     own = network.config.get("dataset", "cifar100")
-    task = TASKS[own if args.dataset == "sample" else args.dataset]
-    image_size = None if task.dataset == "cifar100" else max(network.size)     # None: as they are
-    config = task.recipes["fast"] | {"crop": "whole", "image_size": image_size}
-    if own == task.dataset:
+    source = SOURCES[own if args.dataset == "sample" else args.dataset]
+    # Whole birds at the network's size; CIFAR-100 as it is.
+    config = {"crop": "whole", "margin": 0.1, "zoom": 0.5, "image_size": max(network.size) if source.name == "cub" else None}
+    if own == source.name:
         config |= network.config    # empty for torchvision's
     config |= {"data_dir": args.data_dir or config.get("data_dir", "data"), "num_workers": args.num_workers,
                "sample": args.dataset == "sample"}
     config["crop"] = args.crop or ("whole" if args.measure else config["crop"])
-    train, test = load(task, config, new=network.config.get("dataset") != task.dataset)
+    train, test = source.sets(config, download=network.config.get("dataset") != source.name)
     return {"train": train, "test": test}[args.split]
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-def make_pictures(args: argparse.Namespace, network: Classifier, methods: list[str], layer: str | None) -> int:
+def make_pictures(args: argparse.Namespace, network: TrainedNetwork, methods: list[str], layer: str | None) -> int:
     """An overlay for each map and a sheet for each image, and of a data set's images one sheet of all."""
     target = None if args.target is None else find_class(args.target, network.class_names)
     paths, bad = list_files(args.images)
@@ -280,18 +296,18 @@ def make_pictures(args: argparse.Namespace, network: Classifier, methods: list[s
         writer.overview(name, overview)
     print(f"{done} image{'s' * (done != 1)} done, {writer.written} files in {printable(args.out)}")
     if bad:
-        complain(f"{len(bad)} of the inputs could not be used: see above")
+        print_error(f"{len(bad)} of the inputs could not be used: see above")
     return 1 if bad else 0
 
 
-def predictions(network: Classifier, chances: Tensor, classes: Tensor) -> str:
+def predictions(network: TrainedNetwork, chances: Tensor, classes: Tensor) -> str:
     """The best classes with their probabilities, and those that were asked for."""
     best = chances.topk(min(max(PREDICTIONS, len(classes)), len(chances))).indices.tolist()
     asked = [c for c in classes.tolist() if c not in best]
     return ", ".join(f"{network.class_names[c]} {100 * chances[c]:.1f} %" for c in best + asked)
 
 
-def heading(network: Classifier, name: str, chances: Tensor, target: Tensor | None) -> str:
+def heading(network: TrainedNetwork, name: str, chances: Tensor, target: Tensor | None) -> str:
     """What stands over a map: level, or method and class. The probability comes first, as long names are cut off."""
     if target is None:
         return name
@@ -300,7 +316,7 @@ def heading(network: Classifier, name: str, chances: Tensor, target: Tensor | No
 
 # ---- measures --------------------------------------------------------------------------------------------------------
 
-def measure(args: argparse.Namespace, network: Classifier, methods: list[str], layer: str | None) -> int:
+def measure(args: argparse.Namespace, network: TrainedNetwork, methods: list[str], layer: str | None) -> int:
     """How well the maps find the object, as a table, and as measures.csv (and parts.csv) in --out."""
     images = load_set(args, network)
     chosen = images.subset(parse_index(args.index, len(images))) if args.index else images

@@ -1,231 +1,93 @@
-"""CIFAR-100 as two tensors, decoded once (into a cache) and kept as uint8.
+"""Every data set as the scripts see it: images and labels in memory, and batches of them.
 
-CIFAR-100 comes from class folders, from the official archive, or from its unpacked folder; README.md says where to put
-which. Batches of it are made in augmentation.py.
+    from data import load_cifar100
+    train, test = load_cifar100("data")         # downloads CIFAR-100 where it is not there
+    train.images, train.labels                  # (50000, 32, 32, 3) uint8, (50000,) int64
+
+Where the images come from, and how they are decoded and augmented, is in datasets/.
 """
 from __future__ import annotations
 
 import hashlib
-import os
-import pickle
-import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
-from download import around, check_archive, check_data_dir, data_folder, fetch, named, near
-from image_files import (DataError, MIN_IMAGE_SIZE, decoded, images_and_others, one_line, passed_over, printable, resized,
-                         some)
+from common.errors import UserError
+from datasets.augmentation import Augmentation, normalize, resize
+from datasets.cifar100 import cifar100_present, load_cifar100
+from datasets.cifar_sample import cifar_sample
+from datasets.cub import cub_present, load_cub
+from datasets.cub_sample import cub_sample
+from datasets.image_files import images_and_others, open_rgb, passed_over
+from datasets.image_set import ImageSet
 
-# The official archive. md5 sums of the archive and of the three files in it that are read.
-CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-CIFAR100_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
-CIFAR100_MIB = 161
-CIFAR100_FILES = {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
-                  "meta": "7973b15100ade9c7d40fb424638fde48"}
-CIFAR100_ARCHIVE = "cifar-100-python.tar.gz"
-CIFAR100_UNPACKED = "cifar-100-python"
-CIFAR100_FOLDERS = "cifar100"
+__all__ = ["CIFAR100", "CUB", "SOURCES", "Augmentation", "DataSource", "ImageSet", "TrainBatches", "channel_statistics",
+           "cifar100_present", "cifar_sample", "cub_present", "cub_sample", "eval_batch_size", "eval_batches", "evenly_spread",
+           "images_and_others", "input_size", "load_cifar100", "load_cub", "open_rgb", "passed_over", "place_on", "resize",
+           "split", "stable_seed", "to_input"]
 
-
-@dataclass(frozen=True, eq=False)
-class ImageSet:
-    """A data set in memory. Channels are last, so that a batch permuted to (N, 3, H, W) is in channels_last format."""
-    images: torch.Tensor                # (N, H, W, 3) uint8
-    labels: torch.Tensor                # (N,) int64
-    class_names: tuple[str, ...]
-    source: str                         # for people: where the images came from
-    boxes: torch.Tensor | None = None   # (N, 4) float32, x0 y0 x1 y1 in pixels, where the deciding object is known
-    parts: torch.Tensor | None = None   # (N, P, 3) float32, x y in pixels and 1 visible / 0 not (then x = y = 0)
-    part_names: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return self.images.shape[1], self.images.shape[2]
-
-    def to(self, device: torch.device | str) -> ImageSet:
-        return self._with(lambda tensor: tensor.to(device))
-
-    def subset(self, indices) -> ImageSet:
-        """The images of `indices` (a sequence or an int64 tensor), in that order; classes stay as they are."""
-        indices = torch.as_tensor(indices, dtype=torch.int64)
-        return self._with(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
-
-    def _with(self, change) -> ImageSet:
-        boxes, parts = (None if known is None else change(known) for known in (self.boxes, self.parts))
-        return replace(self, images=change(self.images), labels=change(self.labels), boxes=boxes, parts=parts)
+# Of all images of an evaluation batch: 256 or 512 images of 32x32, for which training a batch of 128 leaves room.
+EVAL_PIXELS = {"cpu": 2**18, "cuda": 2**19}
+ZOOM_ROOM = 8 / 7   # with a zoom, pictures are kept so much larger than the network sees them (256 px for 224)
 
 
-# ---------------------------------------------------------------------------------------------- CIFAR-100: where from
+# ---- data sets by the config of a run ---------------------------------------------------------------------------------
 
-def cifar100_present(data_dir: str | os.PathLike) -> bool:
-    """Whether load_cifar100 would find something without the network. Looks at names only, so it is cheap."""
-    return _find_cifar100(data_folder(data_dir)) is not None
+@dataclass(frozen=True)
+class DataSource:
+    """Where the images of a data set come from, given the config of a run (see training/options.py)."""
+    name: str                                                   # "cifar100": names the runs' folder
+    load: Callable[[dict, bool], tuple[ImageSet, ImageSet]]     # (config, may it download?) -> train, test
+    sample: Callable[[dict], tuple[ImageSet, ImageSet]]         # (config) -> the built-in one
+    present: Callable[[str], bool]                              # are there images in this data folder?
+    train_images: int                                           # of the full data set, for estimates without it
+    test_images: int
 
+    def sets(self, config: dict, *, download: bool) -> tuple[ImageSet, ImageSet]:
+        """(train, test): the sample, or the data set. Raises UserError where a run's images are not there any more
+        (without ``download``)."""
+        if config["sample"]:
+            return self.sample(config)
+        if not download and not self.present(config["data_dir"]):
+            raise UserError(f"the images that this was trained on are not in {Path(config['data_dir']).absolute()} any more: "
+                            f"give --data-dir, the folder that holds them now")
+        return self.load(config, download)
 
-CIFAR100_NAMES = (CIFAR100_FOLDERS, CIFAR100_UNPACKED, CIFAR100_ARCHIVE)
-
-
-def _find_cifar100(root: Path) -> tuple[str, Path] | None:
-    """("folders", "unpacked" or "archive", where it is), of what is in `root`, in one of its folders, or `root` itself."""
-    for kind, name in (("folders", CIFAR100_FOLDERS), ("unpacked", CIFAR100_UNPACKED)):
-        if (root / name).is_dir():      # if it is not whole, the reader will say what is missing
-            path = next(filter(_kind_of, (root / name, *named(root / name, CIFAR100_NAMES))), root / name)
-            return _kind_of(path) or kind, path
-    path = next(filter(_kind_of, around(root, CIFAR100_NAMES)), root)
-    kind = _kind_of(path)
-    is_named_so = path.resolve().name.casefold() in CIFAR100_NAMES      # train/ and test/ alone may be anything
-    return (kind, path) if kind == "unpacked" or kind and is_named_so else None
-
-
-def _kind_of(path: Path) -> str | None:
-    """What a file or folder holds, by the names in it; None for anything else."""
-    if all((path / name).is_file() for name in CIFAR100_FILES):
-        return "unpacked"
-    if (path / "train").is_dir() and (path / "test").is_dir():
-        return "folders"
-    return "archive" if path.name.casefold() == CIFAR100_ARCHIVE and path.is_file() else None
+    def sets_or_sample(self, config: dict) -> tuple[ImageSet, ImageSet, bool]:
+        """(train, test, whether they are the sample): the data set where it is there, else the sample. No download."""
+        if config["sample"] or not self.present(config["data_dir"]):
+            return *self.sample(config), True
+        return *self.load(config, False), False
 
 
-def load_cifar100(data_dir: str | os.PathLike, *, image_size: int | None = None, num_workers: int = 0,
-                  download: bool = True, progress: bool = True) -> tuple[ImageSet, ImageSet]:
-    """CIFAR-100 (train, test) from the first of these that is there: class folders
-    `<data_dir>/cifar100/{train,test}/<class>/*` (any number of classes), the unpacked official folder, the official
-    archive, the official server (only with `download`). They are found in capital letters, too, one folder deeper, and
-    where data_dir is itself the folder.
-
-    image_size: side in pixels to resize to; None keeps the images as they are, which must then be of one size.
-    num_workers: processes that decode class folders; 0 decodes in this process.
-    Raises DataError for whatever a person can mend.
-    """
-    root = data_folder(data_dir)
-    if image_size is not None and image_size < MIN_IMAGE_SIZE:
-        raise DataError(f"--image-size {image_size} is too small: at least {MIN_IMAGE_SIZE} pixels are needed")
-    kind, path = _find_cifar100(root) or ("archive", root / CIFAR100_ARCHIVE)
-    if kind == "folders":
-        return _load_class_folders(path, root / ".cache", image_size, num_workers, progress)
-    if not path.exists():
-        _check_data_dir(root, download)
-        fetch(CIFAR100_URL, CIFAR100_MD5, path, size_mib=CIFAR100_MIB, what="CIFAR-100", by_hand=_by_hand(root),
-              progress=progress)
-    files = _read_unpacked(path) if kind == "unpacked" else _read_archive(path)
-    source = f"official CIFAR-100 files in {path}"
-    class_names = tuple(pickle.loads(files["meta"], encoding="latin1")["fine_label_names"])
-    return (_official_set(files["train"], class_names, image_size, source),
-            _official_set(files["test"], class_names, image_size, source))
+def _load_cifar100(config: dict, download: bool) -> tuple[ImageSet, ImageSet]:
+    return load_cifar100(config["data_dir"], image_size=config["image_size"], num_workers=config["num_workers"],
+                         download=download)
 
 
-def _by_hand(root: Path) -> str:
-    return (f"Fetch {CIFAR100_URL} (md5 {CIFAR100_MD5}) yourself and put it at {root / CIFAR100_ARCHIVE}, or put class"
-            f" folders at {root / 'cifar100'}/{{train,test}}/<class>/, or use --sample for the built-in sample")
+def _cub_options(config: dict) -> dict:
+    """How birds are to be cut out and kept, for load_cub and cub_sample."""
+    side = config["image_size"]
+    return {"image_size": round(side * ZOOM_ROOM) if config["zoom"] else side, "crop": config["crop"],
+            "margin": config["margin"], "num_workers": config["num_workers"]}
 
 
-def _check_data_dir(root: Path, download: bool) -> None:
-    """Refuse what looks like a mistyped --data-dir rather than download into it."""
-    if _kind_of(root) == "folders":
-        raise DataError(f"{root} holds train/ and test/ itself: if they are CIFAR-100, move them into a folder named"
-                        f" cifar100, and give the folder that holds cifar100 as --data-dir")
-    other = next(filter(_kind_of, near(root, CIFAR100_NAMES)), None)
-    check_data_dir(root, download, "CIFAR-100", "cifar100", other, _by_hand(root))
+CIFAR100 = DataSource("cifar100", _load_cifar100, lambda config: cifar_sample(), cifar100_present, 50_000, 10_000)
+CUB = DataSource("cub", lambda config, download: load_cub(config["data_dir"], **_cub_options(config), download=download),
+                 lambda config: cub_sample(**_cub_options(config)), cub_present, 5_994, 5_794)
+SOURCES = {source.name: source for source in (CIFAR100, CUB)}
 
 
-def _read_archive(path: Path) -> dict[str, bytes]:
-    """The three pickles of the official archive, by name. They are read in memory: nothing is unpacked to disk, so
-    nothing can be left half-unpacked, and no member's path matters."""
-    check_archive(path, CIFAR100_MD5, CIFAR100_URL)
-    try:
-        with tarfile.open(path, "r:gz") as archive:
-            return {name: archive.extractfile(f"{CIFAR100_UNPACKED}/{name}").read() for name in CIFAR100_FILES}
-    except (OSError, EOFError, tarfile.TarError, KeyError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read ({one_line(error)}). Move it away and start again") from None
+# ---- sets -------------------------------------------------------------------------------------------------------------
 
+def split(config: dict, train: ImageSet, test: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """What is trained on and what is evaluated: the two sets, or with --val-fraction two parts of the first."""
+    return split_validation(train, config["val_fraction"], config["seed"]) if config["val_fraction"] else (train, test)
 
-def _read_unpacked(folder: Path) -> dict[str, bytes]:
-    """The three pickles of the unpacked archive. The md5 sums come first: unpickling an unknown file runs its code."""
-    files = {}
-    for name, md5 in CIFAR100_FILES.items():
-        try:
-            files[name] = (folder / name).read_bytes()
-        except OSError as error:
-            raise DataError(f"{folder / name} cannot be read ({one_line(error)}). Move {folder} away and start again, to"
-                            f" use {CIFAR100_ARCHIVE} or download it") from None
-        if hashlib.md5(files[name], usedforsecurity=False).hexdigest() != md5:
-            raise DataError(f"{folder / name} is damaged (its md5 is not {md5}). Move {folder} away and start again, to"
-                            f" use {CIFAR100_ARCHIVE} or download it")
-    return files
-
-
-def _official_set(pickled: bytes, class_names: tuple[str, ...], image_size: int | None, source: str) -> ImageSet:
-    entry = pickle.loads(pickled, encoding="latin1")
-    images = np.ascontiguousarray(entry["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    if image_size not in (None, 32):
-        images = np.stack([resized(Image.fromarray(image), image_size) for image in images])
-    return ImageSet(torch.from_numpy(images), torch.tensor(entry["fine_labels"]), class_names, source)
-
-
-# ---------------------------------------------------------------------------------------------- class folders, cache
-
-def _load_class_folders(folder: Path, cache_dir: Path, image_size: int | None, num_workers: int,
-                        progress: bool) -> tuple[ImageSet, ImageSet]:
-    listings = {split: _list_classes(folder / split) for split in ("train", "test")}
-    train_names, test_names = (tuple(listings[split]) for split in ("train", "test"))
-    if train_names != test_names:
-        raise DataError(f"the classes of {folder / 'train'} and {folder / 'test'} differ: only in train"
-                        f" {_only(train_names, test_names)}, only in test {_only(test_names, train_names)}."
-                        f" Give both the same class folders")
-    source = f"CIFAR-100 class folders in {folder}"
-    size, sets = (image_size, image_size) if image_size else None, []
-    for split, classes in listings.items():
-        paths = [path for files in classes.values() for path in files]
-        images = decoded(paths, cache_dir, f"cifar100-{split}", folder, size, image_size is not None, num_workers,
-                         progress).images
-        size = size or images.shape[1:3]    # the test images must be of the train images' size
-        labels = torch.repeat_interleave(torch.tensor([len(files) for files in classes.values()]))
-        sets.append(ImageSet(images, labels, train_names, source))
-    return sets[0], sets[1]
-
-
-def _list_classes(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its image files, both sorted. Hidden names are passed over; so is what is no image, and that is said."""
-    if not folder.is_dir():
-        what = "a file, not a folder" if folder.exists() else "missing"
-        raise DataError(f"{folder} is {what}: class folders are expected at {folder.parent}/{{train,test}}/<class>/ (or the"
-                        f" three official files train, test and meta)")
-    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-    if not names:
-        raise DataError(f"{folder} holds no class folders. Put one folder of images for each class into it")
-    loose, _ = images_and_others(folder)
-    if loose:
-        print(f"{printable(folder)}: passed over {len(loose):,} image{'s' * (len(loose) != 1)} in no class folder: {some(loose)}",
-              flush=True)
-    classes, others, total = {}, [], 0
-    for name in names:
-        files, missed = images_and_others(folder / name)
-        if not files:
-            found = f", only {some(missed)}" if missed else ""
-            raise DataError(f"class folder {printable(folder / name)} holds no images{found}. Put images into it, or remove"
-                            f" it from both train and test")
-        classes[name] = [folder / name / file for file in files]
-        others += [f"{name}/{file}" for file in missed]
-        total += len(files) + len(missed)
-    if others:
-        print(passed_over(folder, others, total), flush=True)
-    return classes
-
-
-def _only(names: Sequence[str], others: Sequence[str]) -> str:
-    return some([name for name in names if name not in others]) or "none"
-
-
-# ---------------------------------------------------------------------------------------------------- sets of images
 
 def stable_seed(*parts: object) -> int:
     """A 63-bit seed that depends on `parts` (integers and strings) alone, the same in every process and machine."""
@@ -236,7 +98,7 @@ def stable_seed(*parts: object) -> int:
 def split_validation(train: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
     """(train, validation): `fraction` of each class, drawn by `seed`; a class keeps at least one training image."""
     if not 0 < fraction < 1:
-        raise DataError(f"--val-fraction {fraction} is not between 0 and 1")
+        raise UserError(f"--val-fraction {fraction} is not between 0 and 1")
     generator = torch.Generator().manual_seed(stable_seed("validation", seed))
     labels, chosen = train.labels.cpu(), torch.zeros(len(train), dtype=torch.bool)
     for label in range(len(train.class_names)):
@@ -245,7 +107,7 @@ def split_validation(train: ImageSet, fraction: float, seed: int) -> tuple[Image
         if count > 0:
             chosen[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     if not chosen.any():
-        raise DataError(f"--val-fraction {fraction} takes no image of any class of {train.source}. Give a larger one")
+        raise UserError(f"--val-fraction {fraction} takes no image of any class of {train.source}. Give a larger one")
     return train.subset((~chosen).nonzero().flatten()), train.subset(chosen.nonzero().flatten())
 
 
@@ -267,3 +129,84 @@ def place_on(image_set: ImageSet, device: torch.device | str) -> ImageSet:
     device = torch.device(device)
     fits = device.type != "cuda" or image_set.images.nbytes * 10 <= torch.cuda.mem_get_info(device)[0]
     return image_set.to(device) if fits else image_set
+
+
+def evenly_spread(count: int, total: int) -> Tensor:
+    """(min(count, total),) int64 indices, evenly spread over 0 to total - 1: class folders come sorted by class."""
+    return torch.linspace(0, total - 1, min(count, total)).round().long()
+
+
+# ---- batches ----------------------------------------------------------------------------------------------------------
+
+def to_input(images: Tensor, mean: Sequence[float], std: Sequence[float], size: Sequence[int]) -> Tensor:
+    """Images (N, H, W, 3) uint8 -> the network's input (N, 3, *size): the whole picture, normalized, then resized."""
+    return resize(normalize(images, mean, std), size)
+
+
+class TrainBatches:
+    """The training set of one run, as shuffled and augmented batches on `device`.
+
+    The order of an epoch depends on (seed, epoch) alone and a step's augmentation on (seed, epoch, step) alone, so a
+    run that goes on in mid-epoch sees what it would have seen. torch's global random state is neither read nor moved.
+    """
+
+    def __init__(self, image_set: ImageSet, batch_size: int, *, seed: int, augmentation: Augmentation,
+                 device: torch.device | str, share: Callable[[int], slice] = lambda total: slice(0, total)):
+        self.share = share      # which of so many images of a batch this process gets
+        self.image_set, self.batch_size, self.seed, self.augmentation = image_set, batch_size, seed, augmentation
+        self.device = torch.empty(0, device=device).device      # "cuda" becomes "cuda:0"
+
+    def __len__(self) -> int:
+        """Steps in an epoch, a last partial batch dropped; one, with all images, when there are fewer than a batch."""
+        return max(1, len(self.image_set) // self.batch_size)
+
+    @property
+    def images_per_step(self) -> int:
+        """Of all processes together."""
+        return min(self.batch_size, len(self.image_set))
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(images (N, 3, H, W) float32 channels_last, labels (N,) int64) of the steps from `start_step` on."""
+        shuffle = torch.Generator().manual_seed(stable_seed("order", self.seed, epoch))
+        # drawn on the CPU: every device, and every rank, must get the same order, wherever its images are
+        order = torch.randperm(len(self.image_set), generator=shuffle).to(self.image_set.images.device)
+        generator = torch.Generator(self.device)
+        for step in range(start_step, len(self)):
+            indices = order[step * self.batch_size:(step + 1) * self.batch_size]
+            part, total = self.share(len(indices)), len(indices)
+            indices = indices[part]
+            images, labels = (self._take(tensor, indices) for tensor in (self.image_set.images, self.image_set.labels))
+            generator.manual_seed(stable_seed("augmentation", self.seed, epoch, step))
+            yield self.augmentation(images, generator, part, total), labels
+
+    def _take(self, tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        if tensor.device == self.device:
+            return tensor.index_select(0, indices)
+        # Gathered in page-locked memory, the copy runs beside the GPU's work; PyTorch hands that memory out again
+        # only when the copy is done.
+        shape, pin = (len(indices), *tensor.shape[1:]), self.device.type == "cuda"
+        gathered = torch.empty(shape, dtype=tensor.dtype, pin_memory=pin)
+        torch.index_select(tensor, 0, indices, out=gathered)
+        return gathered.to(self.device, non_blocking=True)
+
+
+def input_size(config: dict, train: ImageSet) -> list[int]:
+    """[height, width] that the network sees: --image-size, or that of the images."""
+    return [config["image_size"]] * 2 if config["image_size"] else list(train.image_size)
+
+
+def eval_batch_size(size: Sequence[int], device: torch.device) -> int:
+    """Images of (height, width) in a batch of an evaluation."""
+    return max(1, EVAL_PIXELS[device.type] // (size[0] * size[1]))
+
+
+def eval_batches(image_set: ImageSet, device: torch.device, mean: Sequence[float], std: Sequence[float],
+                 size: Sequence[int], part: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
+    """The set (or a part of it) in order, as large normalised batches on the device; the whole picture, resized to
+    `size`."""
+    count = eval_batch_size(size, device)
+    start, end, _ = part.indices(len(image_set))
+    for first in range(start, end, count):
+        chosen = slice(first, min(first + count, end))
+        images, labels = (t[chosen].to(device, non_blocking=True) for t in (image_set.images, image_set.labels))
+        yield to_input(images, mean, std, size), labels

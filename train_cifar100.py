@@ -9,13 +9,12 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    from training.process import settle
+    from common.process import settle
     settle()    # before PyTorch is loaded
 
-from data import cifar100_present, load_cifar100
-from sample_data import cifar_sample
+from data import CIFAR100
 from training.commands import main
-from training.run import Task
+from training.task import Task
 
 # Every default, with its unit and source. --set NAME=VALUE changes one that has no option of its own.
 PAPER = {
@@ -72,17 +71,11 @@ SHORT = {
     "progressive": "0.5:0.7 0.75:0.9",
 }
 TASK = Task(
-    dataset="cifar100",
     description="Train a VGG with attention gates on CIFAR-100 (arXiv 1804.02391).",
     recipes={"fast": FAST, "paper": PAPER},
     short={"fast": SHORT},
     model="vgg-att3-concat-pc",
-    load=lambda config, download: load_cifar100(config["data_dir"], image_size=config["image_size"],
-                                                num_workers=config["num_workers"], download=download),
-    sample=lambda config: cifar_sample(),
-    present=cifar100_present,
-    train_images=50_000,
-    test_images=10_000,
+    data=CIFAR100,
 )
 
 if __name__ == "__main__":

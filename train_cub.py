@@ -11,13 +11,12 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    from training.process import settle
+    from common.process import settle
     settle()    # before PyTorch is loaded
 
-from cub import cub_present, load_cub
-from cub_sample import cub_sample
+from data import CUB
 from training.commands import main
-from training.run import Task
+from training.task import Task
 
 # Every default, with its unit and source. --set NAME=VALUE changes one that has no option of its own.
 PAPER = {
@@ -75,27 +74,12 @@ DEFAULT = PAPER | {
     "freeze_epochs": 2.0,       # new layers give the trunk useless gradients until they have learned something
     "transfer_lr": 0.5,         # between 0.2 and 1; from a CIFAR-100 network 1 was better (README)
 }
-ZOOM_ROOM = 8 / 7   # with a zoom, pictures are kept so much larger than the network sees them (256 px for 224)
-
-
-def stored(config: dict) -> dict:
-    """How the pictures are to be cut out and kept, for load_cub and cub_sample."""
-    side = config["image_size"]
-    return {"image_size": round(side * ZOOM_ROOM) if config["zoom"] else side, "crop": config["crop"],
-            "margin": config["margin"], "num_workers": config["num_workers"]}
-
-
 TASK = Task(
-    dataset="cub",
     description="Train a VGG with attention gates on CUB-200-2011 (arXiv 1804.02391).",
     recipes={"fast": DEFAULT, "paper": PAPER},
     short={},
     model="vgg-att3-concat-pc",
-    load=lambda config, download: load_cub(config["data_dir"], **stored(config), download=download),
-    sample=lambda config: cub_sample(**stored(config)),
-    present=cub_present,
-    train_images=5_994,
-    test_images=5_794,
+    data=CUB,
 )
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
 """Every test runs from the repository's root or elsewhere alike: the modules are found by path."""
-import dataclasses
 import http.server
 import os
 import sys
@@ -13,18 +12,18 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # for processes
-pytest.register_assert_rewrite("tests.makers", "tests.runs")
+pytest.register_assert_rewrite("tests.helpers.makers", "tests.helpers.runs")
 
-from training.process import share_cores  # noqa: E402
+from common.process import share_cores  # noqa: E402 - once the path is set
+from tests.helpers.environment import GPU  # noqa: E402
 
-GPU = os.environ.get("GPU_TESTS_ON") or "cuda"      # where the tests marked gpu run
 share_cores()   # before PyTorch is loaded: beside other programs the tests would take many times as long
 
 
 @pytest.fixture(autouse=True)
 def fresh_notices():
     """What a program says only once, it says anew in every test."""
-    import image_files
+    from datasets import image_files
     image_files._say_once.cache_clear()
 
 
@@ -40,16 +39,17 @@ def pytest_runtest_setup(item):
 @pytest.fixture(scope="session")
 def small_task():
     """train_cifar100.py's task on a sample of 96 training and 32 test pictures."""
-    from sample_data import cifar_sample
+    from data import cifar_sample
+    from tests.helpers.runs import with_sample
     from train_cifar100 import TASK
     sets = cifar_sample(classes=4, train_per_class=24, test_per_class=8)
-    return dataclasses.replace(TASK, sample=lambda config: sets)
+    return with_sample(TASK, lambda config: sets)
 
 
 @pytest.fixture(scope="session")
 def unhurt(small_task, tmp_path_factory):
     """Four epochs of six steps, never disturbed, with dropout, so that the random state counts."""
-    from tests.runs import NARROW
+    from tests.helpers.runs import NARROW
     from training import commands
     folder = tmp_path_factory.mktemp("unhurt") / "run"
     assert commands.main(small_task, [*NARROW, "--epochs", "4", "--set", "dropout=0.5", "--run-dir", str(folder)]) == 0
@@ -71,8 +71,8 @@ def cli(small_task, tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def root(tmp_path):
     """A data folder with BIRDS in CUB's layout."""
-    from cub import CUB_FOLDER
-    from tests.makers import BIRDS
+    from datasets.cub import CUB_FOLDER
+    from tests.helpers.makers import BIRDS
     folder, rng = tmp_path / "data" / CUB_FOLDER, np.random.default_rng(0)
     (folder / "parts").mkdir(parents=True)
     tables = {"images": [], "image_class_labels": [], "train_test_split": [], "bounding_boxes": [],
@@ -97,7 +97,7 @@ def serve(monkeypatch):
     """serve(Handler, content=...) starts a server of that handler with these attributes on the loopback interface and
     returns its address; download.py asks again without a pause."""
     servers = []
-    monkeypatch.setattr("download.PAUSE", 0.0)
+    monkeypatch.setattr("datasets.download.PAUSE", 0.0)
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from training.process import SPIN_COUNT  # noqa: E402
+from common.device import tune_malloc
+from common.process import SPIN_COUNT
 
 RUN = ["--sample", "--width", "0.5", "--image-size", "16", "--set", "progressive=none", "--device", "cpu"]
 WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -29,10 +30,10 @@ def windows() -> list[list[float]]:
     from train_cifar100 import TASK
     from training import benchmark, options
     from training.run import Run
-    options.keep_memory()
+    tune_malloc()
     args = options.make_parser("", TASK.recipes, model=TASK.model, dataset=TASK.dataset).parse_args(RUN)
     config = options.resolve(args, TASK.recipes, TASK.short, model=TASK.model, dataset=TASK.dataset)
-    trainer = Run(TASK, config, Path("."), *TASK.sample(config)).trainer
+    trainer = Run(TASK, config, Path("."), *TASK.data.sample(config)).trainer
     batches = benchmark.endless(trainer)
 
     def rate(seconds: float) -> float:
@@ -47,9 +48,9 @@ def windows() -> list[list[float]]:
         loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
         time.sleep(0.5)
         beside.append(rate(4))
-        for loop in loops:
-            loop.kill()
-            loop.wait()
+        for busy in loops:
+            busy.kill()
+            busy.wait()
     return [alone, beside]
 
 

@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
 
-from tests.runs import config_of  # noqa: E402
-from train_cifar100 import TASK  # noqa: E402
-from training.run import Run  # noqa: E402
+from tests.helpers.runs import config_of
+from train_cifar100 import TASK
+from training.run import Run
 
 STEPS, HELD_OUT = 200, 10_000
 
@@ -42,7 +42,7 @@ def measure(width: float, rate: float, filters: float, train, held_out) -> dict:
 
 if __name__ == "__main__":
     data_dir, width, *pairs = sys.argv[1:]
-    everything, _ = TASK.load({"data_dir": data_dir, "image_size": None, "num_workers": 0}, False)
+    everything, _ = TASK.data.load({"data_dir": data_dir, "image_size": None, "num_workers": 0}, False)
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(5))
     sets = everything.subset(order[:128 * STEPS]), everything.subset(order[-HELD_OUT:])
     for pair in pairs or ("0.05,0.015", "0.1,0.015", "0.2,0.015", "0.1,0.0075", "0.1,0.03", "0.1,0.06"):

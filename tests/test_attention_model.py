@@ -9,10 +9,18 @@ import torchvision
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attention_model
-from attention_gates import (AdditiveCompatibility, AttentionGate, Classifier, DotProductCompatibility,
-                             ParametrisedCompatibility, attend)
-from attention_model import MODEL_NAMES, build_model, without_norms
-from training import options
+from attention_model import (
+    MODEL_NAMES,
+    AdditiveCompatibility,
+    AttentionGate,
+    Classifier,
+    DotProductCompatibility,
+    ParametrizedCompatibility,
+    attend,
+    build_model,
+    fuse_conv_bn,
+)
+from common.device import COMPILES_CHECKPOINTS, torch_version
 
 ATTENTION_NAMES = [name for name in MODEL_NAMES if "att" in name]
 NARROW = 1 / 16  # 4 to 32 channels: milliseconds a step
@@ -94,7 +102,7 @@ def numpy_of(module) -> dict[str, np.ndarray]:
 
 def test_parametrised_compatibility(features):
     local, g = features
-    module = ParametrisedCompatibility(6).double()
+    module = ParametrizedCompatibility(6).double()
     w = numpy_of(module)
     expected = by_position(local, lambda k, l: w["u.weight"][0] @ (l + g[k].numpy()) + w["u.bias"][0])
     np.testing.assert_allclose(module(local, g).detach().numpy(), expected, rtol=1e-12)
@@ -239,7 +247,7 @@ def test_checkpointed_activations_change_nothing(name):
             torch.testing.assert_close(a.grad, b.grad, msg=key)
 
 
-@pytest.mark.skipif(options.torch_version() < options.COMPILES_CHECKPOINTS, reason="wrong in this PyTorch; refused")
+@pytest.mark.skipif(torch_version() < COMPILES_CHECKPOINTS, reason="wrong in this PyTorch; refused")
 def test_checkpointed_activations_under_the_compiler():
     """Through the compiler's tracing, without its code generator (which needs a C compiler)."""
     plain = narrow("vgg-att2-concat-gate", dropout=0.0)
@@ -257,7 +265,7 @@ def test_checkpointed_activations_under_the_compiler():
 def kept_for_backward(trunk: str, saving: bool, dtype: torch.dtype, batch: int, monkeypatch) -> float:
     """MiB that the forward pass of vgg-att3-concat-pc keeps for the backward pass at 224x224, full width: the storages
     behind all saved tensors, each counted once. On fake tensors, which have shapes and types and no numbers."""
-    monkeypatch.setattr(attention_model, "initialise", lambda model: None)
+    monkeypatch.setattr(attention_model, "initialize", lambda model: None)
     storages = {}
 
     def pack(tensor):
@@ -359,7 +367,7 @@ def test_convolutions_start_as_the_identity():
 def test_gradients_of_the_local_features_stay_channels_last():
     local = torch.randn(2, 8, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
     g = torch.randn(2, 8)
-    for output in (attend(local, torch.rand(2, 4, 5)), DotProductCompatibility()(local, g), ParametrisedCompatibility(8)(local, g)):
+    for output in (attend(local, torch.rand(2, 4, 5)), DotProductCompatibility()(local, g), ParametrizedCompatibility(8)(local, g)):
         assert torch.autograd.grad(output.sum(), local)[0].is_contiguous(memory_format=torch.channels_last)
 
 
@@ -382,7 +390,7 @@ def test_without_norms_gives_the_same_and_leaves_the_network_alone(name):
             torch.nn.init.normal_(module.running_mean)
             torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
     before, images = {n: t.clone() for n, t in model.state_dict().items()}, torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    folded = without_norms(model)
+    folded = fuse_conv_bn(model)
     assert model.training and not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.trunk.modules())
     torch.testing.assert_close(folded(images), model.eval()(images))
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

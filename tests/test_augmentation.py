@@ -8,10 +8,10 @@ import pytest
 import torch
 import torchvision.transforms.functional as reference
 
-import augmentation
-import data
-from augmentation import Augmentation, TrainBatches, normalise, resize
-from tests.makers import image_set
+from data import Augmentation, TrainBatches, resize, split_validation
+from datasets import augmentation
+from datasets.augmentation import normalize
+from tests.helpers.makers import image_set
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 
@@ -53,7 +53,7 @@ def test_padding_larger_than_the_image_is_refused():
 
 def test_normalise_and_resize():
     images = image_set().images
-    plain = normalise(images, MEAN, STD)
+    plain = normalize(images, MEAN, STD)
     expected = (images.double() / 255 - torch.tensor(MEAN).double()) / torch.tensor(STD).double()
     torch.testing.assert_close(plain.permute(0, 2, 3, 1).double(), expected, atol=2e-6, rtol=0)
     assert resize(plain, None) is plain and resize(plain, (18, 24)) is plain
@@ -88,7 +88,7 @@ def test_zoom_equals_a_loop_over_pixels():
     batch = augmentation(images, generator(4))
     assert batch.shape == (6, 3, *size) and batch.is_contiguous(memory_format=torch.channels_last)
     draw = augmentation.draw(6, *size, generator(4))
-    plain = normalise(images, MEAN, STD).permute(0, 2, 3, 1).double().numpy()
+    plain = normalize(images, MEAN, STD).permute(0, 2, 3, 1).double().numpy()
     for i, image in enumerate(plain):
         area = least + (1 - least) * draw.area[i].item()
         aspect = (4 / 3) ** (2 * draw.aspect[i].item() - 1)
@@ -208,7 +208,7 @@ def test_trivial_augment_gives_every_operation_its_share_of_a_batch():
 def test_another_size_without_zoom_is_the_evaluations_resize():
     images = pictures()
     batch = Augmentation(mean=MEAN, std=STD, pad=0, flip=False, size=(20, 18))(images, generator())
-    assert torch.equal(batch, resize(normalise(images, MEAN, STD), (20, 18)))
+    assert torch.equal(batch, resize(normalize(images, MEAN, STD), (20, 18)))
 
 
 def test_what_is_switched_off_leaves_the_rest_as_it_was():
@@ -257,7 +257,7 @@ def test_global_random_states_are_neither_read_nor_moved():
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     first = list(batches().epoch(0))
-    data.split_validation(image_set(), 0.2, 0)
+    split_validation(image_set(), 0.2, 0)
     assert torch.equal(before[0], torch.get_rng_state()) and random.getstate() == before[2]
     assert (before[1] == np.random.get_state()[1]).all()
     torch.manual_seed(2), np.random.seed(2), random.seed(2)

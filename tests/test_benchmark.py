@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from attention_model import build_model
-from tests.test_training import CONFIG, Batches, trainer
+from common.device import cpu_has_bf16
+from tests.helpers.trainers import CONFIG, Batches, make_trainer
 from training import benchmark
-from training.loop import Trainer
-from training.options import cpu_has_bf16
+from training.trainer import Trainer
 
 
 def test_benchmark_prints_a_table_and_writes_it(cli, tmp_path):
@@ -44,7 +44,7 @@ def test_a_plain_way_that_does_not_fit_loses_nothing(cli, monkeypatch, tmp_path)
 
 def test_the_arithmetic_is_that_of_the_convolutions():
     """vgg-gap, by hand: 2 operations a multiply-add; forward, and twice that backward, but for the image's gradient."""
-    ours = trainer(model="vgg-gap", width=1 / 16)
+    ours = make_trainer(model="vgg-gap", width=1 / 16)
     side, macs, first, channels = 32, 0, None, 3
     for number, block in enumerate(((4, 4), (8, 8), (16,) * 3, (32,) * 3, (32,) * 3), start=1):
         side //= 2 if number > 3 else 1
@@ -53,7 +53,7 @@ def test_the_arithmetic_is_that_of_the_convolutions():
             first = first or layer
             macs, channels = macs + layer, wide
     macs += 32 * 4
-    assert benchmark.flop_an_image(ours) == 2 * (3 * macs - first)
+    assert benchmark.flops_per_image(ours) == 2 * (3 * macs - first)
 
 
 def test_full_width_is_what_the_paper_file_says():
@@ -67,8 +67,8 @@ def test_full_width_is_what_the_paper_file_says():
 
 
 def test_parts_are_told_apart(monkeypatch):
-    ours, clock = trainer(), [0.0]
-    monkeypatch.setattr(benchmark, "now", lambda device: clock[0])
+    ours, clock = make_trainer(), [0.0]
+    monkeypatch.setattr(benchmark, "synced_time", lambda device: clock[0])
 
     def taking(seconds, work):
         def call(*args, **kwargs):

@@ -1,6 +1,5 @@
 """cam.py as people use it: a network that has learned where to look, pictures of maps, and wrong use."""
 import csv
-import dataclasses
 import os
 import pickle
 import re
@@ -14,18 +13,17 @@ from PIL import Image
 
 import cam
 from attention_model import build_model
-from augmentation import normalise
-from cub import load_cub
-from cub_sample import write_cub_sample
-from data import load_cifar100
-from sample_data import cifar_sample
-from tests.conftest import ROOT
-from tests.makers import first_lines, make_folders, torchvisions
+from common.checkpoint import FORMAT
+from data import cifar_sample, load_cifar100, load_cub
+from datasets.augmentation import normalize
+from datasets.cub_sample import write_cub_sample
+from explain.metrics import CENTRE, UNIFORM
+from tests.helpers.environment import ROOT
+from tests.helpers.makers import first_lines, make_folders, torchvisions
+from tests.helpers.runs import with_sample
 from train_cifar100 import FAST, TASK
 from train_cub import DEFAULT
-from training import checkpoint, commands
-from training.localise import CENTRE, UNIFORM
-
+from training import commands
 
 # ---- a network that has learned where to look ------------------------------------------------------------------------
 
@@ -34,7 +32,7 @@ def trained(tmp_path_factory):
     """An attention network and vgg-gap, trained on the sample for some seconds: name -> checkpoint."""
     folder = tmp_path_factory.mktemp("trained")
     sets = cifar_sample(classes=4, train_per_class=150, test_per_class=40)
-    task = dataclasses.replace(TASK, sample=lambda config: sets)
+    task = with_sample(TASK, lambda config: sets)
     for name in ("vgg-att3-concat-pc", "vgg-gap"):
         assert commands.main(task, ["--sample", "--model", name, "--width", "0.0625", "--epochs", "3", "--batch-size",
                                     "16", "--lr", "0.04", "--set", "muon=0.25", "--set", "lr_by_width=0", "--set",
@@ -48,7 +46,7 @@ def cli(tmp_path, monkeypatch, capsys):
     """cli("photo.png") -> (exit status, standard output, standard error), in an empty folder; with a small sample."""
     monkeypatch.chdir(tmp_path)
     sets = cifar_sample(classes=4, train_per_class=150, test_per_class=40)
-    monkeypatch.setitem(cam.TASKS, "cifar100", dataclasses.replace(TASK, sample=lambda config: sets))
+    monkeypatch.setitem(cam.SOURCES, "cifar100", with_sample(TASK, lambda config: sets).data)
 
     def call(*words):
         capsys.readouterr()
@@ -86,7 +84,7 @@ def untrained(path, name, task_config, dataset, classes, size=32, width=1 / 16):
     config = task_config | {"model": name, "width": width, "dataset": dataset, "sample": False, "image_size": size,
                             "num_workers": 0, "trunk": "pooled", "pool4": 2}
     model = build_model(name, len(classes), width=width, trunk="pooled")
-    torch.save({"format": checkpoint.FORMAT, "model": model.state_dict(), "ema": None, "config": config,
+    torch.save({"format": FORMAT, "model": model.state_dict(), "ema": None, "config": config,
                 "class_names": list(classes), "input_size": [size, size], "mean": [0.5] * 3, "std": [0.25] * 3,
                 "position": {"epoch": 1}}, path)
     return path
@@ -146,7 +144,7 @@ def test_the_network_sees_the_picture_as_in_training_and_the_map_lies_over_it(cl
     monkeypatch.setattr(cam, "grad_cam", spot)
     assert cli("--checkpoint", path, "photo.png", "--method", "gradcam", "--opacity", 1, "--out", ".")[0] == 0
     small = torch.from_numpy(np.array(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR)))
-    torch.testing.assert_close(seen[-1].cpu(), normalise(small[None], [0.5] * 3, [0.25] * 3))
+    torch.testing.assert_close(seen[-1].cpu(), normalize(small[None], [0.5] * 3, [0.25] * 3))
     shown = np.asarray(Image.open("photo-gradcam.png")).astype(int).sum(2)
     assert shown.shape == (240, 540)    # six times as large
     y, x = np.argwhere(shown == shown.max()).mean(0)
@@ -200,8 +198,8 @@ def test_training_and_cam_see_the_same_picture(cli, tmp_path, monkeypatch):
         shutil.copytree("photos", f"data/cifar100/{split}/b")
     stored = load_cifar100("data", image_size=32)[0].images[:4]
     seen, network = [], untrained(tmp_path / "net.pt", "vgg-gap", FAST, "cifar100", ["a", "b"])
-    batch = cam.Classifier.batch
-    monkeypatch.setattr(cam.Classifier, "batch", lambda self, images: (seen.append(images), batch(self, images))[1])
+    batch = cam.TrainedNetwork.batch
+    monkeypatch.setattr(cam.TrainedNetwork, "batch", lambda self, images: (seen.append(images), batch(self, images))[1])
     assert cli("--checkpoint", network, "photos")[0] == 0
     assert torch.equal(seen[0], stored)
     assert Image.open("runs/cam/turned-gradcam.png").size == (240, 480)
@@ -256,7 +254,7 @@ def test_a_closed_pipe_stops_no_pictures(trained, tmp_path):
 
 
 def test_the_data_folder_is_the_checkpoints_and_nothing_is_downloaded(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.fetch", None)     # a call would fail
+    monkeypatch.setattr("datasets.cifar100.fetch", None)     # a call would fail
     make_folders(tmp_path / "photos", classes=("a", "b"), size=(32, 32))
     path = untrained(tmp_path / "net.pt", "vgg-gap", FAST | {"data_dir": "photos"}, "cifar100", ["a", "b"])
     words = ["--checkpoint", path, "--dataset", "cifar100", "--num-workers", 0]

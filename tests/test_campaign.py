@@ -21,15 +21,17 @@ import pytest
 import torch
 from PIL import Image
 
-import image_files
 import train_cifar100
-from files import temporary_in
-from sample_data import cifar_sample
-from tests.runs import NARROW, assert_runs_equal
-from training import checkpoint, commands, run as run_module
-from training.loop import Trainer
-from training.options import UserError
+from common.checkpoint import SINCE_FORMAT_2, read_checkpoint
+from common.errors import UserError
+from common.files import temporary_in
+from data import cifar_sample
+from datasets import image_files
+from tests.helpers.runs import NARROW, assert_runs_equal
+from training import checkpoint, commands
+from training import run as run_module
 from training.report import METRIC_FIELDS
+from training.trainer import Trainer
 
 EPOCHS = 16     # of six steps each, a checkpoint after every step
 NEW = [word for word in NARROW if word != "--sample"]
@@ -264,7 +266,7 @@ class Campaign:
         """Harm the files of the stopped run, where it has the ones that have to take over."""
         run, rng = self.folder / "hurt", self.rng
         if kind.startswith("last.pt"):
-            data, content = bytearray(self.last.read_bytes()), checkpoint.read_checkpoint(self.last)
+            data, content = bytearray(self.last.read_bytes()), read_checkpoint(self.last)
             if not (run / "last.prev.pt").exists():     # killed between two renames
                 shutil.copy(self.last, run / "last.prev.pt")
             self.last.unlink()  # killed between two others, both are one file
@@ -276,7 +278,7 @@ class Campaign:
                 data[rng.randrange(len(data) // 4, 3 * len(data) // 4)] ^= 1 << rng.randrange(8)
                 self.last.write_bytes(data)
             elif kind.endswith("older version"):
-                config = {name: value for name, value in content["config"].items() if name not in checkpoint.SINCE_FORMAT_2}
+                config = {name: value for name, value in content["config"].items() if name not in SINCE_FORMAT_2}
                 del content["transferred"], content["labels"]
                 torch.save(content | {"format": 1, "config": config | {"init_from": ""}}, self.last)
                 self.config.write_text(json.dumps(checkpoint.read_config(run) | {"config": config | {"init_from": ""}}))
@@ -399,7 +401,7 @@ def test_a_damaged_checkpoint_never_replaces_the_good_one_before_it(calm, tmp_pa
     assert (tmp_path / "run" / "last.damaged.pt").read_bytes() == b"damaged"
     checkpoint.save_checkpoint(tmp_path / "run", content)
     for name in ("last.pt", "last.prev.pt"):
-        assert checkpoint.read_checkpoint(tmp_path / "run" / name)["position"] == content["position"]
+        assert read_checkpoint(tmp_path / "run" / name)["position"] == content["position"]
 
 
 def test_a_checkpoint_of_another_run_is_refused(calm, tmp_path):

@@ -1,7 +1,6 @@
 """train_cifar100.py as people use it: runs that are hurt and resumed, evaluation, and data that move or change."""
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import pty
@@ -15,13 +14,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.makers import make_folders
-from tests.runs import NARROW, assert_runs_equal, content_of, scalars_of, signal_after
+from common.checkpoint import read_checkpoint
+from tests.helpers.makers import make_folders
+from tests.helpers.runs import (
+    NARROW,
+    assert_runs_equal,
+    content_of,
+    scalars_of,
+    signal_after,
+    with_sample,
+)
 from train_cifar100 import FAST
-from training import checkpoint, commands, options, run as run_module
-from training.loop import Trainer
+from training import checkpoint, commands, estimate
+from training import run as run_module
+from training.evaluate_checkpoint import precision_here
 from training.ranks import Ranks
 from training.report import read_metrics
+from training.signals import Signals
+from training.trainer import Trainer
 
 # ---- runs that are stopped -------------------------------------------------------------------------------------------
 
@@ -66,7 +76,7 @@ def test_a_second_interrupt_leaves_at_once(monkeypatch):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
     before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background of a shell
-    with run_module.Signals() as signals:
+    with Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals() and not left
         os.kill(os.getpid(), signal.SIGINT)
@@ -83,7 +93,7 @@ def test_a_closed_terminal_ends_the_run_and_no_line_written_after_it_does_harm(c
     try:
         os.dup2(there, 1)
         os.dup2(there, 2)
-        with run_module.Signals() as signals:
+        with Signals() as signals:
             os.close(here)
             with pytest.raises(OSError):
                 os.write(1, b"nobody reads this")
@@ -108,7 +118,7 @@ def test_a_pipe_that_nobody_reads_saves_and_ends_the_run(cli, monkeypatch, unhur
     with monkeypatch.context() as patch:
         for module in (run_module, commands):
             patch.setattr(module, "print", broken, raising=False)
-        patch.setattr(run_module.Signals, "nobody_reads", staticmethod(lambda: None))
+        patch.setattr(Signals, "nobody_reads", staticmethod(lambda: None))
         status, _, err = cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "hurt")
     assert status == 128 + signal.SIGPIPE and "everything is saved" in err
     position = content_of("hurt")["position"]
@@ -119,7 +129,7 @@ def test_a_pipe_that_nobody_reads_saves_and_ends_the_run(cli, monkeypatch, unhur
 
 def test_nohup_is_heeded(monkeypatch):
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
-    with run_module.Signals() as signals:
+    with Signals() as signals:
         assert set(signals.before) == {signal.SIGINT, signal.SIGTERM}
 
 
@@ -231,7 +241,7 @@ def test_a_validation_split_keeps_the_best(cli):
     assert status == 0 and "72 training and 24 val images" in out and "The test set has not been looked at" in out
     assert "top1/val" in scalars_of("r")
     rows = read_metrics(Path("r/metrics.csv"))
-    best = checkpoint.read_checkpoint("r/best.pt")["best"]
+    best = read_checkpoint("r/best.pt")["best"]
     assert best["top1"] == max(row["eval_top1"] for row in rows)
 
 
@@ -257,11 +267,11 @@ def test_evaluate_takes_the_settings_from_the_checkpoint(cli, unhurt, monkeypatc
     for words in (["--sample"], ["--width", 0.5], ["--set", "dropout=0"], ["--run-dir", "x"]):
         status, _, err = cli("--evaluate", unhurt / "last.pt", *words)
         assert status == 2 and f"from the checkpoint: leave out {words[0]}" in err
-    monkeypatch.setattr(options, "cpu_has_bf16", lambda: False)     # emulated, it would take hours
-    here = [commands.precision_here(name, torch.device("cpu")) for name in ("bf16", "fp16", "fp32")]
+    monkeypatch.setattr("common.device.cpu_has_bf16", lambda: False)     # emulated, it would take hours
+    here = [precision_here(name, torch.device("cpu")) for name in ("bf16", "fp16", "fp32")]
     assert here == ["auto", "auto", "fp32"]
     if torch.cuda.is_available():
-        assert commands.precision_here("fp16", torch.device("cuda")) == "fp16"
+        assert precision_here("fp16", torch.device("cuda")) == "fp16"
 
 
 def test_the_folder_to_go_on_in(cli, monkeypatch):
@@ -289,7 +299,8 @@ def test_the_command_that_goes_on_is_the_one_it_was_started_by(small_task, monke
     monkeypatch.setattr(sys, "argv", ["code of mine/train_cifar100.py"])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(commands, "program", lambda name, module=None: name)
-    assert commands.how_to_resume(small_task, Path("a run"), Ranks(0, 4, 0)) == (
+    run = types.SimpleNamespace(task=small_task, run_dir=Path("a run"), ranks=Ranks(0, 4, 0))
+    assert commands.how_to_resume(run) == (
         "torchrun --nproc-per-node=2 'code of mine/train_cifar100.py' --resume 'a run'")
 
 
@@ -298,7 +309,7 @@ def test_the_peak_rate_that_is_told_is_the_peak(epochs):
     config = FAST | {"epochs": epochs, "batch_size": 64, "lr": 0.02, "width": 0.5}
     trainer = types.SimpleNamespace(config=config, batches=range(781), transferred=())
     told = re.fullmatch(r"Peak learning rate (.*) for batches of 64: 0.00062 an image; 0.006 for the 3x3 filters, by Muon",
-                        commands.rate_in_words(trainer))
+                        estimate.rate_in_words(trainer))
     assert float(told[1]) == pytest.approx(0.04, rel=0.005)
 
 
@@ -315,7 +326,7 @@ def test_same_seed_same_run_and_another_seed_another(cli, unhurt):
 def test_nothing_is_downloaded_for_what_was_made_before(cli, monkeypatch, tmp_path):
     def refuse(*words, **options):
         raise AssertionError("a download began")
-    monkeypatch.setattr("data.fetch", refuse)
+    monkeypatch.setattr("datasets.cifar100.fetch", refuse)
     make_folders(tmp_path / "photos", size=(16, 16), per_class=8)
     words = ["--data-dir", "photos", "--model", "vgg", "--width", 0.015625, "--device", "cpu", "--epochs", 1, "--batch-size", 4,
              "--num-workers", 0, "--run-dir", "r"]
@@ -353,11 +364,11 @@ def test_names_in_any_encoding_go_through_everything(cli, tmp_path, capsys):
 
 
 def test_changed_data_is_noticed(cli, small_task, unhurt):
-    from sample_data import cifar_sample
+    from data import cifar_sample
     shutil.copytree(unhurt, "r")
     for classes, each, message in ((5, 24, "its classes are not"), (4, 20, "it had 96 training images and has 80 now")):
         sets = cifar_sample(classes=classes, train_per_class=each, test_per_class=8)
-        task = dataclasses.replace(small_task, sample=lambda config: sets)
+        task = with_sample(small_task, lambda config: sets)
         status, _, err = cli("--resume", "r", "--epochs", 6, task=task)
         assert status == 1 and "the data set has changed" in err and message in err
 

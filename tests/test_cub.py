@@ -15,11 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-import cub
-import data
-import image_files
-from cub import CUB_FOLDER, cub_present
-from tests.makers import BIRD_SIZE as SIZE, BIRDS, birds_fail as fails, decoded_anew, load_birds as load
+from data import cub_present, place_on
+from datasets import cub, image_files
+from datasets.cub import CUB_FOLDER
+from tests.helpers.makers import BIRD_SIZE as SIZE
+from tests.helpers.makers import BIRDS, decoded_anew
+from tests.helpers.makers import birds_fail as fails
+from tests.helpers.makers import load_birds as load
 
 REAL = Path(__file__).parent.parent / "data"
 TRAIN, TEST = (3, 7, 12), (4, 9)
@@ -72,7 +74,7 @@ def test_subset_and_device_carry_boxes_and_parts(root):
     part = train.subset([2, 0]).to("cpu")
     assert torch.equal(part.parts, train.parts[[2, 0]]) and torch.equal(part.boxes, train.boxes[[2, 0]])
     assert part.part_names == train.part_names and part.labels.tolist() == [1, 0]
-    assert torch.equal(data.place_on(train, "cpu").parts, train.parts) and str(root / CUB_FOLDER) in train.source
+    assert torch.equal(place_on(train, "cpu").parts, train.parts) and str(root / CUB_FOLDER) in train.source
 
 
 def test_without_parts(root):

@@ -8,10 +8,18 @@ import pytest
 import torch
 from PIL import Image
 
-from cub import CUB_FOLDER
-from cub_sample import MARK_CELL, PART_NAMES, WORDS, cub_sample, draw_bird, write_cub_sample
-from sample_data import CELLS, MARKS
-from tests.makers import listing, load_birds as load
+from data import cub_sample
+from datasets.cifar_sample import CELLS, MARKS
+from datasets.cub import CUB_FOLDER
+from datasets.cub_sample import (
+    MARK_CELL,
+    PART_NAMES,
+    WORDS,
+    draw_bird,
+    write_cub_sample,
+)
+from tests.helpers.makers import listing
+from tests.helpers.makers import load_birds as load
 
 
 def draw(label, seed):

@@ -10,12 +10,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention_model
-import augmentation
 import train_cifar100
 import train_cub
 from data import ImageSet
-from tests.runs import config_of
-from training import loop, optimise, options, run
+from datasets import augmentation
+from tests.helpers.runs import config_of
+from training import optim, run
+from training import trainer as trainer_module
 
 CUDA = torch.device("cuda", 0)
 COUNT, BATCH = 48, 16       # images; TrivialAugment has 14 operations
@@ -103,8 +104,8 @@ def on_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**34, 2**34))
     # fp16's scaler asks whether the gradients are finite: the only thing in a step that waits
     monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", lambda self, optimizer, *_, **__: optimizer.step())
-    monkeypatch.setattr(options, "choose_device", lambda name: CUDA)
-    for place, name in ((attention_model, "initialise"), (nn.Conv2d, "reset_parameters"), (nn.Linear, "reset_parameters")):
+    monkeypatch.setattr(run, "choose_device", lambda name: CUDA)
+    for place, name in ((attention_model, "initialize"), (nn.Conv2d, "reset_parameters"), (nn.Linear, "reset_parameters")):
         monkeypatch.setattr(place, name, lambda _: None)    # done on the CPU, and slow in this mode
     monkeypatch.setattr(run, "fingerprint", lambda image_set: [len(image_set), 0])
     monkeypatch.setattr(run.Run, "weights_and_statistics", lambda *_: ((0.5,) * 3, (0.25,) * 3, frozenset()))
@@ -227,8 +228,8 @@ def copied(tensor):
     return tensor + torch.zeros(tensor.shape, device="cpu").to(tensor.device)
 
 
-PLACES = ((augmentation, "normalise"), (loop, "resize"), (loop.F, "cross_entropy"), (optimise, "products_of_factors"),
-          (torch, "_foreach_lerp"), (optimise.MovingAverage, "update"))
+PLACES = ((augmentation, "normalize"), (trainer_module, "resize"), (trainer_module.F, "cross_entropy"), (optim, "products_of_factors"),
+          (torch, "_foreach_lerp"), (optim.EMA, "update"))
 
 
 @pytest.mark.parametrize("harm, said", [(from_the_host, "devices"), (read, "_local_scalar_dense"), (copied, "waits")])

@@ -11,10 +11,19 @@ import torch
 from PIL import Image
 
 import data
-import download
-import image_files
-from data import DataError, ImageSet
-from tests.makers import cifar_fails as fails, image_set, load_cifar as load, make_folders
+from common.errors import UserError
+from data import (
+    ImageSet,
+    channel_statistics,
+    load_cifar100,
+    place_on,
+    split_validation,
+    stable_seed,
+)
+from datasets import cifar100, download, image_files
+from tests.helpers.makers import cifar_fails as fails
+from tests.helpers.makers import image_set, make_folders
+from tests.helpers.makers import load_cifar as load
 
 REAL = Path(__file__).parent.parent / "data"
 
@@ -27,7 +36,7 @@ def test_image_set():
     part = boxed.subset([4, 2])
     assert len(part) == 2 and part.image_size == (18, 24) and part.labels.tolist() == [1, 2]
     assert torch.equal(part.images, whole.images[[4, 2]]) and part.boxes[0].tolist() == [16, 17, 18, 19]
-    assert whole.to("cpu").boxes is None and torch.equal(data.place_on(boxed, "cpu").boxes, boxed.boxes)
+    assert whole.to("cpu").boxes is None and torch.equal(place_on(boxed, "cpu").boxes, boxed.boxes)
 
 
 def test_place_on_a_gpu_by_a_tenth_of_its_free_memory(monkeypatch):
@@ -36,42 +45,42 @@ def test_place_on_a_gpu_by_a_tenth_of_its_free_memory(monkeypatch):
     for free, expected in ((whole.images.nbytes * 10, [torch.device("cuda")]), (whole.images.nbytes * 10 - 1, [])):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
         moved.clear()
-        data.place_on(whole, "cuda")
+        place_on(whole, "cuda")
         assert moved == expected
 
 
 def test_split_validation_takes_a_share_of_each_class():
     whole = image_set(63, classes=3)
     whole.images[:, 0, 0, 0] = torch.arange(63, dtype=torch.uint8)
-    train, validation = data.split_validation(whole, 0.2, seed=7)
+    train, validation = split_validation(whole, 0.2, seed=7)
     assert torch.bincount(validation.labels).tolist() == [4, 4, 4] and len(train) == 51
     ids = [s.images[:, 0, 0, 0].tolist() for s in (train, validation)]
     assert sorted(ids[0] + ids[1]) == list(range(63)) and validation.labels.tolist() == [i % 3 for i in ids[1]]
-    assert torch.equal(validation.images, data.split_validation(whole, 0.2, seed=7)[1].images)
-    assert not torch.equal(validation.images, data.split_validation(whole, 0.2, seed=8)[1].images)
-    kept, _ = data.split_validation(whole, 0.999, seed=0)
+    assert torch.equal(validation.images, split_validation(whole, 0.2, seed=7)[1].images)
+    assert not torch.equal(validation.images, split_validation(whole, 0.2, seed=8)[1].images)
+    kept, _ = split_validation(whole, 0.999, seed=0)
     assert torch.bincount(kept.labels).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1, 0.001, float("nan")])
 def test_split_validation_refuses_useless_fractions(fraction):
-    with pytest.raises(DataError, match="--val-fraction"):
-        data.split_validation(image_set(), fraction, 0)
+    with pytest.raises(UserError, match="--val-fraction"):
+        split_validation(image_set(), fraction, 0)
 
 
 def test_channel_statistics():
     whole = image_set(50)
-    mean, std = data.channel_statistics(whole)
+    mean, std = channel_statistics(whole)
     pixels = whole.images.numpy().reshape(-1, 3) / 255
     np.testing.assert_allclose(mean, pixels.mean(0), atol=1e-12)
     np.testing.assert_allclose(std, pixels.std(0), atol=1e-12)
     flat = ImageSet(torch.full((2, 16, 16, 3), 9, dtype=torch.uint8), torch.zeros(2).long(), ("a",), "x")
-    assert data.channel_statistics(flat)[1] == (1 / 255,) * 3
+    assert channel_statistics(flat)[1] == (1 / 255,) * 3
 
 
 def test_stable_seed_is_the_same_everywhere():
-    assert data.stable_seed("order", 0, 1) == data.stable_seed("order", 0, 1) == 4602570500139554110
-    assert data.stable_seed(1, 23) != data.stable_seed(12, 3)
+    assert stable_seed("order", 0, 1) == stable_seed("order", 0, 1) == 4602570500139554110
+    assert stable_seed(1, 23) != stable_seed(12, 3)
 
 
 # ------------------------------------------------------------------------------------------------------ class folders
@@ -100,11 +109,11 @@ def test_image_size_resizes_images_of_any_size(tmp_path):
 
 
 def test_bad_class_folders(tmp_path, monkeypatch):
-    message = fails(tmp_path / "nowhere", tmp_path / "nowhere", "does not exist", data.CIFAR100_URL, data.CIFAR100_MD5)
+    message = fails(tmp_path / "nowhere", tmp_path / "nowhere", "does not exist", cifar100.CIFAR100_URL, cifar100.CIFAR100_MD5)
     assert "--sample" in message and "class folders" in message
     fails(tmp_path, "no CIFAR-100 in", tmp_path)
-    with pytest.raises(DataError, match="does not exist"):      # not even with a download, where the parent is missing
-        data.load_cifar100(tmp_path / "a" / "b")
+    with pytest.raises(UserError, match="does not exist"):      # not even with a download, where the parent is missing
+        load_cifar100(tmp_path / "a" / "b")
     (tmp_path / "cifar100").mkdir()
     fails(tmp_path, tmp_path / "cifar100/train", "is missing")
     (tmp_path / "cifar100/train").write_text("as Kaggle has it, but alone")
@@ -143,7 +152,7 @@ def test_class_lists_that_differ(tmp_path):
 def archive(tmp_path, monkeypatch):
     """The bytes of a small archive like the official one, whose md5 sums data.py is made to expect."""
     rng = np.random.default_rng(0)
-    folder = tmp_path / "making" / data.CIFAR100_UNPACKED
+    folder = tmp_path / "making" / cifar100.CIFAR100_UNPACKED
     folder.mkdir(parents=True)
     contents = {"meta": {"fine_label_names": ["ant", "bee"]}}
     for split, count in (("train", 6), ("test", 4)):
@@ -151,12 +160,12 @@ def archive(tmp_path, monkeypatch):
         contents[split] = {"data": pixels, "fine_labels": [i % 2 for i in range(count)]}
     for name, content in contents.items():
         (folder / name).write_bytes(pickle.dumps(content))
-    path = tmp_path / "making" / data.CIFAR100_ARCHIVE
+    path = tmp_path / "making" / cifar100.CIFAR100_ARCHIVE
     with tarfile.open(path, "w:gz") as tar:
-        tar.add(folder, data.CIFAR100_UNPACKED)
+        tar.add(folder, cifar100.CIFAR100_UNPACKED)
         tar.add(folder / "meta", "../escaped")      # a member that would leave the folder, if anything were unpacked
-    monkeypatch.setattr(data, "CIFAR100_MD5", download.md5_of(path))
-    monkeypatch.setattr(data, "CIFAR100_FILES", {name: download.md5_of(folder / name) for name in contents})
+    monkeypatch.setattr(cifar100, "CIFAR100_MD5", download.md5_of(path))
+    monkeypatch.setattr(cifar100, "CIFAR100_FILES", {name: download.md5_of(folder / name) for name in contents})
     return path, contents
 
 
@@ -178,7 +187,7 @@ def test_archive_and_unpacked_folder(tmp_path, archive):
     assert load(root, image_size=40)[0].image_size == (40, 40)
     assert [p.name for p in root.iterdir()] == [path.name]      # nothing was unpacked
     (root / path.name).unlink()
-    (path.parent / data.CIFAR100_UNPACKED).rename(root / data.CIFAR100_UNPACKED)
+    (path.parent / cifar100.CIFAR100_UNPACKED).rename(root / cifar100.CIFAR100_UNPACKED)
     assert data.cifar100_present(root)
     check_official(load(root), contents)
     make_folders(root)
@@ -204,11 +213,11 @@ def test_official_files_one_level_off_are_found_and_nothing_is_downloaded(tmp_pa
     path, contents = archive
     root = tmp_path / "d"
     root.mkdir()
-    (path.parent / data.CIFAR100_UNPACKED).rename(root / "official")
+    (path.parent / cifar100.CIFAR100_UNPACKED).rename(root / "official")
     target = moved(root, *place)
-    monkeypatch.setattr(data, "fetch", None)    # a call would fail
+    monkeypatch.setattr(cifar100, "fetch", None)    # a call would fail
     assert data.cifar100_present(root / data_dir)
-    sets = data.load_cifar100(root / data_dir, progress=False)
+    sets = load_cifar100(root / data_dir, progress=False)
     check_official(sets, contents)
     assert sets[0].source == f"official CIFAR-100 files in {(root / data_dir).joinpath(target.relative_to(root / data_dir))}"
     assert sorted(p.name for p in target.iterdir()) == ["meta", "test", "train"]
@@ -240,23 +249,23 @@ def test_class_folders_one_level_off_are_found(tmp_path, place, data_dir):
 
 def test_what_lies_beside_the_data_folder_is_named_not_downloaded_again(tmp_path, archive, monkeypatch):
     path, _ = archive
-    monkeypatch.setattr(data, "fetch", None)
+    monkeypatch.setattr(cifar100, "fetch", None)
     (tmp_path / "there").mkdir()
-    for name in (data.CIFAR100_UNPACKED, path.name):
+    for name in (cifar100.CIFAR100_UNPACKED, path.name):
         (path.parent / name).rename(tmp_path / name)
         for new in ("new", "there"):
-            with pytest.raises(DataError, match=f"no CIFAR-100 in .*{new}, but there is one at .*{name}: give --data-dir "):
-                data.load_cifar100(tmp_path / new, progress=False)
+            with pytest.raises(UserError, match=f"no CIFAR-100 in .*{new}, but there is one at .*{name}: give --data-dir "):
+                load_cifar100(tmp_path / new, progress=False)
         (tmp_path / name).rename(path.parent / name)
     assert not data.cifar100_present(tmp_path / "new") and not (tmp_path / "new").exists()
 
 
 def test_inside_the_data_set_nothing_is_downloaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "fetch", None)
+    monkeypatch.setattr(cifar100, "fetch", None)
     make_folders(tmp_path)
     for inside in ("cifar100/train", "cifar100/train/cat"):
-        with pytest.raises(DataError, match=f"but there is one at {tmp_path}/cifar100: give --data-dir {tmp_path}$"):
-            data.load_cifar100(tmp_path / inside, progress=False)
+        with pytest.raises(UserError, match=f"but there is one at {tmp_path}/cifar100: give --data-dir {tmp_path}$"):
+            load_cifar100(tmp_path / inside, progress=False)
 
 
 def test_a_link_to_the_data_set(tmp_path):
@@ -281,8 +290,8 @@ def test_good_data_are_never_to_be_deleted(tmp_path, archive):
     """Something of that name that is not whole: the advice is to move it, as it may be the only copy of something."""
     path, _ = archive
     root = path.parent
-    (root / data.CIFAR100_UNPACKED / "meta").rename(root / "meta")
-    message = fails(root, root / data.CIFAR100_UNPACKED / "meta", "Move")
+    (root / cifar100.CIFAR100_UNPACKED / "meta").rename(root / "meta")
+    message = fails(root, root / cifar100.CIFAR100_UNPACKED / "meta", "Move")
     assert "Delete" not in message and "delete" not in message
 
 
@@ -290,14 +299,14 @@ def test_damaged_archive_and_unpacked_folder(tmp_path, archive):
     path, _ = archive
     whole = path.read_bytes()
     root = path.parent
-    (root / data.CIFAR100_UNPACKED / "train").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    fails(root, root / data.CIFAR100_UNPACKED / "train", "md5", "Move")
-    (root / data.CIFAR100_UNPACKED / "train").unlink()
-    fails(root, root / data.CIFAR100_UNPACKED / "train", "Move")
-    (root / data.CIFAR100_UNPACKED).rename(root / "away")
+    (root / cifar100.CIFAR100_UNPACKED / "train").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    fails(root, root / cifar100.CIFAR100_UNPACKED / "train", "md5", "Move")
+    (root / cifar100.CIFAR100_UNPACKED / "train").unlink()
+    fails(root, root / cifar100.CIFAR100_UNPACKED / "train", "Move")
+    (root / cifar100.CIFAR100_UNPACKED).rename(root / "away")
     for content in (whole[:len(whole) // 2], whole + b"x", b""):
         path.write_bytes(content)
-        fails(root, path, data.CIFAR100_MD5, data.CIFAR100_URL, "Move it away")
+        fails(root, path, cifar100.CIFAR100_MD5, cifar100.CIFAR100_URL, "Move it away")
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -318,16 +327,16 @@ def server(monkeypatch, serve):
     """Starts a server that answers with the given bytes, and points data.py at it."""
     def start(content, declared=None, status=200):
         address = serve(Server, content=content, declared=declared, status=status)
-        monkeypatch.setattr(data, "CIFAR100_URL", f"{address}/c.tar.gz")
+        monkeypatch.setattr(cifar100, "CIFAR100_URL", f"{address}/c.tar.gz")
     return start
 
 
 def download_fails(root, *words):
-    with pytest.raises(DataError) as caught:
-        data.load_cifar100(root, progress=False)
+    with pytest.raises(UserError) as caught:
+        load_cifar100(root, progress=False)
     message = str(caught.value)
     assert "\n" not in message
-    advice = data.CIFAR100_URL, data.CIFAR100_MD5, root / data.CIFAR100_ARCHIVE, "class folders", "--sample"
+    advice = cifar100.CIFAR100_URL, cifar100.CIFAR100_MD5, root / cifar100.CIFAR100_ARCHIVE, "class folders", "--sample"
     for word in (*words, *advice):
         assert str(word) in message, message
     assert not list(root.glob("*")) and not list(root.glob(".*")), "something half-made was left behind"
@@ -338,11 +347,11 @@ def test_download(tmp_path, archive, server, capsys):
     path, contents = archive
     server(path.read_bytes())
     root = tmp_path / "data"        # made by the download
-    check_official(data.load_cifar100(root, progress=False), contents)
-    assert [p.name for p in root.iterdir()] == [data.CIFAR100_ARCHIVE]
+    check_official(load_cifar100(root, progress=False), contents)
+    assert [p.name for p in root.iterdir()] == [cifar100.CIFAR100_ARCHIVE]
     assert "downloading" in capsys.readouterr().out
     server(b"", status=500)
-    check_official(data.load_cifar100(root, progress=False), contents)      # nothing is fetched twice
+    check_official(load_cifar100(root, progress=False), contents)      # nothing is fetched twice
 
 
 def test_downloads_that_fail(tmp_path, archive, server):
@@ -359,9 +368,9 @@ def test_downloads_that_fail(tmp_path, archive, server):
 
 def test_dead_server(tmp_path, monkeypatch, server):
     server(b"")
-    port = int(data.CIFAR100_URL.split(":")[2].split("/")[0])
+    port = int(cifar100.CIFAR100_URL.split(":")[2].split("/")[0])
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as closed:
-        monkeypatch.setattr(data, "CIFAR100_URL", data.CIFAR100_URL.replace(str(port), str(closed.server_port)))
+        monkeypatch.setattr(cifar100, "CIFAR100_URL", cifar100.CIFAR100_URL.replace(str(port), str(closed.server_port)))
     download_fails(tmp_path / "a", "refused")
 
 
@@ -370,7 +379,7 @@ def test_silent_server(tmp_path, monkeypatch, server):
     server(b"")
     monkeypatch.setattr(download, "SOCKET_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(data, "CIFAR100_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/c.tar.gz")
+        monkeypatch.setattr(cifar100, "CIFAR100_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/c.tar.gz")
         download_fails(tmp_path / "a", "timed out")
     assert socket.getdefaulttimeout() is None
 

@@ -13,14 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import cub
-import data
-import download
-import files
-from cub import CUB_FOLDER, cub_present
-from image_files import DataError
-from tests.makers import birds_fail as fails, listing, load_birds as load
-
+from common import files
+from common.errors import UserError
+from data import cub_present, load_cifar100
+from datasets import cub, download
+from datasets.cub import CUB_FOLDER
+from tests.helpers.makers import birds_fail as fails
+from tests.helpers.makers import listing
+from tests.helpers.makers import load_birds as load
 
 # ------------------------------------------------------------------------------------------------------------- download
 
@@ -160,8 +160,8 @@ def test_full_disk(root, archive, server, monkeypatch):
     free = 0
     fails(target, "unpacking", "needs 1 MiB", "0 MiB are free")
     assert listing(target) == [".cache", cub.CUB_ARCHIVE]
-    with pytest.raises(DataError, match="CIFAR-100 needs 161 MiB"):
-        data.load_cifar100(target, progress=False)
+    with pytest.raises(UserError, match="CIFAR-100 needs 161 MiB"):
+        load_cifar100(target, progress=False)
 
 
 def test_an_interrupted_download_leaves_nothing(root, archive, server, monkeypatch):
@@ -198,7 +198,7 @@ def test_crafted_archives(root, tmp_path, capsys, crafted):
     path.write_bytes(tar_of([(f"{CUB_FOLDER}/images.txt", root / CUB_FOLDER / "images.txt"), crafted,
                              (CUB_FOLDER, root / CUB_FOLDER)]))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match="no plain file or folder") as caught:
+    with pytest.raises(UserError, match="no plain file or folder") as caught:
         download.unpack(path, CUB_FOLDER, target, progress=False)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before and not Path("/escaped").exists()
@@ -212,12 +212,12 @@ def test_damaged_and_foreign_archives(root, tmp_path, monkeypatch):
     spoilt[len(whole) // 2] ^= 255
     for content in (whole[:len(whole) // 2], bytes(spoilt), b"text", b"", tar_of([("other", root / CUB_FOLDER)])):
         path.write_bytes(content)
-        with pytest.raises(DataError, match="could not unpack .* nothing was kept"):
+        with pytest.raises(UserError, match="could not unpack .* nothing was kept"):
             download.unpack(path, CUB_FOLDER, target, progress=False)
         assert listing(target) == []
     path.write_bytes(whole)
     monkeypatch.delattr(tarfile, "data_filter")
-    with pytest.raises(DataError, match="cannot unpack .* safely"):
+    with pytest.raises(UserError, match="cannot unpack .* safely"):
         download.unpack(path, CUB_FOLDER, target, progress=False)
 
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-import cub
-from cub_sample import write_cub_sample
-from data import load_cifar100
-from image_files import DataError, decode_images, open_rgb
-from tests.test_training import trainer
+from common.checkpoint import FORMAT, load_model, read_checkpoint
+from common.errors import UserError
+from data import load_cifar100, open_rgb
+from datasets import cub
+from datasets.cub_sample import write_cub_sample
+from datasets.image_files import decode_images
+from tests.helpers.trainers import make_trainer
 from training import checkpoint, commands, report
-from training.options import UserError
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
@@ -44,7 +45,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 def test_a_thousand_damaged_checkpoints(tmp_path):
     torch.manual_seed(0)
-    content = {"format": checkpoint.FORMAT, "model": {f"w{i}": torch.randn(3, 3) for i in range(4)}, "ema": None,
+    content = {"format": FORMAT, "model": {f"w{i}": torch.randn(3, 3) for i in range(4)}, "ema": None,
                "config": {"model": "vgg"}, "class_names": ["a", "b"], "input_size": [32, 32], "mean": [0.1] * 3,
                "std": [0.2] * 3, "position": {"epoch": 1}, "transferred": []}
     path, rng, read = tmp_path / "last.pt", random.Random(0), 0
@@ -53,7 +54,7 @@ def test_a_thousand_damaged_checkpoints(tmp_path):
     for _ in range(1000):
         path.write_bytes(damaged(whole, rng))
         try:
-            found = checkpoint.read_checkpoint(path)
+            found = read_checkpoint(path)
         except UserError as error:
             assert str(path) in str(error)
         else:
@@ -82,7 +83,7 @@ def test_a_thousand_damaged_metadata_files(birds, tmp_path):
         path.write_bytes(damaged(originals[path], rng))
         try:
             found, parts, class_names, part_names = cub.read_metadata(folder)
-        except DataError as error:
+        except UserError as error:
             assert "\n" not in str(error) and str(folder) in str(error)
         else:
             read += 1
@@ -119,7 +120,7 @@ def test_hundreds_of_damaged_run_folders(tmp_path):
         with contextlib.suppress(UserError):
             assert checkpoint.newest_unfinished(tmp_path) == run
         harmed = path.read_bytes()
-        report.cut_back(run, 2)
+        report.truncate_after(run, 2)
         if (run / "metrics.csv").exists():
             cut += 1
             assert all(row["epoch"] <= 2 for row in report.read_metrics(run / "metrics.csv"))
@@ -168,22 +169,22 @@ def test_pictures_that_would_fill_the_memory(birds, tmp_path, monkeypatch, kind)
         bad = path.parent.parent / f"class {number % 2}" / f"{number}.png"
         bad.unlink()
         bad.with_suffix(ending).write_bytes(make())
-        with pytest.raises(DataError, match=re.escape(str(bad.with_suffix(ending)))):
+        with pytest.raises(UserError, match=re.escape(str(bad.with_suffix(ending)))):
             load_cifar100(folder)
     shutil.copytree(birds / cub.CUB_FOLDER, tmp_path / cub.CUB_FOLDER)
     bird = sorted((tmp_path / cub.CUB_FOLDER / "images").rglob("*.jpg"))[1]
     bird.write_bytes(make())
-    with pytest.raises(DataError, match=re.escape(str(bird))):
+    with pytest.raises(UserError, match=re.escape(str(bird))):
         cub.load_cub(tmp_path, image_size=32)
     photo = tmp_path / f"photo{ending}"
     photo.write_bytes(make())
-    with pytest.raises(DataError, match=re.escape(str(photo))):
+    with pytest.raises(UserError, match=re.escape(str(photo))):
         open_rgb(photo)
     assert unpacked and max(unpacked) < 10**6
 
 
 def test_sets_that_fit_no_memory(tmp_path):
-    with pytest.raises(DataError, match="40,000,000 images of 20000x20000 pixels take 44,703,484 GiB of memory, more than"):
+    with pytest.raises(UserError, match="40,000,000 images of 20000x20000 pixels take 44,703,484 GiB of memory, more than"):
         decode_images([tmp_path / "a.png"] * 40_000_000, (20_000, 20_000), True)
 
 
@@ -194,13 +195,13 @@ def test_sets_that_fit_no_memory(tmp_path):
     ({"class_names": ["a"] * 10**5}, "does not hold the network that its settings describe"),
 ])
 def test_checkpoints_that_would_fill_the_memory(tmp_path, change, message):
-    content = {"format": checkpoint.FORMAT, "model": {"x": torch.zeros(2)}, "ema": None, "class_names": ["a", "b"],
+    content = {"format": FORMAT, "model": {"x": torch.zeros(2)}, "ema": None, "class_names": ["a", "b"],
                "config": {"model": "vgg", "width": 1.0, "trunk": "", "dropout": 0.0, "pool4": 2}, "input_size": [32, 32],
                "mean": [0.1] * 3, "std": [0.3] * 3, "position": {}, "transferred": []}
     torch.save(content | change, tmp_path / "last.pt")
     assert (tmp_path / "last.pt").stat().st_size < 10**8
     with pytest.raises(UserError, match=message):
-        checkpoint.load_model(checkpoint.read_checkpoint(tmp_path / "last.pt"))
+        load_model(read_checkpoint(tmp_path / "last.pt"))
 
 
 def test_a_compressed_checkpoint_is_refused_before_it_grows(tmp_path):
@@ -210,7 +211,7 @@ def test_a_compressed_checkpoint_is_refused_before_it_grows(tmp_path):
             small.writestr(name, whole.read(name))
     assert torch.load(tmp_path / "b.pt", weights_only=True)["w"].shape == (1000,)    # PyTorch would read it
     with pytest.raises(UserError, match="b.pt is refused: PyTorch does not write compressed files"):
-        checkpoint.read_checkpoint(tmp_path / "b.pt")
+        read_checkpoint(tmp_path / "b.pt")
 
 
 @pytest.mark.parametrize("change, message", [
@@ -226,11 +227,11 @@ def test_a_compressed_checkpoint_is_refused_before_it_grows(tmp_path):
     ({"model": {"x": "y"}, "ema": None}, "its model is not what it should be"),
 ])
 def test_a_checkpoint_with_other_things_in_it(tmp_path, change, message):
-    ours = trainer()
-    content = ours.state() | {"format": checkpoint.FORMAT, "config": ours.config | {"trunk": ""},
+    ours = make_trainer()
+    content = ours.state() | {"format": FORMAT, "config": ours.config | {"trunk": ""},
                               "class_names": list("abcd"), "input_size": [32, 32], "mean": [0.1] * 3, "std": [0.3] * 3}
     torch.save(content, tmp_path / "last.pt")
-    assert checkpoint.load_model(checkpoint.read_checkpoint(tmp_path / "last.pt"))(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
+    assert load_model(read_checkpoint(tmp_path / "last.pt"))(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
     torch.save(content | change, tmp_path / "last.pt")
     with pytest.raises(UserError, match=message):
-        checkpoint.load_model(checkpoint.read_checkpoint(tmp_path / "last.pt"))
+        load_model(read_checkpoint(tmp_path / "last.pt"))

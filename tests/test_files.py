@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import files
-from training import options
-from tests.makers import listing
+from common import arguments, files
+from tests.helpers.makers import listing
 
 
 def test_replaced_whole_or_not_at_all(tmp_path):
@@ -137,7 +136,7 @@ def test_home_folders(monkeypatch, tmp_path):
     Path("~").mkdir()   # made by others that do not expand
     assert files.expand_user("~/x") == tmp_path / "x" and files.expand_user("./~/x") == Path("~/x")
     for text in ("./~", "./~root/x", "./~new"):     # as the message says, and as a shell takes it; however often it is asked
-        assert options.path(text) == options.path(options.path(text)) == text
+        assert arguments.expanded_path(text) == arguments.expanded_path(arguments.expanded_path(text)) == text
     monkeypatch.setenv("HOME", "")      # would be the root of the disk
     with pytest.raises(ValueError, match="no home folder for ~"):
         files.expand_user("~/x")

@@ -1,6 +1,5 @@
 """A folder that the user named belongs to the user: what we did not write stays as it is, whatever we do."""
 import builtins
-import dataclasses
 import errno
 import io
 import json
@@ -21,10 +20,11 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import cam
-import files
-from tests.conftest import ROOT
-from tests.makers import make_folders
-from tests.runs import NARROW, assert_runs_equal, content_of
+from common import files
+from common.errors import UserError
+from tests.helpers.environment import ROOT
+from tests.helpers.makers import make_folders
+from tests.helpers.runs import NARROW, assert_runs_equal, content_of, with_sample
 from train_cifar100 import TASK
 from training import checkpoint, commands, report
 from training.run import Run
@@ -74,7 +74,7 @@ def test_each_name_alone_is_reason_enough(tmp_path, name):
     (tmp_path / "notes.txt").write_text("")
     checkpoint.check_new(tmp_path)
     (tmp_path / name).symlink_to("nowhere")     # not even a link that leads nowhere is written through or over
-    with pytest.raises(checkpoint.UserError, match=name if name not in ("config.json", "last.pt") else "a run already") as caught:
+    with pytest.raises(UserError, match=name if name not in ("config.json", "last.pt") else "a run already") as caught:
         checkpoint.check_new(tmp_path)
     assert caught.value.status == 2
 
@@ -262,7 +262,7 @@ def test_a_report_in_another_folder_is_not_written_to(tmp_path):
 def test_looking_at_a_run_moves_nothing(cli, stopped, monkeypatch):
     """A run that is finished, or whose command or images are refused, keeps what lies in it."""
     def refuse(run, content):
-        raise checkpoint.UserError("the data set has changed")
+        raise UserError("the data set has changed")
     shutil.copytree(stopped / "whole", "run")
     for name in ("last.prev.pt", "best.pt"):
         Path("run", name).write_text("somebody's")
@@ -300,10 +300,10 @@ def test_a_second_start_leaves_the_first_ones_folder(cli, small_task, monkeypatc
     def slow(config):
         second.append(cli(*NARROW, "--epochs", 1, "--run-dir", "exp", task=small_task))
         assert Path("exp").is_dir()
-        return small_task.sample(config)
+        return small_task.data.sample(config)
     second = []
     status, _, err = cli(*NARROW, "--model", "vgg", "--epochs", 1, "--run-dir", "exp",
-                         task=dataclasses.replace(small_task, sample=slow))
+                         task=with_sample(small_task, slow))
     assert (status, second[0][0]) == (0, 1), err
     assert second[0][2] == "error: exp is in use by another process: wait for it, or stop it first\n"
     assert content_of("exp")["finished"]
@@ -328,7 +328,7 @@ while time.monotonic() < ends:
             assert not list(run_dir.iterdir())
             (run_dir / "mine").mkdir()
             (run_dir / "mine").rmdir()
-    except checkpoint.UserError as error:
+    except UserError as error:
         assert "in use by another process" in str(error)
         told += 1
 print(held, told)
@@ -342,8 +342,8 @@ print(held, told)
 
 
 def test_a_failed_download_leaves_no_folder(cli, monkeypatch):
-    monkeypatch.setattr("data.CIFAR100_URL", "http://127.0.0.1:9/c.tar.gz")
-    monkeypatch.setattr("download.PAUSE", 0.0)
+    monkeypatch.setattr("datasets.cifar100.CIFAR100_URL", "http://127.0.0.1:9/c.tar.gz")
+    monkeypatch.setattr("datasets.download.PAUSE", 0.0)
     for words in ((), ("--run-dir", "a/b/c")):
         status, _, err = cli("--width", 0.0625, "--device", "cpu", *words)
         assert status == 1 and "nothing was kept" in err

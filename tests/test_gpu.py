@@ -20,18 +20,19 @@ import torch
 import torch.nn.functional as F
 
 import cam
-from augmentation import Augmentation
-from cam import attention_maps, class_activation_map, grad_cam
-from tests.conftest import GPU
-from tests.makers import image_set, orthogonalised
-from tests.runs import NARROW, assert_equal, config_of, content_of, signal_after
-from tests.test_training import CPU, Batches, trainer
+from data import Augmentation
+from explain.maps import attention_maps, class_activation_map, grad_cam
+from tests.helpers.environment import GPU
+from tests.helpers.makers import image_set, orthogonalized
+from tests.helpers.runs import NARROW, assert_equal, config_of, content_of, signal_after
+from tests.helpers.trainers import CPU, Batches, make_trainer
 from train_cifar100 import TASK as CIFAR100
 from train_cub import TASK as CUB
-from training import loop, optimise
-from training.loop import Trainer, evaluate
+from training import optim
+from training.evaluation import evaluate
 from training.report import read_metrics
 from training.run import Run
+from training.trainer import Trainer
 
 DEVICE = torch.device(GPU)
 ON_CARD = DEVICE.type == "cuda"
@@ -77,7 +78,7 @@ def assert_near(model: str, precision: str, compiled: bool = False):
 
 
 def make(model: str, device: torch.device, precision: str, compiled: bool = False) -> Trainer:
-    return trainer(Batches(16, device), device, precision, compiled, model=model, width=1 / 8, lr=0.02, compile=True)
+    return make_trainer(Batches(16, device), device, precision, compiled, model=model, width=1 / 8, lr=0.02, compile=True)
 
 
 @functools.lru_cache(maxsize=None)
@@ -97,7 +98,7 @@ def measured(ours: Trainer) -> dict[str, dict]:
     if scaler.is_enabled():     # it begins with more than these gradients can bear, and would skip steps
         scaler.scale(torch.ones((), device=ours.device))
         scaler.update(128.0)
-    ours.set_mode()
+    ours.batch_norm.set_train_mode(ours.done, ours.micro_batch)
     ours.gradients(images, labels)
     if scaler.is_enabled():
         scaler.unscale_(ours.optimizer)
@@ -108,7 +109,7 @@ def measured(ours: Trainer) -> dict[str, dict]:
         ours.position.step += 1
     found["steps"] = {name: p.detach() - before[name] for name, p in ours.model.named_parameters()}
     found["statistics"] = {name: t for name, t in ours.model.state_dict().items() if "running" in name}
-    found["average"] = {name: t - before[name] for name, t in ours.average.model.named_parameters()}
+    found["average"] = {name: t - before[name] for name, t in ours.ema.model.named_parameters()}
     ours.recalibrate_batch_norm(images for images, _ in ours.batches.all)
     result = evaluate(ours.eval_model, iter(ours.batches.all), 4, ours.precision)
     found["evaluation"] = {"loss": torch.tensor([result.loss, ours.checked_loss()])}
@@ -139,9 +140,9 @@ def test_muons_step_is_that_of_float64(precision, tolerance):
     for p, gradient in zip(filters, gradients):
         p.grad = gradient.to(DEVICE).contiguous(memory_format=torch.channels_last)
     group = {"params": filters, "momentum": 0.0, "nesterov": False, "filter_momentum": 0.9}
-    optimise.Muon([group], optimise.DTYPES[precision], lr=0.1, fused=True).step()
+    optim.Muon([group], optim.DTYPES[precision], lr=0.1, fused=True).step()
     for p, weight, gradient in zip(filters, weights, gradients):
-        direction = orthogonalised(gradient.flatten(1)).view(weight.shape)
+        direction = orthogonalized(gradient.flatten(1)).view(weight.shape)
         size = weight.norm() / math.sqrt(min(direction.flatten(1).shape))
         step = (weight.double() - p.detach().cpu().double()) / (0.1 * size)
         distance = ((step - direction).norm() / direction.norm()).item()
@@ -276,7 +277,7 @@ BATCH = 256     # images, so that activations are most of what is needed
 
 
 def gradients_of(ours: Trainer) -> dict:
-    ours.set_mode()
+    ours.batch_norm.set_train_mode(ours.done, ours.micro_batch)
     ours.gradients(*ours.batches.all[0])
     return grads(ours)
 
@@ -293,7 +294,7 @@ def peak_of(work) -> tuple[object, float]:
 
 
 def test_out_of_memory_halves_the_micro_batch_and_loses_nothing_of_the_batch(capsys):
-    new = functools.partial(trainer, Batches(BATCH, DEVICE), DEVICE, model="vgg-att3-concat-pc", width=1 / 4, muon=0.0)
+    new = functools.partial(make_trainer, Batches(BATCH, DEVICE), DEVICE, model="vgg-att3-concat-pc", width=1 / 4, muon=0.0)
     gradients_of(new())     # libraries take memory of their own
     whole, half = (peak_of(lambda: gradients_of(new(micro_batch=micro_batch)))[1] for micro_batch in ("auto", BATCH // 2))
     ours, expected = new(), new(micro_batch=BATCH // 2)
@@ -325,7 +326,7 @@ def only_room_for(ours: Trainer, mib: float):
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + mib * 2**20) / total)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "gpu_is_half_full", lambda: True)   # it asks the whole card
+            patch.setattr("common.errors.gpu_is_half_full", lambda: True)   # it asks the whole card
             yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -335,7 +336,7 @@ def only_room_for(ours: Trainer, mib: float):
 def test_checkpointed_activations_cost_no_accuracy_and_less_memory(precision):
     found = {}
     for checkpointed in (False, True):
-        ours = trainer(Batches(BATCH, DEVICE), DEVICE, precision, model="vgg-att3-concat-gate", width=1 / 4,
+        ours = make_trainer(Batches(BATCH, DEVICE), DEVICE, precision, model="vgg-att3-concat-gate", width=1 / 4,
                        checkpoint_activations=checkpointed)
         found[checkpointed] = peak_of(lambda: gradients_of(ours))
     distance = far(found[True][0], found[False][0])
@@ -349,7 +350,7 @@ def test_checkpointed_activations_cost_no_accuracy_and_less_memory(precision):
 @pytest.mark.parametrize("method, model", [(attention_maps, "vgg-att3-concat-gate"), (attention_maps, "vgg-pan"),
                                            (class_activation_map, "vgg-gap"), (grad_cam, "vgg-att3-concat-dp")])
 def test_maps_are_the_cpus(method, model):
-    ours = trainer(model=model, width=1 / 8)
+    ours = make_trainer(model=model, width=1 / 8)
     for batch in ours.batches.all:
         ours.step(*batch)
     network, (images, labels) = ours.model.eval(), ours.batches.all[0]
@@ -379,7 +380,7 @@ def test_sanity_and_benchmark(cli, monkeypatch, tmp_path, task, words):
 
 
 def test_evaluation_and_cam_of_a_checkpoint_on_either_device(cli, small_task, monkeypatch, tmp_path):
-    monkeypatch.setitem(cam.TASKS, "cifar100", small_task)
+    monkeypatch.setitem(cam.SOURCES, "cifar100", small_task.data)
     assert cli(*RUN, "--device", GPU, "--run-dir", "run")[0] == 0
     shown, maps = [], []
     for number, device in enumerate(("cpu", GPU)):

@@ -10,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-import files
-import image_files
-from tests.makers import cifar_fails as fails, decoded_anew, load_cifar as load, make_folders
-
+from common import files
+from common.errors import UserError, printable
+from datasets import image_files
+from tests.helpers.makers import cifar_fails as fails
+from tests.helpers.makers import decoded_anew, make_folders
+from tests.helpers.makers import load_cifar as load
 
 # ----------------------------------------------------------------------------------------------------------- pictures
 
@@ -192,7 +194,7 @@ def test_what_no_decoder_reduces_is_read_whole_up_to_the_limit(tmp_path, monkeyp
         Image.fromarray(photo()).save(tmp_path / f"a.{ending}")
         assert image_files.open_rgb(tmp_path / f"a.{ending}").size == (30, 20)
         Image.fromarray(photo(20, 31)).save(tmp_path / f"b.{ending}")
-        with pytest.raises(image_files.DataError, match=f"b.{ending} has 31x20 pixels: more than 0 megapixels are not read"):
+        with pytest.raises(UserError, match=f"b.{ending} has 31x20 pixels: more than 0 megapixels are not read"):
             image_files.open_rgb(tmp_path / f"b.{ending}")
 
 
@@ -216,13 +218,13 @@ def test_what_other_programs_decode_is_not_opened_under_another_name(tmp_path):
     """Pillow goes by the content; an EPS would be given to Ghostscript."""
     Image.new("RGB", (20, 16)).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.png")
-    with pytest.raises(image_files.DataError, match=r"a.png cannot be read as an image \(not an image\)"):
+    with pytest.raises(UserError, match=r"a.png cannot be read as an image \(not an image\)"):
         image_files.open_rgb(tmp_path / "a.png")
 
 
 def test_a_name_is_printed_on_one_line():
-    assert image_files.printable(os.fsdecode(b"caf\xe9\n\x1b[31m")) == r"caf\xe9\n\x1b[31m"
-    assert image_files.printable("caf\u00e9 \U0001f426") == "caf\u00e9 \U0001f426"
+    assert printable(os.fsdecode(b"caf\xe9\n\x1b[31m")) == r"caf\xe9\n\x1b[31m"
+    assert printable("caf\u00e9 \U0001f426") == "caf\u00e9 \U0001f426"
 
 
 # ------------------------------------------------------------------------------------------------------------ workers

@@ -3,8 +3,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.localise import (CENTRE, IOUS, THRESHOLDS, UNIFORM, Measures, best_ious, component_boxes, energy_in_box,
-                               nearest_parts, pointing_game)
+from explain.metrics import (
+    CENTRE,
+    IOUS,
+    THRESHOLDS,
+    UNIFORM,
+    Measures,
+    best_ious,
+    component_boxes,
+    energy_in_box,
+    nearest_parts,
+    pointing_game,
+)
 
 
 def flood_boxes(mask):

@@ -10,10 +10,10 @@ import train_cifar100
 import train_cub
 from attention_model import build_model
 from data import ImageSet
-from tests.runs import config_of
-from training.loop import Trainer
-from training.optimise import make_optimizer
+from tests.helpers.runs import config_of
+from training.optim import make_optimizer
 from training.run import Run
+from training.trainer import Trainer
 
 NOTHING_TO_DO = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias",
                  "lift_fresh", "scalar_tensor", "_record_function_enter_new", "_record_function_exit")

@@ -7,21 +7,21 @@ import torch
 import torch.nn.functional as F
 
 from attention_model import build_model
-from tests.makers import orthogonalised
-from tests.test_training import CONFIG, Batches, trainer
+from tests.helpers.makers import orthogonalized
+from tests.helpers.trainers import CONFIG, Batches, make_trainer
 from train_cifar100 import FAST, PAPER
-from training import optimise
-from training.optimise import MovingAverage, input_size_at, learning_rate, parameter_groups
+from training import optim
+from training.optim import EMA, input_size_at, lr_at, parameter_groups
 
 
 def test_paper_schedule_halves_every_25_epochs():
-    rates = [learning_rate(PAPER, epoch * 390 + 17, 390) for epoch in (0, 24, 25, 49, 50, 299)]
+    rates = [lr_at(PAPER, epoch * 390 + 17, 390) for epoch in (0, 24, 25, 49, 50, 299)]
     assert rates == [0.1, 0.1, 0.05, 0.05, 0.025, 0.1 * 0.5**11]
 
 
 def test_linear_schedule_warms_up_and_ends_near_zero():
     config = FAST | {"epochs": 10, "warmup": 0.2, "lr": 0.4}
-    rates = [learning_rate(config, step, 50) for step in range(500)]
+    rates = [lr_at(config, step, 50) for step in range(500)]
     assert rates[0] == pytest.approx(0.004) and max(rates) == pytest.approx(0.4)
     assert rates.index(max(rates)) in (98, 99, 100)
     steps = [b - a for a, b in zip(rates, rates[1:])]
@@ -31,7 +31,7 @@ def test_linear_schedule_warms_up_and_ends_near_zero():
 
 
 def test_every_schedule_can_warm_up():
-    rates = [learning_rate(PAPER | {"warmup": 0.1}, step, 10) for step in range(3000)]
+    rates = [lr_at(PAPER | {"warmup": 0.1}, step, 10) for step in range(3000)]
     assert rates[0] == pytest.approx(0.1 / 300) and rates[149] == pytest.approx(0.05)
     assert rates[299] == pytest.approx(0.05) == rates[499] and rates[500] == 0.025  # halved after 25 epochs of 10 steps
 
@@ -43,7 +43,7 @@ def test_progressive_resizing_follows_the_share_of_the_run():
     assert {input_size_at(config, step, 19) for step in range(95)} == {None}    # fewer steps than it needs
     for wrong in ("0.5", "2:0.5", "0.5:x", "0.5:0.9 0.75:0.3"):
         with pytest.raises(ValueError):
-            optimise.parse_progressive(wrong)
+            optim.parse_progressive(wrong)
 
 
 def test_weight_decay_choices():
@@ -76,7 +76,7 @@ def test_in_narrow_networks_all_but_the_filters_learn_at_more():
 def test_moving_average_is_the_recurrence(share, most):
     """Of a run of 4 steps it looks back over 4, 2, 1.2 or one at most: decay 1 - 1/4 (the config's 0.5 is less), ..."""
     model = build_model("vgg-gap", 3, width=1 / 16)
-    average = MovingAverage(model, 0.5, share)
+    average = EMA(model, 0.5, share)
     expected = {name: value.clone() for name, value in model.state_dict().items()}
     for step in range(4):
         with torch.no_grad():
@@ -93,13 +93,13 @@ def test_moving_average_is_the_recurrence(share, most):
 def test_one_step_is_pytorchs_nesterov_sgd():
     """The trainer's step against the plain few lines, dropout off."""
     config = CONFIG | {"lr": 0.01, "muon": 0.0}
-    ours, batches = trainer(ema_decay=0.0, lr=0.01, muon=0.0), Batches()
+    ours, batches = make_trainer(ema_decay=0.0, lr=0.01, muon=0.0), Batches()
     model = copy.deepcopy(ours.model).train()
     groups = parameter_groups(model, config)
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
     for step, (images, labels) in enumerate(batches.all):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, 3)
+            group["lr"] = lr_at(config, step, 3)
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
         optimizer.step()
@@ -112,7 +112,7 @@ def test_a_first_step_that_the_scaler_skips_leaves_the_momentum_clean():
     """What fp16 does on most first steps. The fused kernel would leave a momentum that was never written."""
     model = torch.nn.Linear(64, 64)
     before = copy.deepcopy(model.state_dict())
-    optimizer = optimise.make_optimizer(model, CONFIG | {"weight_decay": 0.0}, "fp16")
+    optimizer = optim.make_optimizer(model, CONFIG | {"weight_decay": 0.0}, "fp16")
     scaler = torch.amp.GradScaler("cpu")
     for gradient in (math.inf, 0.0, 0.0):
         for p in model.parameters():
@@ -133,18 +133,18 @@ def test_newton_schulz_is_its_polynomial_of_the_singular_values():
     shapes = ((8, 30), (30, 8), (90, 70), (16, 27), (8, 30), (70, 90), (16, 27), (8, 30), (64, 64))
     matrices = [torch.randn(shape) for shape in shapes]
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
-        for matrix, found in zip(matrices, optimise.newton_schulz(matrices, dtype), strict=True):
+        for matrix, found in zip(matrices, optim.newton_schulz(matrices, dtype), strict=True):
             assert found.shape == matrix.shape and found.dtype == dtype
-            torch.testing.assert_close(found.double(), orthogonalised(matrix), atol=tolerance, rtol=0)
+            torch.testing.assert_close(found.double(), orthogonalized(matrix), atol=tolerance, rtol=0)
             assert torch.linalg.svdvals(found.float()).max() < 1.3
     nothing = [torch.zeros(shape) for shape in shapes]      # no gradient, no step, no 0 / 0
-    assert not any(found.any() for found in optimise.newton_schulz(nothing, torch.float32))
+    assert not any(found.any() for found in optim.newton_schulz(nothing, torch.float32))
 
 
 def test_filters_move_by_muon_and_all_else_by_sgd():
     """Three steps of the trainer, layer by layer in float64."""
     config = {"lr": 0.01, "muon": 0.4, "ema_decay": 0.0}
-    ours, batches = trainer(**config), Batches()
+    ours, batches = make_trainer(**config), Batches()
     model = copy.deepcopy(ours.model).train()
     named = {name: p for name, p in model.named_parameters()}
     filters = {name for name, p in named.items() if name.endswith(".conv.weight")}
@@ -155,7 +155,7 @@ def test_filters_move_by_muon_and_all_else_by_sgd():
     momenta = {name: torch.zeros_like(named[name], dtype=torch.float64) for name in filters}
     norms = {name: named[name].detach().norm() for name in filters}
     for step, (images, labels) in enumerate(batches.all):
-        rate = learning_rate(CONFIG | config, step, 3)
+        rate = lr_at(CONFIG | config, step, 3)
         for group in optimizer.param_groups:
             group["lr"] = rate
         model.zero_grad()
@@ -165,7 +165,7 @@ def test_filters_move_by_muon_and_all_else_by_sgd():
             for name in filters:
                 p, gradient = named[name], named[name].grad.double()
                 momenta[name] = 0.9 * momenta[name] + gradient
-                direction = orthogonalised((gradient + 0.9 * momenta[name]).flatten(1)).view(p.shape)
+                direction = orthogonalized((gradient + 0.9 * momenta[name]).flatten(1)).view(p.shape)
                 size = norms[name] / math.sqrt(min(direction.flatten(1).shape))
                 p.copy_(p * norms[name] / p.norm() - 0.4 * rate * size * direction)
     ours.train_epoch()
@@ -183,8 +183,8 @@ def test_muon_steps_are_the_same_in_any_layout_of_memory(colours, layout):
     p = torch.nn.Parameter(weight.clone(memory_format=layout))
     p.grad = gradient.clone(memory_format=layout)
     group = {"params": [p], "momentum": 0.0, "nesterov": False, "filter_momentum": 0.9}
-    optimise.Muon([group], torch.float32, lr=0.1, fused=True).step()
-    direction = orthogonalised(gradient.flatten(1)).view(weight.shape)
+    optim.Muon([group], torch.float32, lr=0.1, fused=True).step()
+    direction = orthogonalized(gradient.flatten(1)).view(weight.shape)
     expected = weight - 0.1 * weight.norm() / math.sqrt(min(4, 9 * colours)) * direction
     torch.testing.assert_close(p.double(), expected, atol=1e-4, rtol=1e-4)
 
@@ -201,7 +201,7 @@ def test_muon_leaves_frozen_filters_alone_and_goes_on_from_its_state():
 
     def make(filters):
         group = {"params": filters, "momentum": 0.0, "nesterov": False, "filter_momentum": 0.9}
-        return optimise.Muon([group], torch.float32, lr=0.1)
+        return optim.Muon([group], torch.float32, lr=0.1)
     one = make(filters)
     stepped(one, filters, 1)
     copies = [torch.nn.Parameter(p.detach().clone()) for p in filters]

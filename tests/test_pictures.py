@@ -4,17 +4,26 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from training.pictures import (COLOUR_MAPS, PAPER, attention_sheet, colourise, enlarge, overlay, shorten, shown,
-                               unit_range)
+from explain.pictures import (
+    COLOR_MAPS,
+    PAPER,
+    attention_sheet,
+    colorize,
+    enlarge,
+    overlay,
+    shorten,
+    shown,
+    unit_range,
+)
 
 
 def _image(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("name", COLOUR_MAPS)
+@pytest.mark.parametrize("name", COLOR_MAPS)
 def test_colours_grow_lighter_all_the_way(name):
-    colours = colourise(np.linspace(0, 1, 65)[None], name)[0]  # more steps would meet the rounding to uint8
+    colours = colorize(np.linspace(0, 1, 65)[None], name)[0]  # more steps would meet the rounding to uint8
     linear = (colours / 255.0) ** 2.2
     luminance = linear @ (0.2126, 0.7152, 0.0722)
     assert (np.diff(luminance) > 0).all()
@@ -22,13 +31,13 @@ def test_colours_grow_lighter_all_the_way(name):
 
 
 def test_colours_at_and_between_the_anchors():
-    anchors = np.array(COLOUR_MAPS["inferno"])
-    assert (colourise(np.linspace(0, 1, 9)[None])[0] == anchors).all()
-    assert np.abs(colourise(np.array([[1 / 16]]))[0, 0] - anchors[:2].mean(axis=0)).max() <= 0.5
-    outside = colourise(np.array([[-3.0, np.nan, 7.0]]))[0]
+    anchors = np.array(COLOR_MAPS["inferno"])
+    assert (colorize(np.linspace(0, 1, 9)[None])[0] == anchors).all()
+    assert np.abs(colorize(np.array([[1 / 16]]))[0, 0] - anchors[:2].mean(axis=0)).max() <= 0.5
+    outside = colorize(np.array([[-3.0, np.nan, 7.0]]))[0]
     assert (outside == anchors[[0, 0, 8]]).all() and outside.dtype == np.uint8
     with pytest.raises(ValueError, match="viridis"):
-        colourise(np.zeros((2, 2)), "jet")
+        colorize(np.zeros((2, 2)), "jet")
 
 
 def test_unit_range_uses_all_of_it_and_shows_flat_maps_flat():
@@ -44,10 +53,10 @@ def test_unit_range_uses_all_of_it_and_shows_flat_maps_flat():
 def test_overlay_between_the_image_and_the_colours():
     image, attention = _image(24, 40), np.random.default_rng(1).random((24, 40))
     assert (overlay(image, attention, opacity=0) == image).all()
-    assert (overlay(image, attention, opacity=1) == colourise(unit_range(attention))).all()
+    assert (overlay(image, attention, opacity=1) == colorize(unit_range(attention))).all()
     half = overlay(image, attention, opacity=0.5).astype(float)
-    assert np.abs(half - (image / 2.0 + colourise(unit_range(attention)) / 2.0)).max() <= 0.5
-    assert (overlay(image, np.zeros((3, 5)), opacity=1) == colourise(np.array([[0.5]]))[0, 0]).all()
+    assert np.abs(half - (image / 2.0 + colorize(unit_range(attention)) / 2.0)).max() <= 0.5
+    assert (overlay(image, np.zeros((3, 5)), opacity=1) == colorize(np.array([[0.5]]))[0, 0]).all()
     with pytest.raises(ValueError, match="uint8"):
         overlay(image.astype(np.float32), attention)
 
@@ -93,7 +102,7 @@ def test_sheet_of_any_size_keeps_margins_and_shows_the_legend(count, size, level
     maps = {f"a level with a long name {n}": np.zeros((count, 7, 5)) for n in range(levels)}
     sheet = attention_sheet(images, maps, ["a very long title " * 20] * count)
     assert (sheet[:, :10] == PAPER).all() and (sheet[:, -10:] == PAPER).all()
-    legend = colourise(np.linspace(0, 1, 120)[None])[0]
+    legend = colorize(np.linspace(0, 1, 120)[None])[0]
     rows = np.argwhere((sheet == legend[-1]).all(axis=2))
     assert any(np.array_equal(sheet[y, x - 119:x + 1], legend) for y, x in rows)
 

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.makers import first_lines
-from tests.runs import NARROW, assert_runs_equal, signal_after
+from common import process
+from tests.helpers.environment import ROOT
+from tests.helpers.makers import first_lines
+from tests.helpers.runs import NARROW, assert_runs_equal, signal_after
 from train_cifar100 import TASK
-from training import commands, process, run as run_module
+from training import commands
+from training.signals import Signals
 
 TINY = ["--sample", "--width", "0.015625", "--model", "vgg", "--image-size", "16", "--epochs", "1", "--device", "cpu",
         "--overlay-every", "0", "--set", "progressive=none"]
@@ -191,7 +193,7 @@ def test_a_run_in_a_thread(cli, unhurt):
 def test_signal_handlers_that_are_not_pythons_come_through(monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda number, handler: called.append((number, handler)))
     called = []
-    with run_module.Signals():
+    with Signals():
         pass
     assert {handler for _, handler in called[len(called) // 2:]} == {signal.SIG_DFL}
 

@@ -1,5 +1,4 @@
 """Several processes on the CPU (gloo): the mathematics of one process, one writer, and ranks that stop or die."""
-import dataclasses
 import multiprocessing
 import os
 import signal
@@ -11,9 +10,9 @@ import pytest
 import torch
 
 import train_cifar100
-from tests.runs import content_of, scalars_of, signal_after
+from tests.helpers.runs import content_of, scalars_of, signal_after, with_sample
 from training import commands
-from training.ranks import Ranks, of_environment
+from training.ranks import Ranks, ranks_from_environment
 from training.report import read_metrics
 
 RUN = ["--sample", "--width", "0.0625", "--batch-size", "16", "--device", "cpu", "--precision", "fp32", "--epochs", "2",
@@ -22,7 +21,7 @@ RUN = ["--sample", "--width", "0.0625", "--batch-size", "16", "--device", "cpu",
 
 def rank_process(folder: str, rank: int, count: int, port: int, words: list[str], hurt: tuple[int, int] | None) -> None:
     """A rank's whole life, as torchrun starts it. ``hurt``: (signal, after how many steps) for this rank."""
-    from sample_data import cifar_sample
+    from data import cifar_sample
     os.chdir(folder)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
@@ -30,7 +29,7 @@ def rank_process(folder: str, rank: int, count: int, port: int, words: list[str]
     sys.stdout = open(f"stdout-{rank}", "w", buffering=1)
     torch.set_num_threads(1)
     sets = cifar_sample(classes=4, train_per_class=24, test_per_class=8)
-    task = dataclasses.replace(train_cifar100.TASK, sample=lambda config: sets)
+    task = with_sample(train_cifar100.TASK, lambda config: sets)
     if hurt:
         signal_after(pytest.MonkeyPatch(), hurt[1], hurt[0])
     os._exit(commands.main(task, words))
@@ -129,9 +128,9 @@ def test_variables_that_were_left_over(monkeypatch, capsys, tmp_path):
             monkeypatch.setenv(name, value)
     for alone in ({}, dict.fromkeys(whole, ""), {"RANK": "3"}, {"WORLD_SIZE": "1", "RANK": "0"}, {"LOCAL_RANK": "x"}):
         environment(**alone)
-        assert of_environment() == Ranks(0, 1, 0)
+        assert ranks_from_environment() == Ranks(0, 1, 0)
     environment(**whole)
-    assert of_environment() == Ranks(0, 2, 0)
+    assert ranks_from_environment() == Ranks(0, 2, 0)
     for change, said in (({"MASTER_ADDR": ""}, "says RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=29500 without MASTER_ADDR, as"),
                          ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "without MASTER_ADDR, MASTER_PORT, as"),
                          ({"RANK": "", "LOCAL_RANK": ""}, "without RANK, LOCAL_RANK, as"), ({"RANK": "2"}, "says RANK=2"),
@@ -175,12 +174,12 @@ def test_rank_0s_error_is_the_only_one(ranks, tmp_path):
 def test_wrong_use(monkeypatch, capsys, tmp_path):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert of_environment() == Ranks(0, 1, 0)
+    assert ranks_from_environment() == Ranks(0, 1, 0)
     monkeypatch.chdir(tmp_path)
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "127.0.0.1"),
                         ("MASTER_PORT", "29500")):
         monkeypatch.setenv(name, value)
-    assert of_environment() == Ranks(1, 2, 1)
+    assert ranks_from_environment() == Ranks(1, 2, 1)
     assert commands.main(train_cifar100.TASK, ["--sanity"]) == 2
     assert "start them without torchrun" in capsys.readouterr().err
     assert commands.main(train_cifar100.TASK, ["--device", "cuda:1"]) == 2

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tensorboard_http import tensorboard_over
+from tests.helpers.tensorboard_http import tensorboard_over
 from training import report as report_module
-from training.report import (METRIC_FIELDS, LevelHealth, Report, attention_health, cut_back, health_warnings,
-                             read_metrics)
+from training.health import LevelHealth, attention_health, health_warnings
+from training.report import METRIC_FIELDS, Report, read_metrics, truncate_after
 
 HPARAMS = {"model": "vgg-gap", "lr": 0.1, "batch_size": 128, "compile": False, "micro_batch": None}
 
@@ -139,7 +139,7 @@ def test_a_broken_row_is_named(tmp_path):
 def test_cut_back_then_on_has_neither_gaps_nor_doubles(tmp_path):
     _run(tmp_path / "unhurt", range(1, 7), finish=True)
     _run(tmp_path / "hurt", range(1, 6))
-    cut_back(tmp_path / "hurt", 3)
+    truncate_after(tmp_path / "hurt", 3)
     events = [name for name in _names(tmp_path / "hurt") if "tfevents" in name]
     assert len(events) == 1 and _names(tmp_path / "hurt") == [*events, "metrics.csv"]
     assert [row["epoch"] for row in read_metrics(tmp_path / "hurt" / "metrics.csv")] == [1, 2, 3]
@@ -151,7 +151,7 @@ def test_cut_back_then_on_has_neither_gaps_nor_doubles(tmp_path):
 
 def test_a_finished_run_can_be_made_longer(tmp_path):
     _run(tmp_path, range(1, 4), finish=True)
-    cut_back(tmp_path, 3)
+    truncate_after(tmp_path, 3)
     events = _events(tmp_path)
     assert events["loss/train"] == [1, 2, 3] and "command/text_summary" in events
     assert "final/top1" not in events and "_hparams_/session_end_info" not in events
@@ -166,11 +166,11 @@ def test_cut_back_after_a_kill_in_mid_write_and_twice(tmp_path):
         file.truncate(os.path.getsize(report.events_path) - 7)  # the overlay of epoch 3 is broken
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write("4,0.1,0.")
-    cut_back(tmp_path, 3)
+    truncate_after(tmp_path, 3)
     once = _events(tmp_path), (tmp_path / "metrics.csv").read_bytes()
     assert once[0]["attention/test images"] == [1, 2] and once[0]["attention/conv7/entropy"] == [1, 2, 3]
     assert once[1].count(b"\n") == 4 and once[1].endswith(b"\n")
-    cut_back(tmp_path, 3)
+    truncate_after(tmp_path, 3)
     assert (_events(tmp_path), (tmp_path / "metrics.csv").read_bytes()) == once
     assert len(_names(tmp_path)) == 2
 
@@ -178,19 +178,19 @@ def test_cut_back_after_a_kill_in_mid_write_and_twice(tmp_path):
 def test_a_crash_before_the_old_files_are_removed_is_healed(tmp_path):
     old = _run(tmp_path, range(1, 4)).events_path
     shutil.copy(old, tmp_path / "copy")
-    cut_back(tmp_path, 2)
+    truncate_after(tmp_path, 2)
     (tmp_path / "copy").rename(old)  # as if we had been killed between the renaming and the removal
     assert _events(tmp_path)["loss/train"] == [1, 2, 3, 1, 2]
     assert _events(tmp_path, purge=True)["loss/train"] == [1, 2]  # TensorBoard shows no doubles meanwhile
-    cut_back(tmp_path, 2)
+    truncate_after(tmp_path, 2)
     assert _events(tmp_path)["loss/train"] == [1, 2] and not old.exists()
 
 
 def test_a_resumed_run_that_is_killed_and_cut_back_again(tmp_path):
     _run(tmp_path, range(1, 4))
-    cut_back(tmp_path, 2)
+    truncate_after(tmp_path, 2)
     _run(tmp_path, range(3, 5), start=False)
-    cut_back(tmp_path, 3)
+    truncate_after(tmp_path, 3)
     _run(tmp_path, range(4, 6), start=False)
     assert _events(tmp_path)["loss/train"] == [1, 2, 3, 4, 5]
     assert _events(tmp_path)["command/text_summary"] == [0]
@@ -198,7 +198,7 @@ def test_a_resumed_run_that_is_killed_and_cut_back_again(tmp_path):
 
 def test_a_run_without_a_checkpoint_starts_over(tmp_path):
     _run(tmp_path, [1])
-    cut_back(tmp_path, -1)
+    truncate_after(tmp_path, -1)
     assert read_metrics(tmp_path / "metrics.csv") == [] and _events(tmp_path) == {}
     _run(tmp_path, [1, 2])
     events = _events(tmp_path)
@@ -206,11 +206,11 @@ def test_a_run_without_a_checkpoint_starts_over(tmp_path):
 
 
 def test_cut_back_where_nothing_was_written_yet(tmp_path):
-    cut_back(tmp_path, 5)
+    truncate_after(tmp_path, 5)
     assert _names(tmp_path) == []
     (tmp_path / "metrics.csv").write_text("epoch,lr")  # killed in the very first write
     (tmp_path / "events.out.tfevents.1700000000.host.1").write_bytes(b"")
-    cut_back(tmp_path, 0)
+    truncate_after(tmp_path, 0)
     _run(tmp_path, [1])
     assert [row["epoch"] for row in read_metrics(tmp_path / "metrics.csv")] == [1]
     assert _events(tmp_path)["loss/train"] == [1]

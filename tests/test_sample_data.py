@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from sample_data import CELLS, MARKS, cifar_sample, draw_pictures, words_per_picture
+from data import cifar_sample
+from datasets.cifar_sample import CELLS, MARKS, draw_pictures, words_per_picture
 
 
 def sha256(sample):

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tensorboard_http import tensorboard_over
-from training import run as run_module, sanity
-from training.loop import Interrupted, Trainer
+from common.errors import Interrupted
+from tests.helpers.tensorboard_http import tensorboard_over
+from training import run as run_module
+from training import sanity
 from training.report import read_metrics
+from training.trainer import Trainer
 
 
 def test_sanity_pass_and_what_tensorboard_shows_of_it(cli, tmp_path):
@@ -45,7 +47,7 @@ def test_sanity_pass_fails_and_names_it(cli, monkeypatch, harm, message):
             harm(self.model)
             if "dead" in message:
                 self.model.gates["conv7"].compatibility.u.weight.requires_grad_(False)
-                self.average.model.load_state_dict(self.model.state_dict())
+                self.ema.model.load_state_dict(self.model.state_dict())
     monkeypatch.setattr(run_module, "Trainer", Harmed)
     status, out, _ = cli("--sanity", "--sample", "--width", 0.0625, "--device", "cpu")
     assert status == 1 and f"FAILED: {message}" in out and "Sanity pass FAILED" in out

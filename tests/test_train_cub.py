@@ -1,5 +1,4 @@
 """train_cub.py as people use it: the sanity pass, transfer in stages, resuming in each of them, and wrong use."""
-import dataclasses
 import re
 
 import pytest
@@ -7,9 +6,15 @@ import torch
 
 import train_cifar100
 import train_cub
-from cub_sample import write_cub_sample
-from sample_data import cifar_sample
-from tests.runs import assert_runs_equal, config_of, content_of, signal_after
+from data import cifar_sample
+from datasets.cub_sample import write_cub_sample
+from tests.helpers.runs import (
+    assert_runs_equal,
+    config_of,
+    content_of,
+    signal_after,
+    with_sample,
+)
 from training import commands, transfer
 from training.report import read_metrics
 
@@ -23,7 +28,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("birds")
     write_cub_sample(root / "data", seed=1, classes=3, train_per_class=8, test_per_class=4)
     sets = cifar_sample(classes=4, train_per_class=6, test_per_class=4)
-    task = dataclasses.replace(train_cifar100.TASK, sample=lambda config: sets)
+    task = with_sample(train_cifar100.TASK, lambda config: sets)
     assert commands.main(task, ["--sample", "--width", "0.0625", "--epochs", "1", "--batch-size", "8", "--device", "cpu",
                                 "--precision", "fp32", "--run-dir", str(root / "cifar")]) == 0
     return root
@@ -54,7 +59,7 @@ def test_sanity_pass(cli, tmp_path):
 
 def test_sanity_pass_of_the_papers_recipe_without_data(cli, monkeypatch):
     sets = cifar_sample(classes=3, train_per_class=16, test_per_class=4, size=80)
-    monkeypatch.setattr(train_cub, "TASK", dataclasses.replace(train_cub.TASK, sample=lambda config: sets))
+    monkeypatch.setattr(train_cub, "TASK", with_sample(train_cub.TASK, lambda config: sets))
     status, out, _ = cli("--sanity", "--recipe", "paper", "--data-dir", "nothing", "--width", 0.0625, "--device", "cpu")
     assert status == 0 and "(no cub in nothing)" in out and "the real run needs --init-from" in out
     assert "of 80x80 px" in out and "epoch of 5,994 images" in out

@@ -14,53 +14,30 @@ import pytest
 import torch
 
 from attention_model import build_model
-from sample_data import cifar_sample
-from train_cifar100 import FAST
-from training import checkpoint, loop, options, run
-from training.loop import Trainer, evaluate, parts_of
-from training.optimise import Precision
-from training.options import UserError
+from common.checkpoint import FORMAT, load_model, read_checkpoint
+from common.device import (
+    Precision,
+    choose_compile,
+    choose_precision,
+    persist_compile_cache,
+)
+from common.errors import UserError, is_oom_error
+from data import cifar_sample
+from tests.helpers.trainers import CONFIG, CPU, Batches, make_trainer
+from training import checkpoint, run
+from training import trainer as trainer_module
+from training.evaluation import evaluate
 from training.ranks import Ranks
-
-CONFIG = FAST | {"model": "vgg-att3-concat-gate", "width": 1 / 16, "batch_size": 8, "epochs": 2, "micro_batch": "auto",
-                 "checkpoint_activations": False, "progressive": "none", "input_size": [32, 32], "ema_decay": 0.9,
-                 "lr": 0.1, "muon": 0.15, "lr_by_width": 0.0}
-CPU = torch.device("cpu")
-
-
-class Batches:
-    """Three batches of random images."""
-
-    def __init__(self, count=8, device=CPU):
-        torch.manual_seed(7)
-        self.all = [(torch.randn(count, 3, 32, 32).to(device), torch.randint(4, (count,)).to(device)) for _ in range(3)]
-
-    def __len__(self):
-        return len(self.all)
-
-    @property
-    def images_a_step(self):
-        return len(self.all[0][0])
-
-    def epoch(self, epoch, start_step=0):
-        yield from self.all[start_step:]
-
-
-def trainer(batches=None, device=CPU, precision="fp32", compiled=False, **changes) -> Trainer:
-    config = CONFIG | changes
-    torch.manual_seed(0)
-    model = build_model(config["model"], 4, width=config["width"], dropout=config["dropout"])
-    return Trainer(config, model, batches or Batches(device=device), device, precision=precision, compiled=compiled)
-
+from training.trainer import split_micro_batches
 
 # ---- precision --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("has_bf16, expected", [(True, "bf16"), (False, "fp32")])
 def test_auto_precision_on_a_cpu(monkeypatch, has_bf16, expected):
-    monkeypatch.setattr(options, "cpu_has_bf16", lambda: has_bf16)
-    assert options.choose_precision("auto", CPU) == expected
+    monkeypatch.setattr("common.device.cpu_has_bf16", lambda: has_bf16)
+    assert choose_precision("auto", CPU) == expected
     with pytest.raises(UserError, match="fp16 needs a GPU"):
-        options.choose_precision("fp16", CPU)
+        choose_precision("fp16", CPU)
 
 
 @pytest.mark.parametrize("name, native, expected", [
@@ -71,11 +48,11 @@ def test_auto_precision_on_a_gpu(monkeypatch, name, native, expected):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    assert options.choose_precision("auto", torch.device("cuda")) == expected
+    assert choose_precision("auto", torch.device("cuda")) == expected
 
 
 def test_bf16_runs_and_its_maps_are_float32():
-    ours = trainer()
+    ours = make_trainer()
     ours.precision = Precision("bf16", CPU)
     images, labels = ours.batches.all[0]
     ours.model.train()
@@ -89,11 +66,11 @@ def test_bf16_runs_and_its_maps_are_float32():
 
 
 def test_compiling_and_checkpointing_where_the_statistics_would_be_wrong(monkeypatch):
-    assert not options.choose_compile("auto", CPU, False)
+    assert not choose_compile("auto", CPU, False)
     monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
-    assert options.choose_compile(True, CPU, False) and not options.choose_compile(False, CPU, True)
+    assert choose_compile(True, CPU, False) and not choose_compile(False, CPU, True)
     with pytest.raises(UserError, match="wrong batch-norm statistics in PyTorch 2.6.0"):
-        options.choose_compile(True, CPU, True)
+        choose_compile(True, CPU, True)
 
 
 # ---- micro-batches ----------------------------------------------------------------------------------------------------
@@ -101,15 +78,15 @@ def test_compiling_and_checkpointing_where_the_statistics_would_be_wrong(monkeyp
 def test_where_compiled_code_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
-    options.keep_compiled()
+    persist_compile_cache()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    options.keep_compiled()
+    persist_compile_cache()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "learn-to-pay-attention")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))    # no folder can be made there
-    options.keep_compiled()
+    persist_compile_cache()
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
@@ -129,7 +106,7 @@ def test_large_blocks_are_kept_from_one_step_to_the_next():
         blocks = [torch.empty(10 * 2**20) for _ in range(6)]    # 40 MiB each
         assert libc.mallinfo2().hblks >= 6      # each mapped on its own: given back when it is freed
         del blocks
-        options.keep_memory()
+        tune_malloc()
         mapped = libc.mallinfo2().hblks
         blocks = [torch.empty(10 * 2**20) for _ in range(6)]
         heap = libc.mallinfo2().arena
@@ -143,7 +120,7 @@ def test_large_blocks_are_kept_from_one_step_to_the_next():
 def test_parts_are_near_equal_and_none_is_a_single_image_unless_asked_for():
     for count in range(2, 40):
         for micro_batch in [None, *range(1, 45)]:
-            parts = [len(p) for p, _ in parts_of(torch.arange(count), torch.arange(count), micro_batch)]
+            parts = [len(p) for p, _ in split_micro_batches(torch.arange(count), torch.arange(count), micro_batch)]
             assert sum(parts) == count and max(parts) - min(parts) <= 1
             assert min(parts) >= (1 if micro_batch == 1 else 2)
             assert max(parts) <= (1 if micro_batch == 1 else max(micro_batch or count, 3))  # 3: an odd batch by twos
@@ -153,13 +130,13 @@ def test_parts_are_near_equal_and_none_is_a_single_image_unless_asked_for():
 def test_every_rank_makes_as_many_parts(batch, ranks, micro_batch):
     """Where shares are uneven too: a rank that made a part more would wait in its SyncBatchNorm for ever."""
     sizes = [len(range(batch)[Ranks(rank, ranks, rank).share(batch)]) for rank in range(ranks)]
-    parts = [[len(part) for part, _ in parts_of(torch.arange(size), torch.arange(size), micro_batch,
+    parts = [[len(part) for part, _ in split_micro_batches(torch.arange(size), torch.arange(size), micro_batch,
                                                 (batch // ranks, -(-batch // ranks)))] for size in sizes]
     assert sum(sizes) == batch and len(set(map(len, parts))) == 1 and min(map(min, parts)) > 0
 
 
 def test_a_compiler_that_fails_does_not_end_the_run(capsys):
-    ours, reference = trainer(dropout=0.0), trainer(dropout=0.0)
+    ours, reference = make_trainer(dropout=0.0), make_trainer(dropout=0.0)
 
     def broken(images):
         raise ImportError("Python.h: no such file")
@@ -178,7 +155,7 @@ def test_micro_batches_give_the_gradient_of_the_batch():
     """With batch norm in evaluation mode every image stands for itself, so the sums must agree to rounding."""
     gradients = []
     for micro_batch in (None, 3):
-        ours = trainer(model="vgg-gap")
+        ours = make_trainer(model="vgg-gap")
         ours.model.double().eval()
         ours.micro_batch = micro_batch
         images, labels = ours.batches.all[0]
@@ -194,7 +171,7 @@ def test_micro_batches_give_the_gradient_of_the_batch():
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
 def test_out_of_memory_halves_the_micro_batch_and_repeats_the_whole_step(capsys, error):
-    ours, reference = trainer(dropout=0.0), trainer(dropout=0.0, micro_batch=2)
+    ours, reference = make_trainer(dropout=0.0), make_trainer(dropout=0.0, micro_batch=2)
     sizes = []
 
     def scarce(images):
@@ -221,30 +198,30 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_whole_step(capsys,
 
 def test_what_may_be_out_of_memory_is_so_on_a_full_gpu_only(monkeypatch):
     vague = RuntimeError("GET was unable to find an engine to execute this computation")
-    assert not loop.memory_ran_out(vague) or torch.cuda.is_available()
+    assert not is_oom_error(vague) or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * 2**30, 11 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5 * 2**30)
     for reserved, full in ((8 * 2**30, True), (9 * 2**30, False)):     # 5 and 6 of 11 GiB to be had
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved)
-        assert loop.memory_ran_out(vague) is full
-        assert not loop.memory_ran_out(RuntimeError("a mistake of ours"))
+        assert is_oom_error(vague) is full
+        assert not is_oom_error(RuntimeError("a mistake of ours"))
 
 
 def test_when_the_loss_is_looked_at(monkeypatch):
     """On a GPU once a second, as a look waits for it; several ranks at the same steps; on a CPU always."""
-    ours, now = trainer(), [100.0]
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
-    assert ours.look_is_due(1, looked=100.0)
+    ours, now = make_trainer(), [100.0]
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: now[0])
+    assert ours.sync_due(1, looked=100.0)
     ours.device = torch.device("cuda")
-    assert not ours.look_is_due(20, looked=99.5) and ours.look_is_due(7, looked=98.9)
+    assert not ours.sync_due(20, looked=99.5) and ours.sync_due(7, looked=98.9)
     ours.ranks = Ranks(0, 2, 0)
-    assert [step for step in range(1, 50) if ours.look_is_due(step, looked=0.0)] == [20, 40]
+    assert [step for step in range(1, 50) if ours.sync_due(step, looked=0.0)] == [20, 40]
 
 
 def test_saving_is_not_counted_as_training(monkeypatch):
-    ours, clock = trainer(), [0.0]
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    ours, clock = make_trainer(), [0.0]
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: clock[0])
 
     def passes(seconds):
         clock[0] += seconds
@@ -256,7 +233,7 @@ def test_saving_is_not_counted_as_training(monkeypatch):
 def test_a_resumed_micro_batch(capsys):
     """The one that a run came to when memory ran out is kept; one that was asked for is not, when --micro-batch is auto."""
     for before, now, kept in (("auto", "auto", 4), (4, "auto", None), ("auto", 2, 2), (4, 2, 2)):
-        ours, state = trainer(micro_batch=now), trainer(micro_batch=before).state()
+        ours, state = make_trainer(micro_batch=now), make_trainer(micro_batch=before).state()
         ours.load_state(state | {"micro_batch": 4, "config": {"micro_batch": before}})
         assert ours.micro_batch == kept
 
@@ -264,7 +241,7 @@ def test_a_resumed_micro_batch(capsys):
 def test_a_loss_that_is_not_finite_names_epoch_and_step():
     batches = Batches()
     batches.all[1][0][3, 0, 5, 5] = float("nan")
-    ours = trainer(batches)
+    ours = make_trainer(batches)
     ours.position.epoch = 1
     with pytest.raises(UserError, match=r"not finite at epoch 2, step 2 of 3(.|\n)*lower --lr"):
         ours.train_epoch()
@@ -290,12 +267,12 @@ def test_evaluation_against_a_loop_over_images():
 
 def test_a_short_training_learns_the_sample():
     """Real training on the generated sample: far above chance (25 %), no level dead, maps that are not flat."""
-    from augmentation import Augmentation, TrainBatches
+    from data import Augmentation, TrainBatches
     train, test = cifar_sample(classes=4, train_per_class=100, test_per_class=25)
     mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     batches = TrainBatches(train, 20, seed=0, augmentation=Augmentation(mean=mean, std=std, pad=2, flip=False), device="cpu")
-    ours = trainer(batches, model="vgg-att2-concat-pc", width=0.125, epochs=3, lr=0.05)
-    from training.run import eval_batches
+    ours = make_trainer(batches, model="vgg-att2-concat-pc", width=0.125, epochs=3, lr=0.05)
+    from data import eval_batches
     for _ in range(3):
         ours.train_epoch()
         ours.next_epoch()
@@ -308,8 +285,8 @@ def test_a_short_training_learns_the_sample():
 @pytest.fixture
 def saved(tmp_path):
     """A run folder with two checkpoints, the content of the last, and its path."""
-    ours = trainer()
-    content = {"format": checkpoint.FORMAT, **ours.state(), "config": CONFIG | {"trunk": ""}, "class_names": list("abcd"),
+    ours = make_trainer()
+    content = {"format": FORMAT, **ours.state(), "config": CONFIG | {"trunk": ""}, "class_names": list("abcd"),
                "input_size": [32, 32], "mean": [0.5] * 3, "std": [0.2] * 3, "rng": checkpoint.random_states()}
     checkpoint.save_checkpoint(tmp_path, content | {"mark": "first"})
     checkpoint.save_checkpoint(tmp_path, content | {"mark": "second"})
@@ -318,14 +295,14 @@ def saved(tmp_path):
 
 def test_checkpoint_round_trip(saved):
     folder, content = saved
-    back = checkpoint.read_checkpoint(folder / "last.pt")
-    assert back["mark"] == "second" and checkpoint.read_checkpoint(folder / "last.prev.pt")["mark"] == "first"
+    back = read_checkpoint(folder / "last.pt")
+    assert back["mark"] == "second" and read_checkpoint(folder / "last.prev.pt")["mark"] == "first"
     assert back["config"] == content["config"] and back["rng"]["python"] == content["rng"]["python"]
     for name, value in content["model"].items():
         assert torch.equal(back["model"][name], value)
     assert not [name for name in back["model"] if name.startswith(("module.", "_orig_mod."))]
     assert {p.name for p in folder.iterdir()} == {"last.pt", "last.prev.pt"}
-    model = checkpoint.load_model(back)
+    model = load_model(back)
     assert not model.training and torch.equal(model.state_dict()["trunk.block1.0.conv.weight"],
                                               content["ema"]["trunk.block1.0.conv.weight"])
 
@@ -341,7 +318,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_takes_over(saved, caps
     path = folder / "last.pt"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=message) as error:
-        checkpoint.read_checkpoint(path)
+        read_checkpoint(path)
     assert str(path) in str(error.value)
     assert checkpoint.read_last(folder)["mark"] == "first"
     assert "Going on from the checkpoint before it" in capsys.readouterr().out
@@ -356,7 +333,7 @@ def test_every_flipped_byte_of_a_tensor_is_found(saved):
     middle = record.header_offset + record.file_size // 2
     path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:])
     with pytest.raises(UserError, match="checksum"):
-        checkpoint.read_checkpoint(path)
+        read_checkpoint(path)
 
 
 def test_code_in_a_checkpoint_is_refused_not_run(tmp_path):
@@ -368,32 +345,32 @@ def test_code_in_a_checkpoint_is_refused_not_run(tmp_path):
         pickle.dump(Harmful(), file)
     for name, message in (("a.pt", "is refused"), ("b.pt", "no checkpoint")):
         with pytest.raises(UserError, match=message):
-            checkpoint.read_checkpoint(tmp_path / name)
+            read_checkpoint(tmp_path / name)
     assert not (tmp_path / "harm").exists()
 
 
 def test_what_is_not_ours_says_so(tmp_path, saved):
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="not a checkpoint of this project: it has no format, model"):
-        checkpoint.read_checkpoint(tmp_path / "other.pt")
+        read_checkpoint(tmp_path / "other.pt")
     torch.save(saved[1] | {"format": 99}, tmp_path / "newer.pt")
     with pytest.raises(UserError, match="format 99, and this code reads format 2"):
-        checkpoint.read_checkpoint(tmp_path / "newer.pt")
+        read_checkpoint(tmp_path / "newer.pt")
     new = {"zoom", "jitter", "transfer_lr", "freeze_epochs"}
     older = saved[1] | {"format": 1, "config": {k: v for k, v in saved[1]["config"].items() if k not in new} | {
         "init_from": None}}
     del older["transferred"]
     torch.save(older, tmp_path / "older.pt")
-    read = checkpoint.read_checkpoint(tmp_path / "older.pt")
+    read = read_checkpoint(tmp_path / "older.pt")
     assert read["config"] == saved[1]["config"] and read["transferred"] == [] and read["format"] == 2
     was = {"muon": 0.0, "ema_share": 1.0, "progressive_from": 0, "trivial_augment": False, "lr_by_width": 0.0}  # what it did
     before = saved[1] | {"config": {k: v for k, v in saved[1]["config"].items() if k not in was}}
     torch.save(before, tmp_path / "before.pt")
-    assert checkpoint.read_checkpoint(tmp_path / "before.pt")["config"] == saved[1]["config"] | was
+    assert read_checkpoint(tmp_path / "before.pt")["config"] == saved[1]["config"] | was
     with pytest.raises(UserError, match="there is no such file"):
-        checkpoint.read_checkpoint(tmp_path / "none.pt")
+        read_checkpoint(tmp_path / "none.pt")
     with pytest.raises(UserError, match="is a folder; name the checkpoint in it"):
-        checkpoint.read_checkpoint(tmp_path)
+        read_checkpoint(tmp_path)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(saved, monkeypatch):

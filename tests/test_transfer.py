@@ -12,13 +12,15 @@ import torch.nn.functional as F
 
 import train_cifar100
 from attention_model import build_model
-from sample_data import cifar_sample
-from tests.test_training import CONFIG, Batches, trainer
-from training import checkpoint, loop, sanity, transfer
-from training.loop import Position, Trainer
-from training.optimise import learning_rate
-from training.options import UserError
+from common.checkpoint import FORMAT
+from common.errors import UserError
+from data import cifar_sample
+from tests.helpers.trainers import CONFIG, Batches, make_trainer
+from training import sanity, transfer
+from training import trainer as trainer_module
+from training.optim import lr_at
 from training.run import Run
+from training.trainer import Trainer, TrainState
 
 NAMES = ("a", "b", "c", "d")
 
@@ -211,7 +213,7 @@ def test_transferred_layers_have_a_lower_rate_and_the_schedule_does_not_jump():
             ours.position.step += 1
             rates.append(tuple(sorted({group["lr"] for group in ours.optimizer.param_groups})))
         ours.next_epoch()
-    expected = [learning_rate(ours.config, step, 3) for step in range(6)]
+    expected = [lr_at(ours.config, step, 3) for step in range(6)]
     assert [pair[1] for pair in rates] == expected
     for low, high in rates:
         assert low == pytest.approx(0.1 * high)
@@ -238,7 +240,7 @@ def test_a_resumed_run_is_in_the_stage_that_it_was_in(stop_after):
 
 def test_the_authors_schedule_for_birds():
     config = {"lr": 0.01, "schedule": "double-halve", "halve_every": 30, "epochs": 320, "warmup": 0.0}
-    rates = [learning_rate(config, epoch * 47, 47) for epoch in (0, 29, 30, 59, 60, 89, 90, 120, 150, 319)]
+    rates = [lr_at(config, epoch * 47, 47) for epoch in (0, 29, 30, 59, 60, 89, 90, 120, 150, 319)]
     assert rates == pytest.approx([0.01, 0.01, 0.02, 0.02, 0.04, 0.04, 0.02, 0.01, 0.005, 0.01 / 2**6])
 
 
@@ -297,7 +299,7 @@ def test_recalibration_never_takes_a_single_image():
 def test_statistics_that_are_kept_are_not_settled(step, kept):
     """Step 3 is the end of the frozen epoch, whose evaluation is of what was trained: the head on the trunk as it came."""
     ours = staged()
-    ours.position = Position(epoch=step // 4, step=step if step < 4 else 1)
+    ours.position = TrainState(epoch=step // 4, step=step if step < 4 else 1)
     before = snapshot(ours)
     ours.recalibrate_batch_norm(images for images, _ in ours.batches.all)
     changed = {name for name, value in ours.model.state_dict().items() if not torch.equal(value, before[name])}
@@ -305,7 +307,7 @@ def test_statistics_that_are_kept_are_not_settled(step, kept):
 
 
 def test_of_no_images_there_are_no_statistics():
-    plain = trainer(dropout=0.0)
+    plain = make_trainer(dropout=0.0)
     before = snapshot(plain)
     plain.recalibrate_batch_norm(iter([]))
     assert all(torch.equal(value, before[name]) for name, value in plain.model.state_dict().items())
@@ -322,16 +324,16 @@ def test_small_parts_use_the_statistics_that_came_with_the_weights(small):
         if "running_" in name:
             assert torch.equal(value, before[name]), name
     assert not torch.equal(ours.model.trunk.block1[0].conv.weight, before["trunk.block1.0.conv.weight"])
-    assert "running statistics that came with the transferred weights" in ours.what_batch_norm_does()
+    assert "running statistics that came with the transferred weights" in ours.batch_norm.note(ours.micro_batch)
 
 
 @pytest.mark.parametrize("batch, micro_batch, advice", [(8, 4, "--checkpoint-activations"), (4, "auto", "--batch-size")])
 def test_small_parts_from_scratch_say_what_batch_norm_sees(batch, micro_batch, advice):
-    ours = trainer(Batches(batch), micro_batch=micro_batch, batch_size=batch)
+    ours = make_trainer(Batches(batch), micro_batch=micro_batch, batch_size=batch)
     before = snapshot(ours)
     ours.step(*ours.batches.all[0])
     assert not torch.equal(ours.model.trunk.block1[0].norm.running_mean, before["trunk.block1.0.norm.running_mean"])
-    assert f"sees 4 images at a time, whose statistics are noisy: {advice}" in ours.what_batch_norm_does()
+    assert f"sees 4 images at a time, whose statistics are noisy: {advice}" in ours.batch_norm.note(ours.micro_batch)
 
 
 def test_single_images_train_on_running_statistics_and_equal_the_whole_batch():
@@ -343,7 +345,7 @@ def test_single_images_train_on_running_statistics_and_equal_the_whole_batch():
     F.cross_entropy(reference.model(images), labels, label_smoothing=CONFIG["label_smoothing"]).backward()
     for (name, a), b in zip(single.model.named_parameters(), reference.model.parameters()):
         assert (a.grad - b.grad).norm() <= 1e-3 * b.grad.norm() + 1e-6, name
-    assert "one image has none worth using" in single.what_batch_norm_does()
+    assert "one image has none worth using" in single.batch_norm.note(single.micro_batch)
 
 
 @pytest.mark.parametrize("start, limit, found", [(8, 40, 32), (8, 5, 4), (8, 0, 0), (16, 9999, 1024)])
@@ -365,11 +367,11 @@ def test_the_largest_micro_batch_is_found_by_doubling(monkeypatch, start, limit,
 
 def test_a_checkpoint_of_ours_as_source(tmp_path):
     ours = staged()
-    content = ours.state() | {"format": checkpoint.FORMAT, "config": ours.config | {"dataset": "cifar100", "trunk": "",
+    content = ours.state() | {"format": FORMAT, "config": ours.config | {"dataset": "cifar100", "trunk": "",
                                                                                  "init_from": "none"},
                               "class_names": list(NAMES), "input_size": [32, 32], "mean": [0.1] * 3, "std": [0.3] * 3}
     torch.save(content, tmp_path / "last.pt")
     source = transfer.source_of(str(tmp_path / "last.pt"), ours.model)
     assert source.class_names == NAMES and source.mean == (0.1,) * 3 and "vgg-att3-concat-dp" in source.what
     assert transfer.source_of("none", ours.model) is None
-    assert loop.SMALLEST_FOR_STATISTICS == 8
+    assert trainer_module.MIN_BN_BATCH == 8

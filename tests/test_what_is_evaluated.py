@@ -1,12 +1,11 @@
 """The accuracy that a run reports is that of its weights: in runs of a few steps, and while it trains on small images."""
-import dataclasses
 import re
 
 import pytest
 import torch
 
-from sample_data import cifar_sample
-from tests.runs import NARROW, content_of
+from data import cifar_sample
+from tests.helpers.runs import NARROW, content_of, with_sample
 from train_cifar100 import TASK
 from training import commands
 from training.report import read_metrics
@@ -19,7 +18,7 @@ CHANCE = 10     # per cent
 def train(tmp_path, monkeypatch, capsys):
     """Train on 1,500 sample images; returns the run's folder and what was printed."""
     monkeypatch.chdir(tmp_path)
-    task = dataclasses.replace(TASK, sample=lambda config: cifar_sample(train_per_class=150, test_per_class=20))
+    task = with_sample(TASK, lambda config: cifar_sample(train_per_class=150, test_per_class=20))
 
     def run(*options):
         assert commands.main(task, [*NARROW, "--run-dir", "run", *map(str, options)]) == 0

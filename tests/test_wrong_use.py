@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from image_files import DataError
-from tests.conftest import ROOT
-from tests.runs import NARROW
-from training import checkpoint, commands
-from training.loop import Interrupted, Trainer
-from training.options import UserError
+from common.checkpoint import read_checkpoint
+from common.errors import Interrupted, UserError, exit_status
+from tests.helpers.environment import ROOT
+from tests.helpers.runs import NARROW
+from training import checkpoint
+from training.trainer import Trainer
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
@@ -145,7 +145,7 @@ def test_a_million_epochs_begin_at_once(cli, monkeypatch):
     (["--image-size", 4096], "--image-size 4096: to train on two images at a time takes over"),
 ])
 def test_what_no_memory_could_hold_is_refused_before_it_is_tried(cli, monkeypatch, words, message):
-    monkeypatch.setattr("training.memory.physical_memory", lambda: 24 * 2**30)
+    monkeypatch.setattr("training.memory.total_memory", lambda: 24 * 2**30)
     for more in ([], ["--sanity"]):
         status, _, err = cli("--sample", "--device", "cpu", *words, *more)
         assert status == 2 and message in err
@@ -168,7 +168,7 @@ def test_the_command_that_resumes_can_be_pasted_whatever_the_folder_is_called(tm
     assert b"--resume" in line
     resumed = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True)
     assert resumed.returncode == 0, (line, resumed.stderr)
-    assert checkpoint.read_checkpoint(tmp_path / os.fsdecode(folder) / "last.pt")["finished"]
+    assert read_checkpoint(tmp_path / os.fsdecode(folder) / "last.pt")["finished"]
 
 
 def test_what_is_printed_to_be_typed_is_quoted(cli, unhurt):
@@ -204,22 +204,23 @@ def test_two_processes_never_share_a_run(cli, unhurt):
 
 
 @pytest.mark.parametrize("error, status, words", [
-    (UserError("no such thing", 2), 2, "error: no such thing\n"), (DataError("a.png is bad"), 1, "error: a.png is bad\n"),
+    (UserError("no such thing", 2), 2, "error: no such thing\n"), (UserError("a.png is bad"), 1, "error: a.png is bad\n"),
     (MemoryError(), 1, "error: out of memory outside the training step: MemoryError\nIs another program"),
     (torch.OutOfMemoryError("CUDA out of memory."), 1, "outside the training step: CUDA out of memory.\nIs another"),
     (PermissionError(13, "Permission denied", "runs"), 1, "error: runs: Permission denied\n"),
     (OSError(28, "No space left on device"), 1, "error: No space left on device\n"),
     (KeyboardInterrupt(), 130, "Stopped.\n"), (Interrupted(15), 143, "")])
 def test_what_a_user_can_mend_is_told_without_a_traceback(capsys, error, status, words):
-    def fail():
+    with exit_status("Stopped.") as told:
         raise error
-    assert commands.exit_status(fail, "Stopped.") == status
+    assert told.code == status
     assert words in capsys.readouterr().err
 
 
 def test_our_own_mistakes_keep_their_traceback():
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
-        commands.exit_status(lambda: torch.zeros(2) @ torch.zeros(3), "")
+        with exit_status(""):
+            torch.zeros(2) @ torch.zeros(3)
 
 
 def test_a_run_folder_that_cannot_be_made(cli):

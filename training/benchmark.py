@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import ImageSet
-from files import replace_file
-from training import options
-from training.loop import Trainer, memory_ran_out, peak_memory_mib
-from training.options import UserError
-from training.run import Run, Task, input_size, split
+from common.device import choose_device, device_name, peak_memory_mib, synced_time
+from common.errors import UserError, is_oom_error
+from common.files import replace_file
+from data import ImageSet, split
+from training.run import Run
 from training.sanity import cpu_batch
+from training.task import Task
+from training.trainer import Trainer
 
 WINDOWS = 5             # of steps; the median of their rates is reported
 WARM_UP = 3             # steps that are not counted: kernels are chosen, graphs compiled
@@ -34,29 +35,29 @@ def benchmark(task: Task, config: dict, steps: int, json_path: str | None, comma
     """Measure, print the table, write it to ``json_path`` if one is given. Nothing is downloaded or trained for good."""
     if json_path:
         check_json(Path(json_path))
-    sample = config["sample"] or not task.present(config["data_dir"])
     if config["init_from"] != "none":
         print(f"--benchmark starts from nothing, not from {config['init_from'] or 'a checkpoint'}: the speed is the same.")
-    config |= {"sample": sample, "progressive": "none", "init_from": "none", "freeze_epochs": 0.0}
-    train, evaluation = split(config, *(task.sample(config) if sample else task.load(config, False)))
-    device = options.choose_device(config["device"])
+    *sets, sample = task.data.sets_or_sample(config)
+    train, evaluation = split(config, *sets)
+    device = choose_device(config["device"])
     asked = config["batch_size"]
-    config["batch_size"] = min(asked if device.type == "cuda" else cpu_batch(task, config, train), len(train))
-    run = Run(task, config, Path("."), train, evaluation)
-    trainer = run.trainer
-    result = {"command": command, "device": options.device_name(device), "torch": torch.__version__,
+    batch = min(asked if device.type == "cuda" else cpu_batch(config, train), len(train))
+    run = Run(task, config | {"sample": sample, "progressive": "none", "init_from": "none", "freeze_epochs": 0.0,
+                              "batch_size": batch}, Path("."), train, evaluation)
+    trainer, config = run.trainer, run.config
+    result = {"command": command, "device": device_name(device), "torch": torch.__version__,
               "precision": config["precision"], "model": config["model"], "width": config["width"],
               "input_size": config["input_size"], "batch_size": config["batch_size"], "compiled": run.compiled,
               "checkpoint_activations": config["checkpoint_activations"], "images": train.source}
-    result |= ours(trainer, steps)
-    result["flop_an_image"] = flop_an_image(trainer)
+    result |= measure_step(trainer, steps)
+    result["flop_an_image"] = flops_per_image(trainer)
     result["flop_per_second"] = result["flop_an_image"] * result["images_per_second"]
     result["matrix_flop_per_second"] = matrix_rate(device, trainer.precision.dtype)
     result["share_of_matrix_rate"] = result["flop_per_second"] / result["matrix_flop_per_second"]
     try:
         plain = baseline(trainer, train, config, steps, run.mean, run.std)
     except (RuntimeError, MemoryError) as error:
-        if not memory_ran_out(error):
+        if not is_oom_error(error):
             raise
         plain = None    # where ours fits, that way need not
     result["baseline_images_per_second"] = plain
@@ -85,10 +86,10 @@ def check_json(path: Path) -> None:
 
 # ---- our step ---------------------------------------------------------------------------------------------------------
 
-def ours(trainer: Trainer, steps: int) -> dict:
+def measure_step(trainer: Trainer, steps: int) -> dict:
     """Images a second (median of WINDOWS windows of the real loop), and the parts of a step in ms, from as many steps
     again in which the device is waited for after each part."""
-    batches = endless(trainer)
+    batches = cycle(map(trainer.batches.epoch, itertools.count()))
     for _ in range(WARM_UP):
         trainer.step(*next(batches))
     rates = rates_of(lambda: trainer.step(*next(batches)), trainer.device, steps, trainer.config["batch_size"])
@@ -98,31 +99,16 @@ def ours(trainer: Trainer, steps: int) -> dict:
             "parts_ms": parts(trainer, batches, max(2, steps // WINDOWS)), "peak_memory_mib": peak}
 
 
-def endless(trainer: Trainer) -> Iterator[tuple[Tensor, Tensor]]:
-    """The training batches, one epoch after the other."""
-    epoch = 0
-    while True:
-        yield from trainer.batches.epoch(epoch)
-        epoch += 1
-
-
 def rates_of(step: Callable[[], object], device: torch.device, steps: int, images: int) -> list[float]:
     """Images a second of each of WINDOWS windows, ``steps`` steps together (at least one a window)."""
     each = max(1, steps // WINDOWS)
     rates = []
     for _ in range(WINDOWS):
-        started = now(device)
+        started = synced_time(device)
         for _ in range(each):
             step()
-        rates.append(each * images / (now(device) - started))
+        rates.append(each * images / (synced_time(device) - started))
     return rates
-
-
-def now(device: torch.device) -> float:
-    """Seconds, when the device has done all that was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def parts(trainer: Trainer, batches: Iterator, steps: int) -> dict[str, float]:
@@ -133,9 +119,9 @@ def parts(trainer: Trainer, batches: Iterator, steps: int) -> dict[str, float]:
 
     def timed(part: str, work: Callable) -> Callable:
         def call(*args):
-            started = now(trainer.device)
+            started = synced_time(trainer.device)
             result = work(*args)
-            seconds[part] += now(trainer.device) - started
+            seconds[part] += synced_time(trainer.device) - started
             return result
         return call
     trainer.run_model, trainer.gradients = timed("forward", forward), timed("backward", gradients)
@@ -150,7 +136,7 @@ def parts(trainer: Trainer, batches: Iterator, steps: int) -> dict[str, float]:
     return {part: 1000 * value / steps for part, value in seconds.items()}
 
 
-def flop_an_image(trainer: Trainer) -> int:
+def flops_per_image(trainer: Trainer) -> int:
     """Floating-point operations of one image's forward and backward pass, two for a multiply-add: counted on the network
     as it runs without recomputation."""
     model = copy.deepcopy(trainer.model).train()
@@ -191,12 +177,13 @@ class PlainImages(Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-def baseline(trainer: Trainer, train: ImageSet, config: dict, steps: int, mean, std) -> float:
+def baseline(trainer: Trainer, train: ImageSet, config: dict, steps: int, mean: Sequence[float],
+             std: Sequence[float]) -> float:
     """Images a second of the same network and batch in fp32 and NCHW, with a DataLoader of two workers (fewer by
     --num-workers) and torchvision's transforms for each image, torch's SGD, and the loss read at every step."""
     from torchvision import transforms
 
-    height, width = input_size(config, train)
+    height, width = config["input_size"]
     crop = (transforms.RandomResizedCrop((height, width), (config["zoom"], 1.0)) if config["zoom"] else
             transforms.RandomCrop((height, width), padding=config["crop_pad"] or None, padding_mode="reflect"))
     changes = [transforms.TrivialAugmentWide()] if config["trivial_augment"] else []
@@ -208,7 +195,7 @@ def baseline(trainer: Trainer, train: ImageSet, config: dict, steps: int, mean, 
     model.checkpoint_activations = False
     optimizer = torch.optim.SGD(model.parameters(), config["lr"], momentum=config["momentum"],
                                 weight_decay=config["weight_decay"])
-    total, batches = 0.0, forever(loader)
+    total, batches = 0.0, cycle(itertools.repeat(loader))
 
     def step() -> None:
         nonlocal total
@@ -223,9 +210,10 @@ def baseline(trainer: Trainer, train: ImageSet, config: dict, steps: int, mean, 
     return statistics.median(rates_of(step, trainer.device, steps, config["batch_size"]))
 
 
-def forever(loader: DataLoader) -> Iterator:
-    while True:
-        yield from loader
+def cycle(epochs: Iterable[Iterable]) -> Iterator:
+    """The batches of epoch after epoch."""
+    for epoch in epochs:
+        yield from epoch
 
 
 # ---- report -----------------------------------------------------------------------------------------------------------

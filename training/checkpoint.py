@@ -5,59 +5,36 @@ A checkpoint is one plain dict (see Trainer.state and run.checkpoint_of) that ``
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
 import os
-import pickle
 import random
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from attention_model import build_model, scaled
-from files import identity, make_folders, remove_leftovers, remove_made, replace_file, set_aside
-from training.options import CHECKPOINT_NAME, MAY_CHANGE, PREVIOUS_NAME, UserError
-from training.process import quoted
+from common.checkpoint import (
+    CHECKPOINT_NAME,
+    PREVIOUS_NAME,
+    read_checkpoint,
+    upgrade_config,
+)
+from common.errors import UserError
+from common.files import (
+    identity,
+    make_folders,
+    remove_leftovers,
+    remove_made,
+    replace_file,
+    set_aside,
+)
+from common.process import quoted
+from training.options import MAY_CHANGE
 
-FORMAT = 2
 BEST_NAME = "best.pt"
 # What a run writes besides TensorBoard's event files. In the folder of a new run none of it may be there.
 RUN_FILES = ("config.json", "metrics.csv", CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME)
-# What a config of format 1 did not have, with the values that mean what its code did.
-SINCE_FORMAT_2 = {"zoom": 0.0, "jitter": 0.0, "transfer_lr": 1.0, "freeze_epochs": 0.0}
-# The same for early runs of format 2.
-LATER = {"muon": 0.0, "ema_share": 1.0, "progressive_from": 0, "trivial_augment": False,
-         "lr_by_width": 0.0}
-REQUIRED = ("format", "model", "ema", "config", "class_names", "input_size", "mean", "std", "position")
-
-
-def numbers(value: object, count: int, above: float, below: float) -> bool:
-    """Is this a list of so many numbers between the two?"""
-    return (isinstance(value, (list, tuple)) and len(value) == count
-            and all(isinstance(number, (int, float)) and above < number < below for number in value))
-
-
-def weights(value: object) -> bool:
-    """Is this a state dict, whose tensors hold as many numbers as they say? (A crafted one repeats a number for ever.)"""
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and torch.is_tensor(tensor)
-        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size() for name, tensor in value.items())
-
-
-# What the values that every reader uses look like; a file can be whole and still hold anything.
-EXPECTED = {
-    "model": weights,
-    "ema": lambda value: value is None or weights(value),
-    "config": lambda value: isinstance(value, dict) and isinstance(value.get("model"), str),
-    "class_names": lambda value: isinstance(value, (list, tuple)) and value and all(isinstance(n, str) for n in value),
-    "input_size": lambda value: numbers(value, 2, 0, 10_000),
-    "mean": lambda value: numbers(value, 3, -100, 100),
-    "std": lambda value: numbers(value, 3, 0, 100),
-}
 
 
 def save_file(path: Path, content: dict, previous: Path | None = None) -> None:
@@ -79,62 +56,6 @@ def save_file(path: Path, content: dict, previous: Path | None = None) -> None:
 def save_checkpoint(run_dir: Path, content: dict) -> None:
     """The new last.pt; the one before stays as last.prev.pt."""
     save_file(run_dir / CHECKPOINT_NAME, content, previous=run_dir / PREVIOUS_NAME)
-
-
-# Errors that say nothing about what the file holds: rights, and disks and networks in trouble.
-PASSING = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
-
-
-def read_plain(path: Path | str, verify: bool = False) -> object:
-    """What a file holds that torch.save made of plain values and tensors; with ``verify`` its checksums are looked at, which
-    torch.load does not (and files of other programs may have none). Raises UserError, or OSError where a disk or the file's
-    rights are in the way; code in it never runs."""
-    path = Path(path)
-    try:
-        if verify:
-            with zipfile.ZipFile(path) as archive:
-                # torch compresses nothing: what is compressed was made to grow in memory
-                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                    raise UserError(f"{path} is refused: PyTorch does not write compressed files")
-                damaged = archive.testzip()
-            if damaged:
-                raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong. Use another file")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name the checkpoint in it, {path / CHECKPOINT_NAME}") from None
-    except (zipfile.BadZipFile, EOFError):
-        raise UserError(f"{path} is no checkpoint: not a PyTorch file, or cut short") from None
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is refused: it holds more than plain numbers and tensors, and reading it could run "
-                        f"code") from None
-    except (OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno in PASSING:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise UserError(f"{path} could not be read: {str(error).splitlines()[0] if str(error) else error!r}") from None
-
-
-def read_checkpoint(path: Path | str) -> dict:
-    """A checkpoint of ours, its checksums verified. Raises UserError for anything else; code in it never runs."""
-    path = Path(path)
-    content = read_plain(path, verify=True)
-    missing = [name for name in REQUIRED if not isinstance(content, dict) or name not in content]
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}")
-    if content["format"] == 1 and isinstance(content["config"], dict):
-        content |= {"format": 2, "transferred": []}
-    if content["format"] != FORMAT:
-        raise UserError(f"{path} has checkpoint format {content['format']}, and this code reads format {FORMAT}")
-    wrong = [name for name, is_right in EXPECTED.items() if not is_right(content[name])]
-    if wrong:
-        raise UserError(f"{path} is not a checkpoint of this project: its {', '.join(wrong)} is not what it should be")
-    return content | {"config": with_news(content["config"])}
-
-
-def with_news(config: dict) -> dict:
-    """A run's config with what its format or its version did not have yet."""
-    return SINCE_FORMAT_2 | LATER | config | {"init_from": config.get("init_from") or "none"}
 
 
 def read_last(run_dir: Path) -> dict | None:
@@ -178,7 +99,7 @@ def prepare_to_write(run_dir: Path, config: dict) -> None:
 def check_own(run_dir: Path, path: Path, content: dict) -> dict:
     """The content, unless the settings in config.json say that it is another run's: then a UserError."""
     try:
-        settings = with_news(read_settings(run_dir))
+        settings = upgrade_config(read_settings(run_dir))
     except (OSError, ValueError):   # lost or damaged: the checkpoint holds all of it
         return content
     for name in differences(content["config"], settings):
@@ -317,27 +238,4 @@ def restore_random_states(states: dict) -> None:
 
 # ---- networks from checkpoints ----------------------------------------------------------------------------------------
 
-def best_weights(content: dict) -> dict:
-    """The weights to use: the moving average with its batch-norm buffers where there is one."""
-    return content["ema"] or content["model"]
 
-
-def load_model(content: dict) -> nn.Module:
-    """The trained network, in evaluation mode on the CPU, from a checkpoint alone. Raises UserError."""
-    config, state = content["config"], best_weights(content)
-    try:
-        first = state.get("trunk.block1.0.conv.weight")     # looked at before anything is built as wide as the settings claim
-        if first is None or len(first) != scaled(64, config["width"]):
-            raise ValueError("names or shapes of the weights differ")
-        build = functools.partial(build_model, config["model"], len(content["class_names"]), width=config["width"],
-                                  trunk=config["trunk"] or None, dropout=config["dropout"], pool4=config["pool4"])
-        with torch.device("meta"):  # takes no memory
-            expected = {name: tensor.shape for name, tensor in build().state_dict().items()}
-        if expected != {name: tensor.shape for name, tensor in state.items()}:
-            raise ValueError("names or shapes of the weights differ")
-        model = build()
-        model.load_state_dict(state)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"the checkpoint does not hold the network that its settings describe: "
-                        f"{' '.join(str(error).split())[:200]}") from None
-    return model.eval()

@@ -2,99 +2,158 @@
 exit status: 0 done, 1 a failure, 2 bad use, 128 + N stopped by signal N after saving (SIGINT 130, SIGTERM 143)."""
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from attention_model import scaled
-from data import DataError, ImageSet
-from image_files import one_line, printable
-from training import checkpoint, options, sanity
+from common.arguments import parse
+from common.checkpoint import CHECKPOINT_NAME, PREVIOUS_NAME, upgrade_config
+from common.device import device_name, persist_compile_cache, tune_malloc
+from common.errors import Interrupted, UserError, exit_status, one_line
+from common.process import open_standard_streams, program, quoted, unbreakable_pipes
+from data import split
+from training import checkpoint, estimate, options
+from training.batch_norm import MIN_BN_BATCH
 from training.benchmark import benchmark
-from training.loop import Interrupted, Precision, SMALLEST_FOR_STATISTICS, Trainer, evaluate, memory_ran_out
-from training.memory import check_memory
-from training.optimise import SCHEDULES, learning_rate, parse_progressive, width_factor
-from training.options import UserError
-from training.process import open_standard_streams, program, quoted, unbreakable_pipes
-from training.ranks import VARIABLES, Ranks, joined, of_environment
-from training.run import Run, Signals, Task, build, clock, eval_batches, split
+from training.checks import check_batch, check_recipe, check_start
+from training.environment import command_line
+from training.evaluate_checkpoint import evaluate_checkpoint
+from training.evaluation import Evaluation
+from training.progress import format_duration
+from training.ranks import VARIABLES, Ranks, init_distributed, ranks_from_environment
+from training.run import Run
+from training.sanity import sanity_pass
+from training.signals import Signals
+from training.task import Task
 
 
 def main(task: Task, argv: list[str] | None = None) -> int:
+    """Run a training script: parse ``argv`` (default: the command line), and return the exit status."""
     open_standard_streams()
     argv = sys.argv[1:] if argv is None else argv
     parser = options.make_parser(task.description, task.recipes, model=task.model, dataset=task.dataset)
     try:
-        args = options.parse(parser, argv)
+        args = parse(parser, argv)
         if args.json and not args.benchmark:
             parser.error("--json goes with --benchmark")
     except SystemExit as stop:  # argparse has printed the help (0) or what is wrong (2)
         return stop.code
     if getattr(args, "compile", torch.cuda.is_available()):
-        options.keep_compiled()
+        persist_compile_cache()
     if args.device == "cpu" or not torch.cuda.is_available():
-        options.keep_memory()
-    return exit_status(lambda: do(task, args, argv), "Stopped before the training began: there is nothing to save.")
+        tune_malloc()
+    command = train if not (args.evaluate or args.sanity or args.benchmark) else instead_of_a_run
+    with exit_status("Stopped before the training began: there is nothing to save.") as status:
+        status.code = command(task, args, argv)
+    return status.code
 
 
-def exit_status(action: Callable[[], int], when_stopped: str) -> int:
-    """What ``action`` returns; else 1 or 2 for what a user can mend, told in a line or two, and 130 after Ctrl-C."""
-    try:
-        return action()
-    except Interrupted as stop:  # in the sanity pass; a run catches its own
-        return 128 + stop.args[0]
-    except (UserError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "status", 1)
-    except (RuntimeError, MemoryError) as error:
-        if not memory_ran_out(error):
-            raise
-        print(f"error: out of memory outside the training step: {one_line(error)[:200]}\n"
-              f"Is another program using the memory (nvidia-smi, top)? Else try a smaller --image-size, or --device cpu.",
-              file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(when_stopped, file=sys.stderr)
-        return 130
-
-
-def do(task: Task, args, argv: list[str]) -> int:
-    if of_environment().world_size > 1 and (args.evaluate or args.sanity or args.benchmark):
+def instead_of_a_run(task: Task, args: argparse.Namespace, argv: list[str]) -> int:
+    """--evaluate, --sanity or --benchmark."""
+    if ranks_from_environment().world_size > 1:
         raise UserError(f"--evaluate, --sanity and --benchmark run in one process: start them without torchrun, or unset "
                         f"{' '.join(VARIABLES)}", 2)
-    if not (args.evaluate or args.sanity or args.benchmark):
-        with joined(args.device) as ranks:
-            try:
-                return train(task, args, argv, ranks)
-            except RuntimeError as error:
-                if not ranks.lost_by(error):
-                    raise
-                raise UserError(f"rank {ranks.rank} lost the others ({one_line(error)[:150]}). The rank that ended first has "
-                                f"printed why") from None
     with unbreakable_pipes():
         if args.evaluate:
             return evaluate_checkpoint(task, args, argv)
         config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
         check_recipe(config)
-        command = options.command_line(argv)
         if args.benchmark:
-            return benchmark(task, config, args.benchmark, args.json, command)
+            return benchmark(task, config, args.benchmark, args.json, command_line(argv))
         with checkpoint.new_folder(new_run_dirs(task, args, "sanity")) as run_dir:
-            return sanity.sanity_pass(task, config, run_dir, command)
+            return sanity_pass(task, config, run_dir, command_line(argv))
 
 
-def new_run_dirs(task: Task, args, suffix: str) -> Iterator[Path]:
+# ---- training ---------------------------------------------------------------------------------------------------------
+
+def train(task: Task, args: argparse.Namespace, argv: list[str]) -> int:
+    """A new run, or the rest of one. Every rank comes here; rank 0 alone writes into the run directory."""
+    run = None
+    with init_distributed(args.device) as ranks, contextlib.ExitStack() as folder:
+        prepare = new_run if args.resume is None else resumed_run
+        try:
+            run = prepare(task, args, argv, ranks, folder)
+            if run is None:     # there is nothing left of it
+                return 0
+            describe(run)
+            result = run.train()
+        except Interrupted as stop:
+            return stopped(run, stop)
+        except RuntimeError as error:
+            if not ranks.is_peer_failure(error):
+                raise
+            raise peer_failure(run, ranks, error) from None
+        finally:
+            if run and run.report:
+                run.report.close()
+        print_result(run, result)
+    return 0
+
+
+def new_run(task: Task, args: argparse.Namespace, argv: list[str], ranks: Ranks, folder: contextlib.ExitStack) -> Run:
+    """A run that has not begun, in a folder of its own, which ``folder`` keeps locked."""
+    config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
+    check_recipe(config)
+    check_start(config)
+    check_batch(config, ranks)
+    run_dir = None
+    if ranks.is_main:
+        run_dir = folder.enter_context(checkpoint.new_folder(new_run_dirs(task, args, config["model"])))
+    run_dir = ranks.broadcast_object(run_dir)
+    with ranks.main_process_first():
+        sets = split(config, *task.data.sets(config, download=True))
+    run = Run(task, config, run_dir, *sets, ranks=ranks)
+    run.start(command_line(argv))
+    return run
+
+
+def resumed_run(task: Task, args: argparse.Namespace, argv: list[str], ranks: Ranks,
+                folder: contextlib.ExitStack) -> Run | None:
+    """A run at its newest checkpoint, its folder locked by ``folder``; None where it is finished."""
+    run_dir = run_to_resume(args) or ranks.broadcast_object(
+        checkpoint.newest_unfinished(Path("runs", task.dataset)) if ranks.is_main else None)
+    names = ("config.json", CHECKPOINT_NAME, PREVIOUS_NAME)
+    if not any((run_dir / name).exists() for name in names):
+        raise UserError(f"--resume {run_dir}: there is no run in this folder (no {', no '.join(names)})", 2)
+    if ranks.is_main:
+        folder.enter_context(checkpoint.lock(run_dir))
+    with ranks.main_process_first():
+        saved = checkpoint.read_last(run_dir)
+    before = saved["config"] if saved else stored_config(run_dir)
+    config = options.resumed(before, args, task.recipes, argv)
+    if ranks.world_size > 1:     # as the ranks have met; the stored one may be a single GPU
+        config |= {"device": args.device}
+    if config["dataset"] != task.dataset:
+        raise UserError(f"{run_dir} is a run of train_{config['dataset']}.py", 2)
+    if saved and saved["finished"] and config["epochs"] <= before["epochs"]:
+        print(f"{run_dir} is finished: {before['epochs']} epochs. A longer run: --resume {quoted(run_dir)} --epochs "
+              f"{2 * before['epochs']}")
+        if ranks.is_main:
+            with contextlib.suppress(OSError, ValueError, TypeError):   # a config.json that is lost or damaged
+                checkpoint.write_config(run_dir, checkpoint.read_config(run_dir) | {"finished": True})
+        return None
+    if config["epochs"] != before["epochs"]:
+        print(f"--epochs {config['epochs']} instead of {before['epochs']}: the schedule is that of the new length from here on.")
+    begun = saved["position"]["epoch"] + (saved["position"]["step"] > 0) if saved else 0
+    if config["epochs"] < begun:
+        raise UserError(f"--epochs {config['epochs']}: this run is in epoch {begun} already", 2)
+    check_batch(config, ranks)
+    with ranks.main_process_first():
+        sets = split(config, *task.data.sets(config, download=False))
+    run = Run(task, config, run_dir, *sets, saved=saved, ranks=ranks)
+    run.start(command_line(argv), resumed=True)
+    return run
+
+
+def new_run_dirs(task: Task, args: argparse.Namespace, suffix: str) -> Iterator[Path]:
     """--run-dir alone, or names of a folder under runs/, one after the other: several runs may start in one second."""
     if hasattr(args, "run_dir"):
         yield Path(args.run_dir)
@@ -103,7 +162,7 @@ def new_run_dirs(task: Task, args, suffix: str) -> Iterator[Path]:
     yield from (Path("runs", task.dataset, f"{name}-{number}" if number else name) for number in itertools.count())
 
 
-def run_to_resume(args) -> Path | None:
+def run_to_resume(args: argparse.Namespace) -> Path | None:
     """The folder that --resume names, its checkpoint's folder, or --run-dir; None: the newest unfinished run."""
     named = None if args.resume is options.NEWEST else Path(args.resume)
     if named and named.is_file():
@@ -114,272 +173,83 @@ def run_to_resume(args) -> Path | None:
     return named or given
 
 
-def load(task: Task, config: dict, *, new: bool) -> tuple[ImageSet, ImageSet]:
-    """Training and test set of a config: the sample, or the data set. For a new run it is downloaded when it is not there.
-    Another one was made from images that were there: raises UserError where they are not any more."""
-    if config["sample"]:
-        return task.sample(config)
-    if not new and not task.present(config["data_dir"]):
-        raise UserError(f"the images that this was trained on are not in {Path(config['data_dir']).absolute()} any more: give "
-                        f"--data-dir, the folder that holds them now")
-    return task.load(config, new)
-
-
-# ---- training ---------------------------------------------------------------------------------------------------------
-
-def train(task: Task, args, argv: list[str], ranks: Ranks) -> int:
-    """A new run, or the rest of one. Every rank comes here; the first one alone writes into the run directory."""
-    return resumed_run(task, args, argv, ranks) if args.resume is not None else new_run(task, args, argv, ranks)
-
-
-def new_run(task: Task, args, argv: list[str], ranks: Ranks) -> int:
-    config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
-    check_recipe(config)
-    check_start(config)
-    check_batch(config, ranks)
-    with checkpoint.new_folder(new_run_dirs(task, args, config["model"])) if ranks.first else contextlib.nullcontext() as run_dir:
-        run_dir = ranks.broadcast_object(run_dir)
-        with ranks.first_goes_ahead():
-            sets = split(config, *load(task, config, new=True))
-        return train_here(task, config, run_dir, sets, None, argv, ranks)
-
-
-def resumed_run(task: Task, args, argv: list[str], ranks: Ranks) -> int:
-    run_dir = run_to_resume(args) or ranks.broadcast_object(
-        checkpoint.newest_unfinished(Path("runs", task.dataset)) if ranks.first else None)
-    names = ("config.json", options.CHECKPOINT_NAME, options.PREVIOUS_NAME)
-    if not any((run_dir / name).exists() for name in names):
-        raise UserError(f"--resume {run_dir}: there is no run in this folder (no {', no '.join(names)})", 2)
-    with checkpoint.lock(run_dir) if ranks.first else contextlib.nullcontext():
-        with ranks.first_goes_ahead():
-            content = checkpoint.read_last(run_dir)
-        before = content["config"] if content else stored_config(run_dir)
-        config = options.resumed(before, args, task.recipes, argv)
-        if ranks.world_size > 1:     # as the ranks have met; the stored one may be a single GPU
-            config["device"] = args.device
-        if config["dataset"] != task.dataset:
-            raise UserError(f"{run_dir} is a run of train_{config['dataset']}.py", 2)
-        if content and content["finished"] and config["epochs"] <= before["epochs"]:
-            print(f"{run_dir} is finished: {before['epochs']} epochs. A longer run: --resume {quoted(run_dir)} --epochs "
-                  f"{2 * before['epochs']}")
-            if ranks.first:
-                with contextlib.suppress(OSError, ValueError, TypeError):   # a config.json that is lost or damaged
-                    checkpoint.write_config(run_dir, checkpoint.read_config(run_dir) | {"finished": True})
-            return 0
-        if config["epochs"] != before["epochs"]:
-            print(f"--epochs {config['epochs']} instead of {before['epochs']}: the schedule is that of the new length from "
-                  f"here on.")
-        begun = content["position"]["epoch"] + (content["position"]["step"] > 0) if content else 0
-        if config["epochs"] < begun:
-            raise UserError(f"--epochs {config['epochs']}: this run is in epoch {begun} already", 2)
-        check_batch(config, ranks)
-        with ranks.first_goes_ahead():
-            sets = split(config, *load(task, config, new=False))
-        return train_here(task, config, run_dir, sets, content, argv, ranks)
-
-
-def check_batch(config: dict, ranks: Ranks) -> None:
-    if config["batch_size"] < 2 * ranks.world_size:
-        raise UserError(f"--batch-size {config['batch_size']} is too small for {ranks.world_size} ranks: 2 images each are "
-                        f"the least", 2)
-
-
-def train_here(task: Task, config: dict, run_dir: Path, sets: tuple[ImageSet, ImageSet], content: dict | None,
-               argv: list[str], ranks: Ranks) -> int:
-    """Train, and say how it ended. The run directory is locked by the caller."""
-    run = Run(task, config, run_dir, *sets, content=content, ranks=ranks)
-    trainer = run.trainer
-    run.start(options.command_line(argv), resumed=options.was_given("resume", argv))
-    where = f"from epoch {trainer.position.epoch + 1}, step {trainer.position.step + 1}" if content else (
-        "from transferred weights" if trainer.transferred else "from scratch")
-    del content  # the network, its average and the momentum a second time
-    print(f"{config['model']}, width {config['width']:g}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters, "
-          f"{config['recipe']} recipe, {where} to epoch {config['epochs']}\n"
-          f"{len(run.train_set):,} training and {len(run.eval_set):,} {run.eval_name} images ({run.train_set.source})\n"
-          f"{options.device_name(run.device)}, {config['precision']}, PyTorch {torch.__version__}\n"
-          f"{rate_in_words(trainer)}\n"
-          f"Run directory {run_dir}; curves: {program('tensorboard', 'tensorboard.main')} --logdir {quoted(run_dir.parent)}")
-    if ranks.world_size > 1:
-        print(f"{ranks.world_size} ranks, each with {config['batch_size'] / ranks.world_size:g} images of a batch")
-    if trainer.micro_batch and config["micro_batch"] == "auto":
-        print(f"Going on with --micro-batch {trainer.micro_batch}, to which this run came when memory ran out.")
-    if trainer.images_at_once() < SMALLEST_FOR_STATISTICS:
-        print(trainer.what_batch_norm_does())
-    if run.device.type == "cpu" and ranks.world_size == 1:
-        say_how_long(run)
-    try:
-        result = run.train()
-    except Interrupted as stop:
-        number = stop.args[0]
-        words = (f"\nStopped by {signal.Signals(number).name}; everything is saved. Go on with:\n"
-                 f"  {how_to_resume(task, run_dir, ranks)}")
-        try:
-            print(words, flush=True)
-        except BrokenPipeError:     # Ctrl-C ends the `tee` behind a pipe as well
-            with contextlib.suppress(OSError):
-                print(words, file=sys.stderr)
-            Signals.nobody_reads()  # or Python would complain at its end
-        return 128 + number
-    except RuntimeError as error:
-        if not ranks.lost_by(error):
-            raise
-        saved = (f"Everything up to epoch {trainer.position.epoch + 1}, step {trainer.position.step} is saved"
-                 if ranks.steps_are_whole else "The last checkpoint is at most a minute or two old")
-        saved = f" {saved}; go on with:\n  {how_to_resume(task, run_dir, ranks)}" if ranks.first else ""
-        raise UserError(f"rank {ranks.rank} lost the others ({one_line(error)[:150]}). The rank that ended first has printed "
-                        f"why.{saved}") from None
-    finally:
-        if run.report:
-            run.report.close()
-    print(f"Last epoch ({config['epochs']}): {run.eval_name} top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss "
-          f"{result.loss:.4f}. Checkpoint: {run_dir / options.CHECKPOINT_NAME}")
-    if run.best:
-        print(f"Best on the validation images: epoch {run.best['epoch']}, {run.best['top1']:.2f} %: {run_dir / 'best.pt'}. "
-              f"The test set has not been looked at: --evaluate does.")
-    return 0
-
-
-def how_to_resume(task: Task, run_dir: Path, ranks: Ranks) -> str:
-    """The command line that goes on with a run, as it was started: from this folder, with as many ranks."""
-    script = sys.argv[0] if Path(sys.argv[0]).name == f"train_{task.dataset}.py" else f"train_{task.dataset}.py"
-    here = os.environ.get("LOCAL_WORLD_SIZE") or ranks.world_size
-    start = program("python") if ranks.world_size == 1 else (
-        f"{program('torchrun', 'torch.distributed.run')} --nproc-per-node={here}")
-    return f"{start} {quoted(script)} --resume {quoted(run_dir)}"
-
-
-def rate_in_words(trainer: Trainer) -> str:
-    """The peak learning rate, for an image too: what a step does to the weights depends on both rate and batch."""
-    config, steps = trainer.config, len(trainer.batches)
-    total, rising = config["epochs"] * steps, int(config["warmup"] * config["epochs"] * steps)
-    # Where a schedule turns: around the warm-up's end, and at the first epochs at which the rate is doubled or halved.
-    turns = [rising + more for more in (-2, -1, 0, 1)] + [number * config["halve_every"] * steps for number in range(4)]
-    at_full_width = max(learning_rate(config, min(max(0, step), total - 1), steps) for step in turns)
-    peak = at_full_width * width_factor(config)
-    words = f"Peak learning rate {peak:.3g} for batches of {config['batch_size']}: {peak / config['batch_size']:.2g} an image"
-    if config["muon"]:
-        words += f"; {config['muon'] * at_full_width:.2g} for the 3x3 filters, by Muon"
-    if trainer.transferred:
-        words += f"; transferred layers at {config['transfer_lr']:g} times their rate"
-    if config["freeze_epochs"]:
-        words += f", whose trunk trains after {config['freeze_epochs']:g} epochs"
-    return words
-
-
 def stored_config(run_dir: Path) -> dict:
     """The config of a run that has no checkpoint yet: it starts over with the same settings."""
     try:
-        config = checkpoint.with_news(checkpoint.read_settings(run_dir))
+        config = upgrade_config(checkpoint.read_settings(run_dir))
     except (OSError, ValueError) as error:
         raise UserError(f"{run_dir / 'config.json'} is damaged ({error}) and there is no checkpoint: start a new run") from None
     print(f"{run_dir} has no checkpoint yet: starting over with its settings.")
     return config
 
 
-def check_recipe(config: dict) -> None:
-    """Fail now, before a folder is made or an image read."""
-    device = options.choose_device(config["device"])
-    options.choose_precision(config["precision"], device)
-    with torch.device("meta"):
-        check_memory(build(config, num_classes=2), config, device)
+# ---- what is printed --------------------------------------------------------------------------------------------------
+
+def describe(run: Run) -> None:
+    """What is trained on what, before it begins."""
+    config, trainer, position = run.config, run.trainer, run.trainer.position
+    where = "from transferred weights" if trainer.transferred else "from scratch"
+    if run.resumed:
+        where = f"from epoch {position.epoch + 1}, step {position.step + 1}"
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    tensorboard = program("tensorboard", "tensorboard.main")
+    print(f"{config['model']}, width {config['width']:g}, {parameters:,} parameters, {config['recipe']} recipe, {where} to epoch "
+          f"{config['epochs']}\n"
+          f"{len(run.train_set):,} training and {len(run.eval_set):,} {run.eval_name} images ({run.train_set.source})\n"
+          f"{device_name(run.device)}, {config['precision']}, PyTorch {torch.__version__}\n"
+          f"{estimate.rate_in_words(trainer)}\n"
+          f"Run directory {run.run_dir}; curves: {tensorboard} --logdir {quoted(run.run_dir.parent)}")
+    if run.ranks.world_size > 1:
+        print(f"{run.ranks.world_size} ranks, each with {config['batch_size'] / run.ranks.world_size:g} images of a batch")
+    if trainer.micro_batch and config["micro_batch"] == "auto":
+        print(f"Resuming with --micro-batch {trainer.micro_batch} (reduced after out-of-memory).")
+    if trainer.batch_norm.batch_size(trainer.micro_batch) < MIN_BN_BATCH:
+        print(trainer.batch_norm.note(trainer.micro_batch))
+    if run.device.type == "cpu" and run.ranks.world_size == 1:
+        left = config["epochs"] - position.epoch
+        advice = "--width 0.25 takes a sixteenth of the arithmetic; " if config["width"] >= 0.5 else ""
+        print(f"No GPU: the epochs ahead ({left}) take about {format_duration(estimate.seconds_left(run))} here. {advice}--sanity "
+              f"gives a closer estimate.")
+
+
+def stopped(run: Run, stop: Interrupted) -> int:
+    """Say how to resume. Returns the exit status."""
+    words = (f"\nStopped by {signal.Signals(stop.signal).name}; everything is saved. Resume with:\n"
+             f"  {how_to_resume(run)}")
     try:
-        parse_progressive(config["progressive"])
-    except ValueError as error:
-        raise UserError(f"--set progressive: {error}", 2) from None
-    choices = {"schedule": SCHEDULES, "crop": ("box", "whole")}
-    for name in choices.keys() & config.keys():
-        if config[name] not in choices[name]:
-            raise UserError(f"--set {name}={config[name]}: choose {' or '.join(choices[name])}", 2)
-    below = {"momentum": 1, "label_smoothing": 1, "ema_decay": 1, "warmup": 1, "crop_pad": 16, "zoom": 1, "jitter": 1,
-             "cutout": 4096, "pool4": 4096}
-    for name, limit in below.items():
-        if config[name] >= limit:
-            raise UserError(f"--set {name}={config[name]}: expected a number below {limit}", 2)
-    if config["nesterov"] and not config["momentum"]:
-        raise UserError("--set momentum=0: Nesterov needs a momentum; add --set nesterov=false", 2)
-    if config["halve_every"] < 1:
-        raise UserError("--set halve_every=0: expected 1 epoch or more", 2)
-    if config["freeze_epochs"] >= config["epochs"]:
-        raise UserError(f"--freeze-epochs {config['freeze_epochs']:g}: fewer than the {config['epochs']} epochs of the run "
-                        f"are needed, or the trunk would never train", 2)
+        print(words, flush=True)
+    except BrokenPipeError:     # Ctrl-C ends the `tee` behind a pipe as well
+        with contextlib.suppress(OSError):
+            print(words, file=sys.stderr)
+        Signals.nobody_reads()  # or Python would complain at its end
+    return 128 + stop.signal
 
 
-def check_start(config: dict) -> None:
-    """--init-from of a new run, before an image is read. Raises UserError."""
-    if not config["init_from"]:
-        raise UserError("this recipe starts from a CIFAR-100 network, which train_cifar100.py trains: give --init-from "
-                        "RUN_DIR/last.pt. Else --init-from imagenet (--set trunk=pooled), or --init-from none", 2)
-    if config["init_from"] == "none" and config["freeze_epochs"]:
-        raise UserError("--freeze-epochs keeps a transferred trunk as it is, and --init-from none transfers none: leave one "
-                        "of them out", 2)
-    if config["init_from"] == "imagenet" and scaled(64, config["width"]) != 64:
-        raise UserError(f"ImageNet weights fit --width 1, not {config['width']:g}: give --init-from none, or a checkpoint of "
-                        f"that width", 2)
-    if config["init_from"] not in ("none", "imagenet"):
-        checkpoint.read_checkpoint(config["init_from"])
+def peer_failure(run: Run | None, ranks: Ranks, error: RuntimeError) -> UserError:
+    """What to say on a rank when another has gone."""
+    words = f"rank {ranks.rank} lost the others ({one_line(error)[:150]}). The rank that ended first has printed why"
+    if run is None or not ranks.is_main:
+        return UserError(words)
+    position = run.trainer.position
+    saved = (f"Everything up to epoch {position.epoch + 1}, step {position.step} is saved" if ranks.steps_are_whole else
+             "The last checkpoint is at most a minute or two old")
+    return UserError(f"{words}. {saved}; resume with:\n  {how_to_resume(run)}")
 
 
-def say_how_long(run: Run) -> None:
-    """Without a GPU: what the run takes here, from a small step."""
-    height, width = run.config["input_size"]
-    cost = sanity.measure(run.trainer, images=max(1, min(8, 8 * 224**2 // (height * width))))
-    position, epochs = run.trainer.position, run.config["epochs"]
-    left = epochs - position.epoch
-    begun = (position.epoch + position.step / len(run.trainer.batches)) / epochs
-    seconds = sanity.run_seconds(run.config, cost, len(run.train_set), len(run.eval_set), begun)
-    advice = "--width 0.25 takes a sixteenth of the arithmetic; " if run.config["width"] >= 0.5 else ""
-    print(f"No GPU: the epochs ahead ({left}) take about {clock(seconds)} here. {advice}--sanity gives a closer estimate.")
+def print_result(run: Run, result: Evaluation) -> None:
+    print(f"Last epoch ({run.config['epochs']}): {run.eval_name} top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss "
+          f"{result.loss:.4f}. Checkpoint: {run.run_dir / CHECKPOINT_NAME}")
+    if run.best:
+        print(f"Best on the validation images: epoch {run.best['epoch']}, {run.best['top1']:.2f} %: {run.run_dir / 'best.pt'}. "
+              f"The test set has not been looked at: --evaluate does.")
 
 
-# ---- evaluation -------------------------------------------------------------------------------------------------------
-
-def evaluate_checkpoint(task: Task, args, argv: list[str]) -> int:
-    """Loss, top-1, top-5 and each class, from the checkpoint alone; where the images are may be told."""
-    taken = ("data_dir", "num_workers", "device", "precision", "evaluate")
-    ignored = [name for name in vars(args) if options.was_given(name, argv) and name not in taken]
-    if ignored:
-        raise UserError(f"--evaluate takes the run's settings from the checkpoint: leave out "
-                        f"{', '.join('--' + name.replace('_', '-') for name in ignored)}", 2)
-    content = checkpoint.read_checkpoint(args.evaluate)
-    config = content["config"] | {name: getattr(args, name) for name in ("data_dir", "num_workers")
-                                  if options.was_given(name, argv)}
-    if config["dataset"] != task.dataset:
-        raise UserError(f"{args.evaluate} is a checkpoint of train_{config['dataset']}.py", 2)
-    device = options.choose_device(args.device)
-    torch.backends.cudnn.benchmark = True   # as in training
-    precision = options.choose_precision(getattr(args, "precision", precision_here(config["precision"], device)), device)
-    model = checkpoint.load_model(content).to(device, memory_format=torch.channels_last)
-    _, test = load(task, config, new=False)
-    if tuple(content["class_names"]) != test.class_names:
-        raise UserError(f"{args.evaluate} was trained on other classes than those of {test.source}")
-    started = time.perf_counter()
-    batches = eval_batches(test, device, content["mean"], content["std"], content["input_size"])
-    result = evaluate(model, batches, len(test.class_names), Precision(precision, device))
-    seconds = time.perf_counter() - started
-    print(f"{args.evaluate}: {config['model']}, width {config['width']:g}, after epoch {content['position']['epoch']} of "
-          f"{config['epochs']}" + (", moving average of the weights" if content["ema"] else ""))
-    if content["position"]["step"]:
-        print("It was saved in the middle of an epoch, so batch norm's statistics are not taken anew yet: --resume to the epoch's "
-              "end gives its accuracy.")
-    print(f"{len(test):,} test images ({test.source}), {options.device_name(device)}, {precision}, {seconds:.1f} s")
-    print(f"loss {result.loss:.4f}   top-1 {result.top1:.2f} %   top-5 {result.top5:.2f} %\n")
-    print_classes(test.class_names, result.class_counts, result.class_correct)
-    return 0
-
-
-def precision_here(trained_in: str, device: torch.device) -> str:
-    """The precision of a run, where this device has it; else "auto": emulated bf16 would seem to hang."""
-    native = trained_in in ("fp32", options.choose_precision("auto", device)) or (trained_in, device.type) == ("fp16", "cuda")
-    return trained_in if native else "auto"
-
-
-def print_classes(names: tuple[str, ...], counts: list[int], correct: list[int]) -> None:
-    """Top-1 of each class, worst first, in as many columns as fit 100 characters."""
-    names = tuple(map(printable, names))
-    wide = max(len(name) for name in names) + 16
-    order = sorted(range(len(names)), key=lambda i: (correct[i] / max(1, counts[i]), names[i]))
-    cells = [f"{names[i]:<{wide - 16}} {100 * correct[i] / max(1, counts[i]):5.1f} % {f'of {counts[i]}':<7}" for i in order]
-    columns = max(1, 100 // wide)
-    print("top-1 of each class, worst first")
-    for first in range(0, len(cells), columns):
-        print("  ".join(cells[first:first + columns]).rstrip())
+def how_to_resume(run: Run) -> str:
+    """The command line that resumes a run as it was started: from this folder, with as many ranks."""
+    script = f"train_{run.task.dataset}.py"
+    if Path(sys.argv[0]).name == script:
+        script = sys.argv[0]
+    ranks = run.ranks.world_size
+    start = program("python") if ranks == 1 else (
+        f"{program('torchrun', 'torch.distributed.run')} --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE') or ranks}")
+    return f"{start} {quoted(script)} --resume {quoted(run.run_dir)}"

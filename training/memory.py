@@ -7,13 +7,13 @@ import os
 import torch
 from torch import nn
 
-from training.options import UserError
+from common.errors import UserError
 
 
 def check_memory(model: nn.Module, config: dict, device: torch.device) -> None:
     """For the network of a config, on the meta device. Raises UserError where the machine has not the memory for its weights
     or, on a CPU, for training on two images at a time. (A GPU says itself that its memory is full.)"""
-    memory = physical_memory()
+    memory = total_memory()
     weights = sum(p.nbytes for p in model.parameters())
     if device.type == "cpu":
         weights *= 4    # with gradients, momentum and moving average
@@ -28,7 +28,7 @@ def check_memory(model: nn.Module, config: dict, device: torch.device) -> None:
                             f"{kept / 2**30:,.0f} GiB of memory, and this machine has {memory / 2**30:,.0f}", 2)
 
 
-def physical_memory() -> float:
+def total_memory() -> float:
     """Bytes of this machine; infinite where it does not say."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

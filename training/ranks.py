@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import rendezvous
 
-from image_files import one_line, printable
-from training.options import UserError
+from common.errors import UserError, one_line, printable
 
 MEETING = timedelta(minutes=5)      # for all ranks to have started
 PATIENCE = timedelta(hours=2)       # of a rank with the others, once they have met
@@ -32,7 +31,7 @@ class Ranks:
     local_rank: int = 0
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def share(self, total: int) -> slice:
@@ -47,7 +46,7 @@ class Ranks:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Waits for the device."""
         if self.world_size == 1:
             return flag
@@ -69,7 +68,7 @@ class Ranks:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def lost_by(self, error: RuntimeError) -> bool:
+    def is_peer_failure(self, error: RuntimeError) -> bool:
         """Whether an error says that another rank has gone, in which case it is not this rank's own."""
         return self.world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
 
@@ -80,12 +79,12 @@ class Ranks:
         return self.world_size == 1 or dist.get_backend() != "nccl"
 
     @contextlib.contextmanager
-    def first_goes_ahead(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """Rank 0 runs the block before the others, which find its work done (a download, a cache)."""
-        if self.world_size > 1 and not self.first:
+        if self.world_size > 1 and not self.is_main:
             dist.barrier()
         yield
-        if self.world_size > 1 and self.first:
+        if self.world_size > 1 and self.is_main:
             dist.barrier()
 
 
@@ -97,7 +96,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 REMEDY = f"start with torchrun, or without it unset {' '.join(VARIABLES)}"
 
 
-def of_environment() -> Ranks:
+def ranks_from_environment() -> Ranks:
     """What torchrun tells its processes; alone without it, where a variable that is empty counts as not set.
 
     Raises UserError where they were left over from something else."""
@@ -117,12 +116,12 @@ def of_environment() -> Ranks:
 
 
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[Ranks]:
+def init_distributed(device: str) -> Iterator[Ranks]:
     """Meet the other ranks (NCCL where every rank has a GPU, else gloo), and leave them at the end. On every rank but the
     first, standard output is silent; errors are not.
 
     Raises UserError where this machine has fewer GPUs than ranks."""
-    ranks = of_environment()
+    ranks = ranks_from_environment()
     if ranks.world_size == 1:
         yield ranks
         return
@@ -134,7 +133,7 @@ def joined(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(ranks.local_rank)
     where = {"device_id": torch.device("cuda", ranks.local_rank)} if on_gpus else {}
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    if ranks.first:
+    if ranks.is_main:
         print(f"Waiting for {ranks.world_size} ranks to meet at {place}, as RANK, WORLD_SIZE and MASTER_ADDR say.", flush=True)
     try:
         store, rank, count = next(rendezvous("env://", timeout=MEETING))
@@ -146,7 +145,7 @@ def joined(device: str) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE, **where)
     ended_well = False
     try:
-        with contextlib.nullcontext() if ranks.first else contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.nullcontext() if ranks.is_main else contextlib.redirect_stdout(io.StringIO()):
             yield ranks
         with contextlib.suppress(RuntimeError):
             dist.barrier()  # rank 0 keeps the meeting place: it must not leave before the others are done

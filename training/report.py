@@ -7,23 +7,20 @@ a vanished folder is an OSError with the file's name at the call that met it, an
 import errno
 import io
 import json
-import math
 import os
 import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from files import identity, replace_file, set_aside
-from image_files import printable
+from common.errors import printable
+from common.files import identity, replace_file, set_aside
+from training.health import LevelHealth
 
 METRIC_FIELDS = ("epoch", "lr", "train_loss", "train_top1", "eval_loss", "eval_top1", "eval_top5", "images_per_second",
                  "seconds", "peak_memory_mib")
@@ -34,9 +31,6 @@ WRITER = "learn-to-pay-attention"   # in the first event of every file of ours: 
 # Tags by which the files of our first version, which lack that, are known.
 OUR_TAGS = re.compile("command/text_summary|peak_memory_mib|attention/conv")
 MERGED = ".merged"  # ends the name of an event file that holds all that the files before it (by name) are to keep
-
-DEAD_SD = 1e-6  # scores that vary less than this over the positions of every image: the level is dead
-UNIFORM_ENTROPY, COLLAPSED_ENTROPY = 0.999, 0.01  # of the map, over the largest possible
 
 
 def _append(path: Path, data: bytes) -> None:
@@ -71,7 +65,9 @@ def _is_ours(path: Path) -> bool:
 def _events(path: Path) -> Iterator:
     """The events of a file, up to a broken last record. TensorBoard takes no name that is not in UTF-8: then it gets that of
     the open file."""
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.backend.event_processing.event_file_loader import (
+        LegacyEventFileLoader,
+    )
     with open(path, "rb") as file:
         name = str(path) if printable(path) == str(path) else f"/dev/fd/{file.fileno()}"
         yield from LegacyEventFileLoader(name).Load()
@@ -109,13 +105,15 @@ def _plain(value):
 class Report:
     """Writes metrics.csv and one TensorBoard event file in `run_dir` (made if missing).
 
-    `eval_name` is what the evaluation set is called in the tags: "test" or "val". After a resume call cut_back first;
+    `eval_name` is what the evaluation set is called in the tags: "test" or "val". After a resume call truncate_after first;
     the new Report then goes on in a further event file, which TensorBoard shows as the same run.
     Every method writes to the disk before it returns, and raises OSError with the file's name where it cannot.
     """
 
     def __init__(self, run_dir: Path, *, eval_name: str = "test"):
-        from torch.utils.tensorboard import summary  # here, not above: importing it takes seconds and prints
+        from torch.utils.tensorboard import (
+            summary,  # here, not above: importing it takes seconds and prints
+        )
         self._summary = summary
         self.run_dir, self.eval_name = Path(run_dir), eval_name
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -195,7 +193,7 @@ class Report:
         columns.
 
         hparams are those of start; metrics are final values by name, also written as scalars final/<name> at that step.
-        cut_back takes all of this away again, for a run that is made longer.
+        truncate_after takes all of this away again, for a run that is made longer.
         """
         final = {f"final/{name}": float(value) for name, value in metrics.items()}
         columns = [f"top1/{self.eval_name}", f"loss/{self.eval_name}", "top1/train", "loss/train"]
@@ -238,7 +236,7 @@ def _lines_and_rows(path: Path) -> list[tuple[str, dict]]:
     return rows
 
 
-def cut_back(run_dir: Path, epoch: int) -> None:
+def truncate_after(run_dir: Path, epoch: int) -> None:
     """On resume: take everything after `epoch` out of metrics.csv and the event files, and heal what a crash left.
 
     With epoch -1 what start() wrote goes too, for a run that starts over. The event files become one. It sorts after
@@ -292,49 +290,3 @@ def _summaries(path: Path) -> Iterator:
             yield event
 
 
-@dataclass(frozen=True)
-class LevelHealth:
-    """How an attention level does. Scores are its compatibility scores, before the softmax or sigmoid."""
-    score_sd: float  # standard deviation of the scores over an image's positions, mean over images
-    score_sd_max: float  # the same, largest over images: a level is dead when it is small on every image
-    entropy: float  # of the map over its maximum log(H*W), mean over images: 1 is uniform, 0 one position
-    gate_gradient: float | None  # norm of the gradient of the gate's parameters; None where it has none (dp)
-
-
-def attention_health(scores: Mapping[str, Tensor], gate_gradients: Mapping[str, float | None],
-                     sigmoid_levels: tuple[str, ...] = ()) -> dict[str, LevelHealth]:
-    """Health of each level from its scores (N, H, W), in float64.
-
-    The entropy is that of softmax(scores) over the positions. For one of `sigmoid_levels`, whose map does not sum to
-    1, it is that of sigmoid(scores) divided by its sum: how evenly the gate is open, whatever its height.
-    """
-    health = {}
-    for level, score in scores.items():
-        flat = score.detach().double().flatten(1)
-        attention_map = (torch.nn.functional.logsigmoid(flat) if level in sigmoid_levels else flat).softmax(dim=1)
-        entropy = torch.special.entr(attention_map).sum(dim=1) / math.log(max(flat.shape[1], 2))
-        sd = flat.std(dim=1, correction=0)
-        health[level] = LevelHealth(sd.mean().item(), sd.max().item(), entropy.mean().item(), gate_gradients.get(level))
-    return health
-
-
-def health_warnings(health: Mapping[str, LevelHealth]) -> list[str]:
-    """What is wrong with the attention, one line for each thing, with what to try next; [] when all is well."""
-    look, lines = '(README, "Reading the maps")', []
-    for level, each in health.items():
-        name = f"attention level {level}"
-        if not all(map(math.isfinite, (each.score_sd_max, each.entropy))):
-            lines.append(f"{name} has non-finite scores: try a lower --lr or --precision fp32 {look}")
-        elif each.score_sd_max < DEAD_SD:
-            lines.append(f"{name} is dead: its scores do not vary (sd {each.score_sd_max:.1e} < {DEAD_SD:.0e} on every "
-                         f"image), so its map is flat; try less weight decay on the gate or a lower --lr {look}")
-        elif each.entropy > UNIFORM_ENTROPY:
-            lines.append(f"{name} is nearly uniform (entropy {each.entropy:.4f} of 1): usual in the first epochs; if "
-                         f"it stays, its scores are too small: try less weight decay on the gate {look}")
-        elif each.entropy < COLLAPSED_ENTROPY:
-            lines.append(f"{name} looks at one position only (entropy {each.entropy:.4f} of 1): its scores are too "
-                         f"large; try a smaller initial gate or a lower --lr {look}")
-        if each.gate_gradient == 0:
-            lines.append(f"{name} has a zero gate gradient, so it does not learn: look for a frozen gate, or a "
-                         f"classifier that does not use this level {look}")
-    return lines

@@ -16,10 +16,17 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from files import expand_user, make_folders, remove_leftovers, remove_made, temporary_in
-from image_files import DataError, one_line, shows_progress
+from common.errors import UserError, one_line
+from common.files import (
+    expand_user,
+    make_folders,
+    remove_leftovers,
+    remove_made,
+    temporary_in,
+)
+from common.hub import SOCKET_TIMEOUT
+from datasets.image_files import shows_progress
 
-SOCKET_TIMEOUT = 30.0   # seconds without an answer until a connection counts as broken
 ATTEMPTS = 3            # in a row without a new byte until a download is given up
 PAUSE = 2.0             # seconds between two attempts
 BLOCK = 2**18           # bytes read at a time
@@ -31,11 +38,11 @@ class _Broken(Exception):
 
 
 def data_folder(data_dir: str | os.PathLike) -> Path:
-    """--data-dir as a path. Raises DataError for a ~ that stands for no folder."""
+    """--data-dir as a path. Raises UserError for a ~ that stands for no folder."""
     try:
         return expand_user(data_dir)
     except ValueError as error:
-        raise DataError(f"--data-dir {error}") from None
+        raise UserError(f"--data-dir {error}") from None
 
 
 def named(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -69,20 +76,20 @@ def check_data_dir(root: Path, download: bool, what: str, folder: str, other: Pa
     """Refuse what looks like a mistyped --data-dir rather than download `what` into it; it should hold `folder`. `other`:
     where the data set is, if it was found near `root`."""
     if root.exists() and not root.is_dir():
-        raise DataError(f"--data-dir {root} is a file, not a folder. Give the folder that holds {folder}/")
+        raise UserError(f"--data-dir {root} is a file, not a folder. Give the folder that holds {folder}/")
     if other:
-        raise DataError(f"no {what} in {root}, but there is one at {other}: give --data-dir {other.parent}")
+        raise UserError(f"no {what} in {root}, but there is one at {other}: give --data-dir {other.parent}")
     if not root.is_dir() and not (download and root.absolute().parent.is_dir()):
-        raise DataError(f"data folder {root} does not exist. Check --data-dir. {by_hand}")
+        raise UserError(f"data folder {root} does not exist. Check --data-dir. {by_hand}")
     if not download:
-        raise DataError(f"no {what} in {root}. {by_hand}")
+        raise UserError(f"no {what} in {root}. {by_hand}")
 
 
 def check_space(folder: Path, mib: int, what: str) -> None:
-    """DataError where fewer than `mib` MiB are free in `folder` (or its parent, while it is yet to be made)."""
+    """UserError where fewer than `mib` MiB are free in `folder` (or its parent, while it is yet to be made)."""
     free = shutil.disk_usage(folder if folder.is_dir() else folder.absolute().parent).free // 2**20
     if free < mib:
-        raise DataError(f"{what} needs {mib:,} MiB of disk space in {folder}, where {free:,} MiB are free. Make room,"
+        raise UserError(f"{what} needs {mib:,} MiB of disk space in {folder}, where {free:,} MiB are free. Make room,"
                         f" or give a --data-dir on another disk")
 
 
@@ -95,14 +102,14 @@ def md5_of(path: Path) -> str:
 
 
 def check_archive(path: Path, md5: str, url: str) -> None:
-    """DataError unless the file is the whole archive."""
+    """UserError unless the file is the whole archive."""
     try:
         right = md5_of(path) == md5
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({one_line(error)}). Make it readable, or move it away and start"
+        raise UserError(f"{path} cannot be read ({one_line(error)}). Make it readable, or move it away and start"
                         f" again") from None
     if not right:
-        raise DataError(f"{path} is damaged or half a download ({path.stat().st_size:,} bytes, its md5 is not {md5})."
+        raise UserError(f"{path} is damaged or half a download ({path.stat().st_size:,} bytes, its md5 is not {md5})."
                         f" Move it away and start again, or fetch it from {url}")
 
 
@@ -114,7 +121,7 @@ def fetch(url: str, md5: str, path: Path, *, size_mib: int, what: str, by_hand: 
 
     size_mib: about how much will come; twice that is refused.
     what, by_hand: for messages: the data set, and what to do without a download.
-    Raises DataError.
+    Raises UserError.
     """
     root, made, folder = path.parent, [], temporary_in(path.parent)
     try:
@@ -135,7 +142,7 @@ def fetch(url: str, md5: str, path: Path, *, size_mib: int, what: str, by_hand: 
         if not os.path.lexists(path):
             os.replace(partial, path)
     except (OSError, ValueError, _Broken) as error:
-        raise DataError(f"could not download {what} to {root} ({one_line(error)}); nothing was kept. Try again, or:"
+        raise UserError(f"could not download {what} to {root} ({one_line(error)}); nothing was kept. Try again, or:"
                         f" {by_hand}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -207,10 +214,10 @@ def unpack(archive: Path, folder_name: str, root: Path, *, progress: bool) -> No
     """Unpack what lies under `folder_name`/ in a .tar.gz to root/folder_name, whole or not at all; other members are
     passed over. A second process that unpacks the same does no harm.
 
-    Raises DataError, for a member too that is neither file nor folder or would leave the folder.
+    Raises UserError, for a member too that is neither file nor folder or would leave the folder.
     """
     if not hasattr(tarfile, "data_filter"):
-        raise DataError(f"this Python cannot unpack {archive} safely. Use 3.10.12, 3.11.4, 3.12 or newer, or unpack"
+        raise UserError(f"this Python cannot unpack {archive} safely. Use 3.10.12, 3.11.4, 3.12 or newer, or unpack"
                         f" {folder_name}/ to {root} yourself")
     folder = temporary_in(root)
     try:
@@ -231,7 +238,7 @@ def unpack(archive: Path, folder_name: str, root: Path, *, progress: bool) -> No
             raise ValueError(f"it holds no folder {folder_name}")
         _put(folder / folder_name, root / folder_name)
     except Exception as error:      # a damaged archive raises nearly anything
-        raise DataError(f"could not unpack {archive} to {root} ({one_line(error)}); nothing was kept. Start again when"
+        raise UserError(f"could not unpack {archive} to {root} ({one_line(error)}); nothing was kept. Start again when"
                         f" that is mended, or unpack {folder_name}/ there yourself") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)

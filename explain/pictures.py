@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # Nine anchor colours each, evenly spaced from low to high. Lightness rises all the way, so the order of two values can
 # be seen by anyone, printed in grey too (jet, the usual choice, is brightest in its middle).
-COLOUR_MAPS = {
+COLOR_MAPS = {
     "inferno": ((0, 0, 4), (33, 12, 74), (87, 16, 110), (136, 34, 106), (188, 55, 84), (227, 89, 51), (249, 142, 9),
                 (249, 201, 50), (252, 255, 164)),
     "viridis": ((68, 1, 84), (71, 45, 123), (59, 82, 139), (44, 114, 142), (33, 145, 140), (40, 174, 128),
@@ -27,11 +27,11 @@ MARGIN, GAP, BLOCK_GAP = 20, 6, 28  # pixels: around the sheet, between the pict
 HEAD_LINE = 20  # pixels from one line of a heading to the next
 
 
-def colourise(values: np.ndarray, name: str = "inferno") -> np.ndarray:
+def colorize(values: np.ndarray, name: str = "inferno") -> np.ndarray:
     """(H, W) floats in [0, 1] -> (H, W, 3) uint8 by the colour map `name`; values outside are clipped, NaN is 0."""
-    if name not in COLOUR_MAPS:
-        raise ValueError(f"unknown colour map {name!r}: choose one of {', '.join(COLOUR_MAPS)}")
-    anchors = np.array(COLOUR_MAPS[name], dtype=np.float64)
+    if name not in COLOR_MAPS:
+        raise ValueError(f"unknown colour map {name!r}: choose one of {', '.join(COLOR_MAPS)}")
+    anchors = np.array(COLOR_MAPS[name], dtype=np.float64)
     values = np.clip(np.nan_to_num(np.asarray(values, dtype=np.float64), nan=0.0), 0.0, 1.0)
     places = np.linspace(0.0, 1.0, len(anchors))
     channels = [np.interp(values, places, anchors[:, channel]) for channel in range(3)]
@@ -68,7 +68,7 @@ def overlay(image: np.ndarray, attention_map: np.ndarray, opacity: float = 0.5, 
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"an image is a uint8 array (H, W, 3), not {image.dtype} {image.shape}")
-    colours = colourise(_resized(unit_range(attention_map), *image.shape[:2]), name)
+    colours = colorize(_resized(unit_range(attention_map), *image.shape[:2]), name)
     blend = (1.0 - opacity) * image.astype(np.float64) + opacity * colours
     return np.round(blend).astype(np.uint8)
 
@@ -117,7 +117,7 @@ def _legend(draw: ImageDraw.ImageDraw, sheet: Image.Image, top: int, font: Image
     middle = top + height // 2
     draw.text((right, middle), "high", INK, font, anchor="rm")
     bar = round(right - font.getlength("high") - 8 - length)
-    colours = colourise(np.linspace(0.0, 1.0, length)[None].repeat(height, axis=0), name)
+    colours = colorize(np.linspace(0.0, 1.0, length)[None].repeat(height, axis=0), name)
     sheet.paste(Image.fromarray(colours), (bar, top))
     draw.text((bar - 8, middle), "low", INK, font, anchor="rm")
     room = bar - 8 - font.getlength("low") - 24 - MARGIN

@@ -1,4 +1,5 @@
 """What the tests of whole runs have in common: a small one's options, and how one is stopped, how two are compared."""
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -6,10 +7,11 @@ from pathlib import Path
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from files import TEMPORARY
-from training import checkpoint, options
-from training.loop import Trainer
+from common.checkpoint import read_checkpoint
+from common.files import TEMPORARY
+from training import options
 from training.report import read_metrics
+from training.trainer import Trainer
 
 NARROW = ["--sample", "--width", "0.0625", "--batch-size", "16", "--device", "cpu", "--precision", "fp32",
           "--overlay-every", "0"]     # tensorboard takes a picture's checksum in Python: it would be half of a test's time
@@ -36,7 +38,7 @@ def signal_after(patch, count: int, number: int = signal.SIGTERM) -> list:
 
 
 def content_of(run_dir) -> dict:
-    return checkpoint.read_checkpoint(Path(run_dir) / "last.pt")
+    return read_checkpoint(Path(run_dir) / "last.pt")
 
 
 def assert_equal(a, b, where=""):
@@ -75,3 +77,8 @@ def assert_runs_equal(hurt, unhurt):
     epochs = list(range(1, len(rows[0]) + 1))
     assert [step for step, _ in scalars_of(hurt)["loss/train"]] == epochs
     assert not [p.name for p in Path(hurt).iterdir() if TEMPORARY.fullmatch(p.name)]
+
+
+def with_sample(task, sample):
+    """The task with another built-in sample: sample(config) -> (train, test)."""
+    return dataclasses.replace(task, data=dataclasses.replace(task.data, sample=sample))

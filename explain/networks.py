@@ -9,23 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from augmentation import normalise, resize
-from image_files import one_line, printable
-from training import checkpoint
-from training.options import UserError
-from training.run import eval_batch_size
-from training.transfer import hub_weights
+from common.checkpoint import load_model, read_checkpoint, read_plain
+from common.errors import UserError, one_line, printable
+from common.hub import hub_weights
+from data import eval_batch_size, to_input
 
 
 @dataclass
-class Classifier:
+class TrainedNetwork:
     """A trained network with all that is needed to show it a picture."""
     model: nn.Module
     class_names: tuple[str, ...]
     size: tuple[int, int]       # (height, width) in pixels that it sees
     mean: tuple[float, ...]     # of each channel, in [0, 1] units
     std: tuple[float, ...]
-    what: str                   # for people
+    description: str
     config: dict = field(default_factory=dict)      # of the run, for our networks
     device: torch.device = torch.device("cpu")
 
@@ -35,7 +33,7 @@ class Classifier:
 
     def batch(self, images: Tensor) -> Tensor:
         """(N, H, W, 3) uint8 -> (N, 3, *size) as the network takes it: the whole picture, squashed to its size."""
-        return resize(normalise(images.to(self.device), self.mean, self.std), self.size)
+        return to_input(images.to(self.device), self.mean, self.std, self.size)
 
     @property
     def batch_size(self) -> int:
@@ -47,21 +45,23 @@ class Classifier:
         return self.model(batch).float().softmax(1).cpu()
 
 
-def from_checkpoint(path: str) -> Classifier:
+def from_checkpoint(path: str) -> TrainedNetwork:
     """Raises UserError for a file that is not a checkpoint of ours."""
-    content = checkpoint.read_checkpoint(path)
+    content = read_checkpoint(path)
     config = content["config"]
     height, width = map(int, content["input_size"])
-    return Classifier(checkpoint.load_model(content), tuple(content["class_names"]), (height, width),
+    return TrainedNetwork(load_model(content), tuple(content["class_names"]), (height, width),
                       tuple(content["mean"]), tuple(content["std"]),
                       f"{printable(path)}: {config['model']}, width {config['width']:g}, "
                       f"{len(content['class_names'])} classes, {height}x{width} px", config)
 
 
-def from_torchvision(arch: str, weights: str) -> Classifier:
+def from_torchvision(arch: str, weights: str) -> TrainedNetwork:
     """A classifier of torchvision's with its weights of that name, or with a state dict from a file; the input is as of
     torchvision's own weights. Raises UserError."""
-    from torchvision import models  # here, not above: it takes a second, and our own networks do without
+    from torchvision import (
+        models,  # here, not above: it takes a second, and our own networks do without
+    )
     known = models.list_models(module=models)
     if arch not in known:
         raise UserError(f"--arch {arch}: torchvision has no such classifier; near it: {nearest(arch, known)}", 2)
@@ -86,13 +86,13 @@ def from_torchvision(arch: str, weights: str) -> Classifier:
         except (RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"--weights {weights} does not fit torchvision's {arch}: {one_line(error)[:150]}") from None
     side = preset.crop_size[0]
-    return Classifier(model.eval(), categories, (side, side), tuple(preset.mean), tuple(preset.std),
+    return TrainedNetwork(model.eval(), categories, (side, side), tuple(preset.mean), tuple(preset.std),
                       f"torchvision's {arch}, weights {weights}, {len(categories)} classes, {side}x{side} px")
 
 
 def read_state(path: str) -> dict[str, Tensor]:
     """A state dict, also one inside a checkpoint under "state_dict" or "model". Raises UserError; code never runs."""
-    content = checkpoint.read_plain(path)
+    content = read_plain(path)
     for name in ("state_dict", "model"):
         content = content.get(name, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not content or not all(

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from attention_model import Network
 
 POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.FractionalMaxPool2d, nn.LPPool2d)
-LAST_OF_OURS = "trunk.block5"   # ends in conv13's ReLU; the global branch runs after it, but is not what is classified
 
 
 # ---- the methods -----------------------------------------------------------------------------------------------------
@@ -31,9 +30,9 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """
     if not getattr(model, "levels", ()):
         raise ValueError("this network has no attention levels: use gradcam, or cam where it ends in pooling")
-    with at_rest(model), torch.no_grad():
+    with eval_no_grad(model), torch.no_grad():
         _, maps = model(suited(model, images), return_attention=True)
-    return {level: finished(each, images.shape[2:]) for level, each in maps.items()}
+    return {level: upsample_and_scale(each, images.shape[2:]) for level, each in maps.items()}
 
 
 def class_activation_map(model: nn.Module, images: Tensor, targets: Sequence[int] | Tensor) -> Tensor:
@@ -44,12 +43,12 @@ def class_activation_map(model: nn.Module, images: Tensor, targets: Sequence[int
     images (N, 3, H, W), normalised, and targets (N,) -> (N, H, W) float32 in [0, 1], upsampled to the images.
     Raises ValueError for a network that does not end in average pooling and one linear layer.
     """
-    seen = Watch()
+    seen = FeatureHooks()
     logits = watched(model, images, seen)
     targets = checked_targets(targets, logits)
     features = seen.pooled_features(logits)
     weights = seen.linear.weight[targets].detach().to(features.dtype)
-    return finished(torch.einsum("nchw,nc->nhw", features, weights), images.shape[2:])
+    return upsample_and_scale(torch.einsum("nchw,nc->nhw", features, weights), images.shape[2:])
 
 
 def grad_cam(model: nn.Module, images: Tensor, targets: Sequence[int] | Tensor,
@@ -74,7 +73,7 @@ def grad_cam(model: nn.Module, images: Tensor, targets: Sequence[int] | Tensor,
         return kept[0].clone()  # an in-place ReLU behind the layer may write into the copy
 
     # inference_mode(False): whoever calls us may be in inference mode, where there are no gradients to be had
-    with torch.inference_mode(False), torch.enable_grad(), at_rest(model):
+    with torch.inference_mode(False), torch.enable_grad(), eval_no_grad(model):
         handle = module.register_forward_hook(cut)
         try:
             logits = logits_of(model, images)
@@ -90,14 +89,14 @@ def grad_cam(model: nn.Module, images: Tensor, targets: Sequence[int] | Tensor,
         raise ValueError("no logit depends on this layer: choose another")
     activations, gradient = wide(activations.detach()), wide(gradient)
     weights = gradient.mean((2, 3))
-    return finished(torch.einsum("nchw,nc->nhw", activations, weights), images.shape[2:])
+    return upsample_and_scale(torch.einsum("nchw,nc->nhw", activations, weights), images.shape[2:])
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 def feature_layers(model: nn.Module, images: Tensor) -> dict[str, tuple[int, int, int]]:
     """Every layer that Grad-CAM can be made at: its name and the (C, h, w) of its output, in the order they finish."""
-    seen = Watch()
+    seen = FeatureHooks()
     watched(model, images, seen)
     return {name: shape for name, shape in seen.shapes.items() if shape[1] * shape[2] > 1}
 
@@ -106,8 +105,8 @@ def default_layer(model: nn.Module, images: Tensor) -> str:
     """The name of the layer with the last features: conv13's block in our networks, else the last module before the
     global pooling whose output still has an extent. Raises ValueError for a network without one."""
     if isinstance(model, Network):
-        return LAST_OF_OURS
-    seen = Watch()
+        return model.LAST_FEATURES
+    seen = FeatureHooks()
     watched(model, images, seen)
     if seen.last is None:
         raise ValueError("no layer of this network gives a map (N, C, H, W) for images of this size")
@@ -127,7 +126,7 @@ def find_layer(model: nn.Module, layer: nn.Module | str) -> nn.Module:
     return modules[layer]
 
 
-class Watch:
+class FeatureHooks:
     """Sees every module finish, and remembers the layers, the last features and the last linear layer."""
 
     def __init__(self):
@@ -171,7 +170,7 @@ def watched(model: nn.Module, images: Tensor, watch: Callable) -> Tensor:
         for name, module in model.named_modules():
             if name:
                 handles.append(module.register_forward_hook(functools.partial(watch, name)))
-        with torch.no_grad(), at_rest(model):
+        with torch.no_grad(), eval_no_grad(model):
             return logits_of(model, images)
     finally:
         for handle in handles:
@@ -181,7 +180,7 @@ def watched(model: nn.Module, images: Tensor, watch: Callable) -> Tensor:
 # ---- what they share -------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
+def eval_no_grad(model: nn.Module) -> Iterator[None]:
     """In evaluation mode and with parameters that ask for no gradient; both are put back, module by module."""
     modes = [(module, module.training) for module in model.modules()]
     asking = [p for p in model.parameters() if p.requires_grad]
@@ -233,7 +232,7 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def finished(maps: Tensor, size: Sequence[int]) -> Tensor:
+def upsample_and_scale(maps: Tensor, size: Sequence[int]) -> Tensor:
     """(N, h, w) of any range -> (N, H, W) float32 in [0, 1]: negative values are 0, upsampled, over the largest."""
     maps = F.interpolate(maps.clamp(min=0)[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
     largest = maps.amax((1, 2), keepdim=True)

@@ -7,13 +7,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-
-from data import ImageSet, stable_seed
 
 
 class Draw(NamedTuple):
@@ -71,7 +68,7 @@ class Augmentation:
             images = _flip(images, draw.flip)
         if self.trivial_augment:
             images = self._trivially_augmented(images, generator, part, total)
-        batch = normalise(images, self.mean, self.std)
+        batch = normalize(images, self.mean, self.std)
         batch = _zoom(batch, draw, self.zoom, (height, width)) if self.zoom else resize(batch, (height, width))
         if self.jitter:
             batch = _jitter(batch, draw.light, self.jitter, self.mean, self.std)
@@ -262,7 +259,7 @@ def _cut_out(batch: torch.Tensor, cut_y: torch.Tensor, cut_x: torch.Tensor, side
     pixels.index_fill_(0, (rows[:, :, None] * w + columns[:, None, :]).flatten(), 0.0)
 
 
-def normalise(images: torch.Tensor, mean, std) -> torch.Tensor:
+def normalize(images: torch.Tensor, mean, std) -> torch.Tensor:
     """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in channels_last memory: (x / 255 - mean) / std. The transform of
     evaluation."""
     n, h, w, _ = images.shape
@@ -280,48 +277,3 @@ def resize(batch: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
     return batch.contiguous(memory_format=torch.channels_last)
 
 
-class TrainBatches:
-    """The training set of one run, as shuffled and augmented batches on `device`.
-
-    The order of an epoch depends on (seed, epoch) alone and a step's augmentation on (seed, epoch, step) alone, so a
-    run that goes on in mid-epoch sees what it would have seen. torch's global random state is neither read nor moved.
-    """
-
-    def __init__(self, image_set: ImageSet, batch_size: int, *, seed: int, augmentation: Augmentation,
-                 device: torch.device | str, share: Callable[[int], slice] = lambda total: slice(0, total)):
-        self.share = share      # which of so many images of a batch this process gets
-        self.image_set, self.batch_size, self.seed, self.augmentation = image_set, batch_size, seed, augmentation
-        self.device = torch.empty(0, device=device).device      # "cuda" becomes "cuda:0"
-
-    def __len__(self) -> int:
-        """Steps in an epoch, a last partial batch dropped; one, with all images, when there are fewer than a batch."""
-        return max(1, len(self.image_set) // self.batch_size)
-
-    @property
-    def images_a_step(self) -> int:
-        """Of all processes together."""
-        return min(self.batch_size, len(self.image_set))
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(images (N, 3, H, W) float32 channels_last, labels (N,) int64) of the steps from `start_step` on."""
-        shuffle = torch.Generator().manual_seed(stable_seed("order", self.seed, epoch))
-        # drawn on the CPU: every device, and every rank, must get the same order, wherever its images are
-        order = torch.randperm(len(self.image_set), generator=shuffle).to(self.image_set.images.device)
-        generator = torch.Generator(self.device)
-        for step in range(start_step, len(self)):
-            indices = order[step * self.batch_size:(step + 1) * self.batch_size]
-            part, total = self.share(len(indices)), len(indices)
-            indices = indices[part]
-            images, labels = (self._take(tensor, indices) for tensor in (self.image_set.images, self.image_set.labels))
-            generator.manual_seed(stable_seed("augmentation", self.seed, epoch, step))
-            yield self.augmentation(images, generator, part, total), labels
-
-    def _take(self, tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        if tensor.device == self.device:
-            return tensor.index_select(0, indices)
-        # Gathered in page-locked memory, the copy runs beside the GPU's work; PyTorch hands that memory out again
-        # only when the copy is done.
-        shape, pin = (len(indices), *tensor.shape[1:]), self.device.type == "cuda"
-        gathered = torch.empty(shape, dtype=tensor.dtype, pin_memory=pin)
-        torch.index_select(tensor, 0, indices, out=gathered)
-        return gathered.to(self.device, non_blocking=True)

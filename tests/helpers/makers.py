@@ -9,10 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import image_files
-from cub import load_cub
-from data import DataError, ImageSet
+from common.errors import UserError
+from data import ImageSet, load_cifar100, load_cub
+from datasets import image_files
 
 BIRD_SIZE = 24      # that load_birds resizes pictures to
 # id: name, class id, train, (width, height), box x y width height, parts x y visible
@@ -26,7 +25,7 @@ BIRDS = {
 
 
 def torchvisions(name, dtype=torch.float64, classes=7):
-    import torchvision      # not above: decoding workers import this file
+    import torchvision  # not above: decoding workers import this file
     torch.manual_seed(0)
     return torchvision.models.get_model(name, weights=None, num_classes=classes).to(dtype).eval()
 
@@ -52,7 +51,7 @@ def make_folders(root, classes=("cat", "dog"), per_class=3, size=(20, 16), endin
 
 
 def load_cifar(root, **options):
-    return data.load_cifar100(root, download=False, progress=False, **options)
+    return load_cifar100(root, download=False, progress=False, **options)
 
 
 def load_birds(root, **options):
@@ -61,7 +60,7 @@ def load_birds(root, **options):
 
 def fails(load, root, *words, **options):
     """The load fails with one line that holds every word."""
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         load(root, **options)
     message = str(caught.value)
     assert "\n" not in message
@@ -99,7 +98,7 @@ def first_lines(commands, folder):
     return [(process.returncode, len(out.splitlines()), error) for process, out, error in ended]
 
 
-def orthogonalised(matrix, iterations=3):
+def orthogonalized(matrix, iterations=3):
     """Muon's polynomial on the singular values, in float64: what the matrix products come to."""
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / s.norm()

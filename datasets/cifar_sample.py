@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from data import ImageSet
+from datasets.image_set import ImageSet
 
 # 5 rows of 5 cells. Each is its own mirror image, so that horizontal flips keep the class, and none is the negative of
 # another, so that light on dark and dark on light mean the same.

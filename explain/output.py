@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from files import make_folders, replace_file
-from image_files import images_and_others, passed_over, printable
-from training.options import UserError
-from training.pictures import attention_sheet, overlay, shown
+from common.errors import UserError, print_error, printable
+from common.files import make_folders, replace_file
+from data import images_and_others, passed_over
+from explain.pictures import attention_sheet, overlay, shown
 
 LEAST_SIDE, GREATEST_SIDE = 224, 1024       # pixels of an overlay: smaller images are enlarged, larger ones shrunk
 LONGEST_STEM = 200          # bytes: with the map's name it has to stay below a file system's 255
@@ -46,7 +45,7 @@ def list_files(words: Sequence[str]) -> tuple[list[Path], list[Path]]:
             if len(found) < len(images):
                 print(f"{printable(path)}: passed over {len(images) - len(found):,} of cam.py's own pictures", flush=True)
             if not found:
-                complain(f"{printable(path)} holds no images; its folders are not searched")
+                print_error(f"{printable(path)} holds no images; its folders are not searched")
                 bad.append(path)
         paths += found
     return list(dict.fromkeys(paths)), bad
@@ -72,10 +71,6 @@ def parse_index(text: str, count: int) -> list[int]:
             raise UserError(f"--index {text}: there are {count:,} images, numbered from 0", 2)
         indices += range(int(ends[0]), int(ends[-1]) + 1)
     return list(dict.fromkeys(indices))
-
-
-def complain(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 # ---- out -------------------------------------------------------------------------------------------------------------

@@ -15,9 +15,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cub import CUB_FOLDER, load_cub
-from data import ImageSet
-from sample_data import CELLS, DISTRACTORS, MARKS, Words, background, distractor, mark_tiles, words_per_picture
+from datasets.cifar_sample import (
+    CELLS,
+    DISTRACTORS,
+    MARKS,
+    Words,
+    background,
+    distractor,
+    mark_tiles,
+    words_per_picture,
+)
+from datasets.cub import CUB_FOLDER, load_cub
+from datasets.image_set import ImageSet
 
 CANVAS = 280            # pixels; a picture is cut from a square of this side
 MARK_CELL = 5           # pixels

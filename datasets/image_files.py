@@ -22,7 +22,8 @@ import torch
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from files import make_folders, remove_leftovers, remove_made, replace_file
+from common.errors import UserError, one_line, printable
+from common.files import make_folders, remove_leftovers, remove_made, replace_file
 
 MIN_IMAGE_SIZE = 16     # pixels
 CACHE_VERSION = 3       # raise it when decoding changes: caches of an older version are made again
@@ -34,10 +35,6 @@ REDUCED_ABOVE = 2**26   # pixels; larger images are decoded smaller where the fo
 REDUCED_SIDE = 2048     # ... but not below so many pixels a side
 # Formats that Pillow lists but hands to other programs (Ghostscript among them), or cannot decode to colours.
 NOT_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
-
-
-class DataError(Exception):
-    """One line for people: what is wrong, which file or folder, what to do next."""
 
 
 class Pictures(NamedTuple):
@@ -79,7 +76,7 @@ def _cache_key(paths: list[Path], root: Path, size: tuple[int, int] | None, crop
         try:
             stat = os.stat(path)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read ({one_line(error)}). Replace or remove it") from None
+            raise UserError(f"{path} cannot be read ({one_line(error)}). Replace or remove it") from None
         # a name as text: pathlib's relative_to takes seconds for the 60,000 files of CIFAR-100
         line = f"{str(path)[beginning:]}\0{stat.st_size}\0{stat.st_mtime_ns}\0{crop}\n"
         digest.update(line.encode(errors="surrogateescape"))
@@ -164,7 +161,7 @@ def decode_images(paths: list[Path], size: tuple[int, int], resize: bool, num_wo
         images = np.empty((len(paths), *size, 3), np.uint8)
     except (MemoryError, ValueError):
         gib = len(paths) * size[0] * size[1] * 3 / 2**30
-        raise DataError(f"{len(paths):,} images of {size[1]}x{size[0]} pixels take {gib:,.0f} GiB of memory, more than there"
+        raise UserError(f"{len(paths):,} images of {size[1]}x{size[0]} pixels take {gib:,.0f} GiB of memory, more than there"
                         f" is. Give a smaller --image-size") from None
     places = np.empty((len(paths), 6), np.int32)    # crop and size
     files = _with_crops(paths, crops)
@@ -199,7 +196,7 @@ def _attempt(call):
     try:
         return call()
     except Exception as error:
-        if not isinstance(error, DataError):
+        if not isinstance(error, UserError):
             reason = "it was killed" if isinstance(error, BrokenExecutor) else one_line(error)[:100]
             _say_once(f"a decoding worker failed ({reason}): going on in the main process")
         return None
@@ -214,11 +211,11 @@ def _decode_chunk(files: list[tuple[Path, Crop | None]], size: tuple[int, int], 
 
 def _decode(path: Path, size: tuple[int, int], resize: bool, crop: Crop | None,
             upright: bool) -> tuple[np.ndarray, tuple[int, ...]]:
-    """One image as (H, W, 3) uint8, and its crop, width and height. DataError when it cannot be read or, without
+    """One image as (H, W, 3) uint8, and its crop, width and height. UserError when it cannot be read or, without
     `resize`, is not of `size`."""
     image = open_rgb(path, upright=upright, reduce=crop is None)
     if not resize and (image.height, image.width) != size:
-        raise DataError(f"{printable(path)} is {image.width}x{image.height} pixels, the images before it are"
+        raise UserError(f"{printable(path)} is {image.width}x{image.height} pixels, the images before it are"
                         f" {size[1]}x{size[0]}. Give --image-size to resize them all")
     place = (*(_clipped(crop, *image.size) if crop else (0, 0, *image.size)), *image.size)
     if crop:
@@ -278,7 +275,7 @@ def open_rgb(path: Path, *, upright: bool = True, reduce: bool = True) -> Image.
     (unless `upright` is false), and white where it is transparent. With `reduce`, one of over REDUCED_ABOVE pixels comes
     smaller where its format can be decoded so.
 
-    Raises DataError, which names the file; also for one of over MOST_PIXELS, before it is decoded."""
+    Raises UserError, which names the file; also for one of over MOST_PIXELS, before it is decoded."""
     with _sane_sizes(path), _opened(path) as image:
         if reduce and image.width * image.height > REDUCED_ABOVE:
             image.draft(None, (min(image.width, REDUCED_SIDE), min(image.height, REDUCED_SIDE)))
@@ -309,7 +306,7 @@ def _turned_upright(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def _sane_sizes(path: Path) -> Iterator[None]:
-    """PIL's guard against small files that claim to be enormous, at our limit. Raises DataError, which says the size."""
+    """PIL's guard against small files that claim to be enormous, at our limit. Raises UserError, which says the size."""
     before = Image.MAX_IMAGE_PIXELS
     try:
         with warnings.catch_warnings():
@@ -321,7 +318,7 @@ def _sane_sizes(path: Path) -> Iterator[None]:
         size = "too many"
         with contextlib.suppress(Exception), Image.open(path, formats=image_formats()) as image:
             size = f"{image.width}x{image.height}"
-        raise DataError(f"{printable(path)} has {size} pixels: more than {MOST_PIXELS / 1e6:,.0f} megapixels are not read."
+        raise UserError(f"{printable(path)} has {size} pixels: more than {MOST_PIXELS / 1e6:,.0f} megapixels are not read."
                         f" Replace or remove it") from None
     finally:
         Image.MAX_IMAGE_PIXELS = before
@@ -329,15 +326,15 @@ def _sane_sizes(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image, with every error of reading it turned into a DataError that names the file."""
+    """The image, with every error of reading it turned into a UserError that names the file."""
     try:
         with Image.open(path, formats=image_formats()) as image:
             yield image
-    except (DataError, MemoryError, Image.DecompressionBombWarning, Image.DecompressionBombError):
+    except (UserError, MemoryError, Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise
     except Exception as error:      # PIL raises OSError, SyntaxError, ValueError, struct.error and more for bad files
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-        raise DataError(f"{printable(path)} cannot be read as an image ({reason}). Replace or remove it") from None
+        raise UserError(f"{printable(path)} cannot be read as an image ({reason}). Replace or remove it") from None
 
 
 def resized(image: Image.Image, size: int) -> np.ndarray:
@@ -347,24 +344,9 @@ def resized(image: Image.Image, size: int) -> np.ndarray:
 def _size_of(path: Path, upright: bool) -> tuple[int, int]:
     image = open_rgb(path, upright=upright)
     if min(image.size) < MIN_IMAGE_SIZE:
-        raise DataError(f"{printable(path)} is only {image.width}x{image.height} pixels. Give --image-size, at least"
+        raise UserError(f"{printable(path)} is only {image.width}x{image.height} pixels. Give --image-size, at least"
                         f" {MIN_IMAGE_SIZE}")
     return image.height, image.width
-
-
-def one_line(error: object) -> str:
-    """An error's text in one line, without the memory address that PIL puts into it."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "not an image" if "cannot identify image file" in text else text
-
-
-def printable(path: Path | str) -> str:
-    """A name on one line, with what cannot be printed escaped."""
-    text = os.fspath(path)
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() if not "\udc80" <= c <= "\udcff" else
-                   f"\\x{ord(c) - 0xdc00:02x}" for c in text)
 
 
 def shows_progress(progress: bool) -> bool:

@@ -14,9 +14,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import ImageSet
-from download import around, check_archive, check_data_dir, check_space, data_folder, fetch, named, near, unpack
-from image_files import DataError, MIN_IMAGE_SIZE, Pictures, decoded, one_line
+from common.errors import UserError, one_line
+from datasets.download import (
+    around,
+    check_archive,
+    check_data_dir,
+    check_space,
+    data_folder,
+    fetch,
+    named,
+    near,
+    unpack,
+)
+from datasets.image_files import MIN_IMAGE_SIZE, Pictures, decoded
+from datasets.image_set import ImageSet
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
@@ -68,15 +79,15 @@ def load_cub(data_dir: str | os.PathLike, *, image_size: int, crop: str = "box",
     crop: "box", the bird's bounding box, or "whole", the whole picture.
     margin: what the box is grown by on each side before the crop, as a share of its longer side.
     num_workers: processes that decode the images; 0 decodes in this process.
-    Raises DataError for whatever a person can mend.
+    Raises UserError for whatever a person can mend.
     """
     root = data_folder(data_dir)
     if image_size < MIN_IMAGE_SIZE:
-        raise DataError(f"--image-size {image_size} is too small: at least {MIN_IMAGE_SIZE} pixels are needed")
+        raise UserError(f"--image-size {image_size} is too small: at least {MIN_IMAGE_SIZE} pixels are needed")
     if crop not in ("box", "whole"):
         raise ValueError(f"crop is box or whole, not {crop!r}")
     if not 0 <= margin <= 10:
-        raise DataError(f"a crop margin of {margin} is not a share of the box's side: give 0 or more, 10 at most")
+        raise UserError(f"a crop margin of {margin} is not a share of the box's side: give 0 or more, 10 at most")
     folder, sets = _provide(root, download, progress), []
     birds, parts, class_names, part_names = read_metadata(folder)
     for split in (True, False):
@@ -87,8 +98,8 @@ def load_cub(data_dir: str | os.PathLike, *, image_size: int, crop: str = "box",
             pictures = decoded([bird.path for bird in some], root / ".cache",
                                f"cub-{'train' if split else 'test'}-{crop}", folder, (image_size, image_size), True,
                                num_workers, progress, crops, upright=False)
-        except DataError as error:
-            raise DataError(f"{error}, in that case with its rows in the .txt files of {folder}") from None
+        except UserError as error:
+            raise UserError(f"{error}, in that case with its rows in the .txt files of {folder}") from None
         sets.append(ImageSet(pictures.images, torch.tensor([bird.label for bird in some]), class_names,
                              f"CUB-200-2011 in {folder}", _stored_boxes(some, pictures, folder),
                              None if parts is None else _stored_parts(parts[chosen], pictures), part_names))
@@ -151,7 +162,7 @@ def _stored_parts(parts: np.ndarray, pictures: Pictures) -> torch.Tensor:
 
 def read_metadata(folder: Path) -> tuple[list[Bird], np.ndarray | None, tuple[str, ...], tuple[str, ...]]:
     """The birds by image id, their parts (N, P, 3) float64 as they are written (x, y, visible; None without parts/),
-    the class names by class id, and the part names by part id. DataError names file and line of what is wrong."""
+    the class names by class id, and the part names by part id. UserError names file and line of what is wrong."""
     classes = _read_names(folder / "classes.txt")
     for name, line in classes.values():
         if "/" in name or "\\" in name:
@@ -169,8 +180,8 @@ def read_metadata(folder: Path) -> tuple[list[Bird], np.ndarray | None, tuple[st
     return birds, parts, _class_names([classes[number][0] for number in index]), part_names
 
 
-def _wrong(path: Path, line: int, what: str) -> DataError:
-    return DataError(one_line(f"{path}, line {line}: {what}. Correct it, or take the file from the official archive"))
+def _wrong(path: Path, line: int, what: str) -> UserError:
+    return UserError(one_line(f"{path}, line {line}: {what}. Correct it, or take the file from the official archive"))
 
 
 def _shown(text: str) -> str:
@@ -192,7 +203,7 @@ def _read_rows(path: Path, fields: int) -> list[tuple[int, list[str]]]:
         line = next(i for i, line in enumerate(content.split(b"\n"), 1) if not _decodes(line))
         raise _wrong(path, line, "it is not UTF-8 text") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({one_line(error)}). Take it from the official archive") from None
+        raise UserError(f"{path} cannot be read ({one_line(error)}). Take it from the official archive") from None
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -201,7 +212,7 @@ def _read_rows(path: Path, fields: int) -> list[tuple[int, list[str]]]:
                 raise _wrong(path, number, f"{fields} fields are expected, not {len(row)}: {_shown(line.strip())}")
             rows.append((number, [*row[:-1], row[-1].strip()]))
     if not rows:
-        raise DataError(f"{path} is empty. Take it from the official archive")
+        raise UserError(f"{path} is empty. Take it from the official archive")
     return rows
 
 
@@ -255,7 +266,7 @@ def _read_columns(path: Path, columns: int, images: dict) -> dict[int, tuple[lis
         values[number] = (row, line)
     missing = sorted(images.keys() - values.keys())
     if missing:
-        raise DataError(f"{path} has no row for image id {missing[0]}, which is in images.txt ({len(missing):,} missing"
+        raise UserError(f"{path} has no row for image id {missing[0]}, which is in images.txt ({len(missing):,} missing"
                         f" in all). Add it, or take the file from the official archive")
     return values
 
@@ -293,10 +304,10 @@ def _check_splits(folder: Path, birds: list[Bird], names: list[str]) -> None:
     path = folder / "train_test_split.txt"
     for split, word in ((True, "training"), (False, "test")):
         if not any(bird.train == split for bird in birds):
-            raise DataError(f"{path} names no {word} images. Take it from the official archive")
+            raise UserError(f"{path} names no {word} images. Take it from the official archive")
     without = sorted(set(range(len(names))) - {bird.label for bird in birds if bird.train})
     if without:
-        raise DataError(f"{path} names no training image of class {_shown(names[without[0]])} ({len(without):,} such"
+        raise UserError(f"{path} names no training image of class {_shown(names[without[0]])} ({len(without):,} such"
                         f" classes). Remove it from classes.txt with its images, or make one of them a training image")
 
 
@@ -327,6 +338,6 @@ def _read_parts(folder: Path, images: dict) -> tuple[np.ndarray | None, tuple[st
         lines[image, part] = line
     missing = next(((image, part) for image in index for part in columns if (image, part) not in lines), None)
     if missing:
-        raise DataError(f"{path} has no row for part {missing[1]} of image id {missing[0]}. Add it, or take the file"
+        raise UserError(f"{path} has no row for part {missing[1]} of image id {missing[0]}. Add it, or take the file"
                         f" from the official archive")
     return parts, tuple(names[number][0] for number in columns)

@@ -4,7 +4,6 @@ Every number comes from the run's config (the dicts at the top of each script).
 """
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import math
@@ -12,7 +11,8 @@ import math
 import torch
 from torch import nn
 
-from attention_model import SMALLEST_IMAGE
+from attention_model import SMALLEST_IMAGE, Network
+from common.device import DTYPES
 
 
 def width_factor(config: dict) -> float:
@@ -22,16 +22,23 @@ def width_factor(config: dict) -> float:
     return min(config["lr_by_width"], 1 / config["width"]) if config["lr_by_width"] else 1.0
 
 
-def parameter_groups(model: nn.Module, config: dict, transferred: frozenset[str] = frozenset()) -> list[dict]:
-    """Weight decay on everything (the paper's), or on the matrices and filters alone: not on biases, batch norms, nor on
-    a gate's vector u, which decay pulls towards a uniform map. With ``muon`` the 3x3 filters have groups of their own,
-    whose rate is that many times the schedule's ("scale"). So have the weights named in ``transferred``, with
-    ``transfer_lr``; those of the trunk apart from the others, as all weights of a group must get their first gradient in
-    the same step (the fused SGD asks for that). Returns what torch.optim takes: dicts of parameters and options."""
+def parameter_groups(model: Network, config: dict, transferred: frozenset[str] = frozenset()) -> list[dict]:
+    """The parameters and options that torch.optim takes, one dict for each kind of parameter.
+
+    Weight decay is on everything (the paper's), or on the matrices and filters alone: not on biases, batch norms, nor on a
+    gate's vector u, which decay pulls towards a uniform map. With ``muon`` the 3x3 filters have groups of their own, whose rate
+    is that many times the schedule's ("scale"). So have the weights named in ``transferred``, with ``transfer_lr``; those of the
+    trunk apart from the others, as all weights of a group must get their first gradient in the same step (the fused SGD asks
+    for that)."""
+    in_trunk = set(map(id, model.trunk.parameters()))
+    gate_vectors = set(map(id, model.gate_vectors()))
+    filters = {id(conv.weight) for conv in model.normalized_convs()} if config["muon"] > 0 else set()
+
     def kind(name: str, p: nn.Parameter) -> tuple[str, bool, bool]:
-        origin = "new" if name not in transferred else "trunk" if name.startswith("trunk.") else "other"
-        by_muon = config["muon"] > 0 and name.endswith(".conv.weight")
-        return origin, config["decay_all"] or (p.ndim > 1 and not name.endswith(".u.weight")), by_muon
+        origin = "new" if name not in transferred else "trunk" if id(p) in in_trunk else "other"
+        decays = config["decay_all"] or (p.ndim > 1 and id(p) not in gate_vectors)
+        return origin, decays, id(p) in filters
+
     groups = []
     for origin in ("new", "trunk", "other"):
         for decays, by_muon in ((True, True), (True, False), (False, False)):
@@ -48,7 +55,7 @@ def parameter_groups(model: nn.Module, config: dict, transferred: frozenset[str]
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, config: dict, precision: str,
+def make_optimizer(model: Network, config: dict, precision: str,
                    transferred: frozenset[str] = frozenset()) -> torch.optim.SGD:
     """SGD, with Muon for the 3x3 filters where the config asks for it; the learning rate is set at every step by the
     schedule.
@@ -88,8 +95,8 @@ class Muon(torch.optim.SGD):
         return super().step(closure)
 
     def prepare(self, filters: list[nn.Parameter], decay: float) -> None:
-        """Bring the filters (C', C, 3, 3) to their norm, and put in the place of each gradient, in the same shape, what SGD
-        without momentum is to take off. ``decay``: the momentum, 0 to 1."""
+        """Renormalize the filters (C', C, 3, 3) and replace each gradient with its orthogonalized update, of the same shape.
+        ``decay``: the momentum, 0 to 1."""
         for p in filters:
             if "filter_norm" not in self.state[p]:
                 self.state[p] |= {"filter_norm": p.norm(), "filter_momentum": torch.zeros_like(p)}
@@ -177,7 +184,7 @@ def products_of_factors(grams: list[torch.Tensor]) -> list[torch.Tensor]:
 SCHEDULES = ("linear", "halve", "double-halve")
 
 
-def learning_rate(config: dict, step: int, steps_an_epoch: int) -> float:
+def lr_at(config: dict, step: int, steps_per_epoch: int) -> float:
     """Learning rate of optimizer step ``step`` (from 0, over the whole run).
 
     The rate rises linearly over the first ``warmup`` of the run (0 to 1), whatever the schedule.
@@ -187,11 +194,11 @@ def learning_rate(config: dict, step: int, steps_an_epoch: int) -> float:
     "double-halve": the authors' for CUB, ``lr`` doubled after ``halve_every`` epochs and after twice as many, from then on
     halved every ``halve_every``.
     """
-    total = config["epochs"] * steps_an_epoch
+    total = config["epochs"] * steps_per_epoch
     rising = config["warmup"] * total
     if step + 1 < rising:
         return config["lr"] * (step + 1) / rising
-    periods = step // steps_an_epoch // config["halve_every"]
+    periods = step // steps_per_epoch // config["halve_every"]
     if config["schedule"] == "halve":
         return config["lr"] * 0.5 ** periods
     if config["schedule"] == "double-halve":
@@ -199,21 +206,21 @@ def learning_rate(config: dict, step: int, steps_an_epoch: int) -> float:
     return config["lr"] * (total - step) / max(1.0, total - rising + 1)
 
 
-def stages(config: dict, steps_an_epoch: int) -> list[tuple[float, float]]:
+def stages(config: dict, steps_per_epoch: int) -> list[tuple[float, float]]:
     """Progressive resizing: (factor on the side, share of the run until which it holds) of each stage before the full size.
 
     ``progressive`` = "0.5:0.6 0.75:0.8" reads: half the side for the first 0.6 of the run, three quarters until 0.8.
     The small images carry most of what the early steps learn, at a quarter of the cost. A run of fewer steps than
     ``progressive_from`` has no such stages: too few steps would be left at full size."""
-    if config["epochs"] * steps_an_epoch < config["progressive_from"]:
+    if config["epochs"] * steps_per_epoch < config["progressive_from"]:
         return []
     return parse_progressive(config["progressive"])
 
 
-def input_size_at(config: dict, step: int, steps_an_epoch: int) -> tuple[int, int] | None:
+def input_size_at(config: dict, step: int, steps_per_epoch: int) -> tuple[int, int] | None:
     """Height and width to train at in optimizer step ``step`` (from 0, over the whole run); None: the full ones."""
-    for scale, until in stages(config, steps_an_epoch):
-        if step / (config["epochs"] * steps_an_epoch) < until:
+    for scale, until in stages(config, steps_per_epoch):
+        if step / (config["epochs"] * steps_per_epoch) < until:
             height, width = (max(SMALLEST_IMAGE, round(side * scale)) for side in config["input_size"])
             return height, width
     return None
@@ -231,29 +238,7 @@ def parse_progressive(text: str) -> list[tuple[float, float]]:
     return stages
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-class Precision:
-    """bf16, fp16 with a loss scaler, or fp32, as context and scaler."""
-
-    def __init__(self, name: str, device: torch.device):
-        self.name, self.device = name, device
-        self.dtype = DTYPES[name]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
-
-    def context(self):
-        """Where the forward pass runs; the weights and the optimizer stay in float32."""
-        if self.dtype is torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
-
-    def off(self):
-        """Within the context: what is in float32 stays so, and the backward pass takes the types of the forward pass."""
-        return torch.autocast(self.device.type, enabled=False)
-
-
-class MovingAverage:
+class EMA:
     """Exponential moving average of the weights, with their batch-norm buffers: what is evaluated and used.
 
     The average looks back over 1 / (1 - ``decay``) steps, but over no more than ``share`` of the run: in a short run, whose

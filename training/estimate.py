@@ -1,0 +1,139 @@
+"""What a run takes: time, memory, and its learning rate in words. All is measured on copies; the run is left untouched."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+from common.device import synced_time
+from common.errors import is_oom_error
+from training.checkpoint import random_states, restore_random_states
+from training.optim import lr_at, stages, width_factor
+from training.run import Run, recalibration_count
+from training.trainer import Trainer
+
+MOST_TRIED = 1024       # images at once, when the largest micro-batch is looked for
+
+
+def rate_in_words(trainer: Trainer) -> str:
+    """The peak learning rate, for an image too: what a step does to the weights depends on both rate and batch."""
+    config, steps = trainer.config, len(trainer.batches)
+    total, rising = config["epochs"] * steps, int(config["warmup"] * config["epochs"] * steps)
+    # Where a schedule turns: around the warm-up's end, and at the first epochs at which the rate is doubled or halved.
+    turns = [rising + more for more in (-2, -1, 0, 1)] + [number * config["halve_every"] * steps for number in range(4)]
+    at_full_width = max(lr_at(config, min(max(0, step), total - 1), steps) for step in turns)
+    peak = at_full_width * width_factor(config)
+    words = f"Peak learning rate {peak:.3g} for batches of {config['batch_size']}: {peak / config['batch_size']:.2g} an image"
+    if config["muon"]:
+        words += f"; {config['muon'] * at_full_width:.2g} for the 3x3 filters, by Muon"
+    if trainer.transferred:
+        words += f"; transferred layers at {config['transfer_lr']:g} times their rate"
+    if config["freeze_epochs"]:
+        words += f", whose trunk trains after {config['freeze_epochs']:g} epochs"
+    return words
+
+
+def seconds_left(run: Run) -> float:
+    """Without a GPU: what the rest of the run takes here, from a small step."""
+    height, width = run.config["input_size"]
+    cost = measure(run.trainer, images=max(1, min(8, 8 * 224**2 // (height * width))))
+    position, epochs = run.trainer.position, run.config["epochs"]
+    begun = (position.epoch + position.step / len(run.trainer.batches)) / epochs
+    return run_seconds(run.config, cost, len(run.train_set), len(run.eval_set), begun)
+
+
+def measure(trainer: Trainer, images: int) -> tuple[float, float]:
+    """Seconds an image of a training step and of an evaluation, at full input size. The run is left untouched: it works
+    on a copy of the network and puts the random states back."""
+    states = random_states()
+    model = copy.deepcopy(trainer.model)
+    compiled = trainer.run_model is not trainer.model
+    batch = torch.randn(images, 3, *trainer.config["input_size"], device=trainer.device)
+    batch = batch.contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(images, dtype=torch.int64, device=trainer.device)
+
+    def forward(net: nn.Module) -> Tensor:
+        with trainer.precision.context():
+            return net(batch)
+
+    def step() -> None:
+        F.cross_entropy(forward(net).float(), labels).backward()
+
+    net = torch.compile(model, dynamic=False) if compiled else model
+    net.train()
+    if images == 1:     # as in the run: BatchNormPolicy
+        norms_to_eval(model)
+    step()  # the first step also sets up kernels, and takes several times what the next ones do
+    training = timed(step, trainer.device)
+    model.eval()
+    with torch.no_grad():
+        forward(model)
+        evaluating = timed(lambda: forward(model), trainer.device)
+    restore_random_states(states)
+    return training / images, evaluating / images
+
+
+def most_that_fit(trainer: Trainer, start: int) -> int:
+    """Images whose forward and backward pass fit in memory at once, found by doubling (or halving) ``start`` up to
+    MOST_TRIED; 0 when not even one fits. On a copy of the network, not compiled."""
+    states = random_states()
+    model = copy.deepcopy(trainer.model).train()
+    norms_to_eval(model)    # so that a single image can be tried
+    count, most = start, 0
+    while 0 < count <= MOST_TRIED:
+        if fits_in_memory(trainer, model, count):
+            most, count = count, 2 * count
+        elif most:
+            break
+        else:
+            count //= 2
+    restore_random_states(states)
+    return most
+
+
+def norms_to_eval(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.eval()
+
+
+def fits_in_memory(trainer: Trainer, model: nn.Module, count: int) -> bool:
+    """Whether a step on so many images has enough memory."""
+    try:
+        batch = torch.zeros(count, 3, *trainer.config["input_size"], device=trainer.device)
+        with trainer.precision.context():
+            logits = model(batch.contiguous(memory_format=torch.channels_last))
+        logits.float().sum().backward()
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if not is_oom_error(error):
+            raise
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        if trainer.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call; on a GPU, whose calls are short, of the mean of ten."""
+    calls = 10 if device.type == "cuda" else 1
+    started = synced_time(device)
+    for _ in range(calls):
+        work()
+    return (synced_time(device) - started) / calls
+
+
+def run_seconds(config: dict, cost: tuple[float, float], train_images: int, test_images: int, begun: float = 0.0) -> float:
+    """Seconds of what is left of a run, evaluations included, when ``begun`` (0 to 1) of it is done; a progressively
+    resized image costs its share of pixels."""
+    share, done, steps_per_epoch = 0.0, begun, max(1, train_images // config["batch_size"])
+    for scale, until in [*stages(config, steps_per_epoch), (1.0, 1.0)]:
+        share, done = share + max(0.0, until - done) * scale**2, max(done, until)
+    evaluations = config["epochs"] - int(begun * config["epochs"])
+    evaluated = evaluations * (test_images + recalibration_count(train_images))
+    return config["epochs"] * train_images * cost[0] * share + evaluated * cost[1]
