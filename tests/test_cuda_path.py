@@ -194,7 +194,7 @@ def test_what_saves_memory(on_cuda, words, parts):
 
 def test_a_frozen_trunk(on_cuda):
     made = on_cuda(train_cub.TASK, "--precision", "bf16", "--image-size", 48, "--set", "muon=0.3")
-    made.trainer.transferred = frozenset(name for name in made.trainer.model.state_dict() if name.startswith("trunk."))
+    made.trainer.batch_norm.transferred = frozenset(name for name in made.trainer.model.state_dict() if name.startswith("trunk."))
     walk(made)
     assert not any(p.requires_grad for name, p in made.trainer.model.named_parameters() if name.startswith("trunk."))
 

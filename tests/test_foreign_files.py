@@ -97,7 +97,8 @@ def stopped(small_task, tmp_path_factory):
     words = [*NARROW, "--epochs", "2", "--val-fraction", "0.25"]
     with pytest.MonkeyPatch.context() as patch:
         def one_epoch(self):
-            self.epoch(lambda: False)
+            self.trainer.train_epoch()
+            self.finish_epoch(lambda: False)
             self.save()
             raise KeyboardInterrupt
         patch.setattr(Run, "train", one_epoch)
@@ -205,13 +206,13 @@ def test_a_metrics_csv_that_went_through_a_spreadsheet_or_an_editor(cli, stopped
 
 def test_a_metrics_csv_that_is_edited_while_the_run_goes_on(cli, monkeypatch):
     """Opened and saved in a spreadsheet in the morning: the run's end must not fail on it."""
-    epoch = Run.epoch
+    finish_epoch = Run.finish_epoch
 
     def edited(self, signals):
-        result = epoch(self, signals)
+        result = finish_epoch(self, signals)
         Path("r/metrics.csv").write_text("my; notes\n")
         return result
-    monkeypatch.setattr(Run, "epoch", edited)
+    monkeypatch.setattr(Run, "finish_epoch", edited)
     assert cli(*NARROW, "--model", "vgg", "--epochs", 1, "--run-dir", "r")[0] == 0
     assert content_of("r")["finished"]
 
@@ -315,6 +316,7 @@ def test_starts_that_race_for_a_folder(tmp_path):
 import random, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
+from common.errors import UserError
 from training import checkpoint
 random.seed(int(sys.argv[1]))
 held = told = 0
@@ -451,7 +453,8 @@ def made_before(tmp_path_factory):
     make_folders(folder / "data", size=(16, 16), per_class=2)
     with pytest.MonkeyPatch.context() as patch:
         def one_epoch(self):
-            self.epoch(lambda: False)
+            self.trainer.train_epoch()
+            self.finish_epoch(lambda: False)
             self.save()
             raise KeyboardInterrupt
         patch.setattr(Run, "train", one_epoch)

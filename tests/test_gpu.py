@@ -302,7 +302,7 @@ def test_out_of_memory_halves_the_micro_batch_and_loses_nothing_of_the_batch(cap
         ours.step(*ours.batches.all[0])
     said = capsys.readouterr().out
     print(f"peak {whole:.0f} MiB with {BATCH} images at once, {half:.0f} MiB with half of them")
-    assert f"going on with --micro-batch {BATCH // 2}" in said and ours.images_summed == BATCH
+    assert f"continuing with --micro-batch {BATCH // 2}" in said and ours.images_summed == BATCH
     expected.step(*expected.batches.all[0])
     assert far(*(grads(each) for each in (ours, expected))) < 1e-3
     assert far(dict(ours.model.named_parameters()), dict(expected.model.named_parameters())) < 1e-4

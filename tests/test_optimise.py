@@ -110,7 +110,7 @@ def test_one_step_is_pytorchs_nesterov_sgd():
 
 def test_a_first_step_that_the_scaler_skips_leaves_the_momentum_clean():
     """What fp16 does on most first steps. The fused kernel would leave a momentum that was never written."""
-    model = torch.nn.Linear(64, 64)
+    model = build_model("vgg-gap", 4, width=1 / 16)
     before = copy.deepcopy(model.state_dict())
     optimizer = optim.make_optimizer(model, CONFIG | {"weight_decay": 0.0}, "fp16")
     scaler = torch.amp.GradScaler("cpu")

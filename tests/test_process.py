@@ -39,7 +39,7 @@ def test_streams_that_are_closed_are_opened_to_nowhere(tmp_path, closed):
     """As by cron or a daemon. The next file that is opened would else be standard error, and get its lines."""
     done = shell(f"""$PYTHON -c '
 import os, sys
-from training.process import open_standard_streams
+from common.process import open_standard_streams
 open_standard_streams()
 file = open("file", "wb")
 assert file.fileno() > 2
@@ -62,7 +62,7 @@ def test_training_with_every_stream_closed(tmp_path):
 def test_a_reader_that_leaves_does_no_harm(tmp_path):
     done = shell("""$PYTHON -c '
 import sys
-from training.process import unbreakable_pipes
+from common.process import unbreakable_pipes
 with unbreakable_pipes():
     for number in range(100000):
         print("a line", number)
@@ -76,7 +76,7 @@ open("done", "w").close()
 def test_names_that_the_encoding_has_no_letters_for(tmp_path):
     done = shell("""$PYTHON -c '
 import os
-from training.process import open_standard_streams
+from common.process import open_standard_streams
 open_standard_streams()
 print("caf\\u00e9", os.fsdecode(b"caf\\xe9"))
 '""", tmp_path, PYTHONIOENCODING="ascii")
@@ -141,7 +141,7 @@ def test_the_scripts_settle_before_they_load_pytorch(tmp_path):
         assert settled < min(loads), script
     done = shell("""$PYTHON -c '
 import sys
-from training.process import settle
+from common.process import settle
 settle()
 assert "torch" not in sys.modules and "numpy" not in sys.modules
 '""", tmp_path)

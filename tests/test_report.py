@@ -285,7 +285,8 @@ def test_warnings_name_the_level_and_say_what_is_wrong():
     dead, uniform, one, still, broken = (health_warnings({"conv7": well, "conv10": each}) for each in (
         LevelHealth(8e-9, 9e-9, 1.0, 0.1), LevelHealth(1e-9, 1e-3, 0.9999, 0.1), LevelHealth(9.0, 9.0, 0.001, 0.1),
         LevelHealth(0.5, 0.5, 0.5, 0.0), LevelHealth(float("nan"), float("nan"), float("nan"), 0.1)))
-    for lines, words in ((dead, "is dead"), (uniform, "nearly uniform"), (one, "one position only"),
+    for found, words in ((dead, "is dead"), (uniform, "nearly uniform"), (one, "one position only"),
                          (still, "zero gate gradient"), (broken, "non-finite")):
-        assert len(lines) == 1 and lines[0].startswith("attention level conv10") and words in lines[0]
-    assert "9.0e-09 < 1e-06" in dead[0]
+        (key, text), = found
+        assert key.startswith("conv10/") and text.startswith("attention level conv10") and words in text
+    assert "9.0e-09 < 1e-06" in dead[0][1]

@@ -129,10 +129,10 @@ def test_out_of_memory_is_told_with_the_options_that_help(cli, monkeypatch):
     def none(self, images):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     monkeypatch.setattr("attention_model.Network.forward", none)
-    for name in ("say_how_long", "check_memory"):
-        monkeypatch.setattr(commands, name, lambda *words: None)
+    monkeypatch.setattr("training.estimate.seconds_left", lambda run: 0.0)
+    monkeypatch.setattr("training.checks.check_memory", lambda *words: None)
     status, out, err = cli(*SMALL, "--init-from", "none", "--run-dir", "r")
-    assert status == 1 and "going on with --micro-batch 1 " in out and "one image has none worth using" in out
+    assert status == 1 and "continuing with --micro-batch 1 " in out and "one image has none worth using" in out
     assert re.search(r"out of memory at 1 image at once \(peak \d+ MiB\).*\nTry, in this order: --checkpoint-activations, a "
                      r"smaller --image-size, a smaller --width\n", err)
 

@@ -96,7 +96,7 @@ def test_large_blocks_are_kept_from_one_step_to_the_next():
     """In a process of its own: what is free in this one's heap by now would count."""
     done = subprocess.run([sys.executable, "-c", textwrap.dedent("""
         import ctypes, torch
-        from training import options
+        from common.device import tune_malloc
         libc = ctypes.CDLL(None)
 
         class Mallinfo(ctypes.Structure):
@@ -140,12 +140,12 @@ def test_a_compiler_that_fails_does_not_end_the_run(capsys):
 
     def broken(images):
         raise ImportError("Python.h: no such file")
-    ours.run_model, ours.may_do_without_compiling = broken, True
+    ours.run_model, ours.compile_is_optional = broken, True
     for each in (ours, reference):
         each.step(*each.batches.all[0])
     assert ours.run_model is ours.parallel
     assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), reference.model.parameters()))
-    assert capsys.readouterr().out.startswith("torch.compile failed (Python.h: no such file): going on without it")
+    assert capsys.readouterr().out.startswith("torch.compile failed (Python.h: no such file): training without it")
     ours.run_model = broken     # asked for by --compile
     with pytest.raises(ImportError):
         ours.step(*ours.batches.all[0])
@@ -186,7 +186,7 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_whole_step(capsys,
     assert sizes == [8, 4, 2, 2, 2, 2] and ours.micro_batch == 2
     for a, b in zip(ours.model.parameters(), reference.model.parameters()):
         assert torch.equal(a, b)
-    assert "going on with --micro-batch 2" in capsys.readouterr().out
+    assert "continuing with --micro-batch 2" in capsys.readouterr().out
     assert ours.state()["micro_batch"] == 2
     ours.run_model = lambda images: (_ for _ in ()).throw(error)
     with pytest.raises(UserError, match="out of memory at 1 image at once.*peak [0-9]+ MiB.*\nTry, in this order: "

@@ -17,7 +17,7 @@ from common.errors import UserError
 from data import cifar_sample
 from tests.helpers.trainers import CONFIG, Batches, make_trainer
 from training import sanity, transfer
-from training import trainer as trainer_module
+from training.batch_norm import MIN_BN_BATCH
 from training.optim import lr_at
 from training.run import Run
 from training.trainer import Trainer, TrainState
@@ -372,6 +372,6 @@ def test_a_checkpoint_of_ours_as_source(tmp_path):
                               "class_names": list(NAMES), "input_size": [32, 32], "mean": [0.1] * 3, "std": [0.3] * 3}
     torch.save(content, tmp_path / "last.pt")
     source = transfer.source_of(str(tmp_path / "last.pt"), ours.model)
-    assert source.class_names == NAMES and source.mean == (0.1,) * 3 and "vgg-att3-concat-dp" in source.what
+    assert source.class_names == NAMES and source.mean == (0.1,) * 3 and "vgg-att3-concat-dp" in source.description
     assert transfer.source_of("none", ours.model) is None
-    assert trainer_module.MIN_BN_BATCH == 8
+    assert MIN_BN_BATCH == 8

@@ -156,7 +156,7 @@ def test_the_command_that_resumes_can_be_pasted_whatever_the_folder_is_called(tm
     """It is stopped, and its last line is given to a shell as it stands."""
     folder = b"-it's two words $HOME\ncaf\xe9"
     stop = ("import os, signal, sys; sys.argv = sys.argv[1:]; import train_cifar100 as script; "
-            "from training import commands; from training.loop import Trainer; step = Trainer.step; "
+            "from training import commands; from training.trainer import Trainer; step = Trainer.step; "
             "Trainer.step = lambda *words: (step(*words), os.kill(os.getpid(), signal.SIGTERM)); "
             "sys.exit(commands.main(script.TASK))")
     script = os.path.join(ROOT, "train_cifar100.py")

@@ -20,10 +20,7 @@ class AttentionMonitor:
 
     def __init__(self, eval_set: ImageSet, device: torch.device, mean: Sequence[float], std: Sequence[float],
                  size: Sequence[int]):
-        chosen = evenly_spread(self.IMAGES, len(eval_set)).to(eval_set.images.device)
-        self.images, self.labels = eval_set.images[chosen], eval_set.labels[chosen].tolist()
-        self.class_names = eval_set.class_names
-        self.device, self.mean, self.std, self.size = device, mean, std, size
+        self.eval_set, self.device, self.mean, self.std, self.size = eval_set, device, mean, std, size
         self.health: dict[str, LevelHealth] = {}    # of the last epoch, per attention level
         self.warned: set[str] = set()               # keys of the warnings that the last epoch gave
 
@@ -33,10 +30,12 @@ class AttentionMonitor:
         """Report the health and, with ``overlays``, the pictures; a warning is printed when it is new."""
         if not model.levels:
             return
+        chosen = evenly_spread(self.IMAGES, len(self.eval_set)).to(self.eval_set.images.device)
+        images, labels = self.eval_set.images[chosen], self.eval_set.labels[chosen].tolist()
         was_training = model.training
         model.eval()
         with precision.context():
-            logits, scores = model.logits_and_scores(to_input(self.images.to(self.device), self.mean, self.std, self.size))
+            logits, scores = model.logits_and_scores(to_input(images.to(self.device), self.mean, self.std, self.size))
         model.train(was_training)
         self.health = attention_health(scores, gate_gradients, model.sigmoid_levels)
         report.health(epoch, self.health)
@@ -48,6 +47,7 @@ class AttentionMonitor:
         if overlays:
             maps = {level: model.map_of(level, s).cpu().numpy() for level, s in scores.items()}
             probability, predicted = logits.float().softmax(1).max(1)
-            titles = [title_of(self.class_names[t], self.class_names[s], p)
-                      for t, s, p in zip(self.labels, predicted.tolist(), probability.tolist())]
-            report.overlays(epoch, attention_sheet(self.images.cpu().numpy(), maps, titles))
+            names = self.eval_set.class_names
+            titles = [title_of(names[t], names[s], p)
+                      for t, s, p in zip(labels, predicted.tolist(), probability.tolist())]
+            report.overlays(epoch, attention_sheet(images.cpu().numpy(), maps, titles))
