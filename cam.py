@@ -1,5 +1,5 @@
-"""See where a network looks, as pictures and in numbers: the attention maps of our networks, class activation maps and
-Grad-CAM of ours and of torchvision's.
+"""See where a network looks, as pictures and in numbers: the attention maps of our networks, class
+activation maps and Grad-CAM of ours and of torchvision's.
 
     python cam.py --checkpoint runs/cifar100/RUN/last.pt photo.jpg folder/
     python cam.py --checkpoint runs/cifar100/RUN/last.pt --dataset cifar100 --index 0-15
@@ -7,9 +7,10 @@ Grad-CAM of ours and of torchvision's.
     python cam.py --arch resnet50 --weights DEFAULT --top-k 3 photo.jpg
     python cam.py --help
 
-The methods as functions: attention_maps(model, images), class_activation_map(model, images, targets) and
-grad_cam(model, images, targets, layer=None), which training/explain.py documents.
+The methods as functions: attention_maps(model, images), class_activation_map(model, images,
+targets) and grad_cam(model, images, targets, layer=None), which training/explain.py documents.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,7 +22,8 @@ from pathlib import Path
 
 if __name__ == "__main__":
     from common.process import settle
-    settle()    # before PyTorch is loaded
+
+    settle()  # before PyTorch is loaded
 
 import numpy as np
 import torch
@@ -59,46 +61,110 @@ from explain.output import (
 from explain.pictures import COLOR_MAPS, shown, title_of
 
 METHODS = ("attention", "cam", "gradcam")
-FIRST_IMAGES = 16           # of a data set, when pictures are made and --index is not given
-OVERVIEW = 64               # images on the sheet of a whole selection, at most
-PHOTOS_AT_ONCE = 16         # of files: they wait in memory, large as they are shown
-PREDICTIONS = 3             # told for an image, at least
+FIRST_IMAGES = 16  # of a data set, when pictures are made and --index is not given
+OVERVIEW = 64  # images on the sheet of a whole selection, at most
+PHOTOS_AT_ONCE = 16  # of files: they wait in memory, large as they are shown
+PREDICTIONS = 3  # told for an image, at least
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Where a network looks, as pictures and as localisation measures.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Where a network looks, as pictures and as localisation measures.",
+        allow_abbrev=False,
+    )
     which = parser.add_argument_group("network")
-    which.add_argument("--checkpoint", type=expanded_path, metavar="FILE", help="a last.pt of train_cifar100.py or train_cub.py")
-    which.add_argument("--arch", metavar="NAME", help="a torchvision classifier (resnet50, ...), for cam and gradcam")
-    which.add_argument("--weights", type=expanded_path, metavar="{DEFAULT,NAME,FILE}",
-                       help="of --arch: torchvision's by name (downloaded), or a state dict of yours")
+    which.add_argument(
+        "--checkpoint",
+        type=expanded_path,
+        metavar="FILE",
+        help="a last.pt of train_cifar100.py or train_cub.py",
+    )
+    which.add_argument(
+        "--arch",
+        metavar="NAME",
+        help="a torchvision classifier (resnet50, ...), for cam and gradcam",
+    )
+    which.add_argument(
+        "--weights",
+        type=expanded_path,
+        metavar="{DEFAULT,NAME,FILE}",
+        help="of --arch: torchvision's by name (downloaded), or a state dict of yours",
+    )
     what = parser.add_argument_group("images")
-    what.add_argument("images", nargs="*", type=expanded_path, metavar="IMAGE", help="files, and folders of files")
-    what.add_argument("--dataset", choices=(*SOURCES, "sample"), help="instead: images of a data set, or the sample")
+    what.add_argument(
+        "images", nargs="*", type=expanded_path, metavar="IMAGE", help="files, and folders of files"
+    )
+    what.add_argument(
+        "--dataset",
+        choices=(*SOURCES, "sample"),
+        help="instead: images of a data set, or the sample",
+    )
     what.add_argument("--split", choices=("test", "train"), default="test", help="(default: test)")
-    what.add_argument("--index", metavar="LIST", help=f"which of them, as 3,7,9-12 (default: the first {FIRST_IMAGES}; "
-                                                      f"for --measure all)")
-    what.add_argument("--crop", choices=("box", "whole"), help="of birds: the box or the whole picture (default: as "
-                                                               "trained; whole for --measure)")
-    what.add_argument("--data-dir", type=expanded_path, help="folder that holds the data set (default: the checkpoint's, "
-                                                            "else data)")
-    what.add_argument("--num-workers", type=int_at_least(0, MAX_WORKERS), default=2,
-                      help="processes that decode a data set's images into the cache (default: 2)")
+    what.add_argument(
+        "--index",
+        metavar="LIST",
+        help=f"which of them, as 3,7,9-12 (default: the first {FIRST_IMAGES}; for --measure all)",
+    )
+    what.add_argument(
+        "--crop",
+        choices=("box", "whole"),
+        help="of birds: the box or the whole picture (default: as trained; whole for --measure)",
+    )
+    what.add_argument(
+        "--data-dir",
+        type=expanded_path,
+        help="folder that holds the data set (default: the checkpoint's, else data)",
+    )
+    what.add_argument(
+        "--num-workers",
+        type=int_at_least(0, MAX_WORKERS),
+        default=2,
+        help="processes that decode a data set's images into the cache (default: 2)",
+    )
     how = parser.add_argument_group("maps")
-    how.add_argument("--method", choices=(*METHODS, "all"), default="all", help="(default: all that the network has)")
-    how.add_argument("--layer", metavar="NAME", help="of gradcam (default: the last with an extent)")
-    how.add_argument("--list-layers", action="store_true", help="print the layers that gradcam can be made at")
+    how.add_argument(
+        "--method",
+        choices=(*METHODS, "all"),
+        default="all",
+        help="(default: all that the network has)",
+    )
+    how.add_argument(
+        "--layer", metavar="NAME", help="of gradcam (default: the last with an extent)"
+    )
+    how.add_argument(
+        "--list-layers", action="store_true", help="print the layers that gradcam can be made at"
+    )
     target = how.add_mutually_exclusive_group()
-    target.add_argument("--target", metavar="CLASS", help="name or number (default: the one that the network sees)")
-    target.add_argument("--top-k", type=int_at_least(1), default=1, metavar="K", help="the K best, side by side")
+    target.add_argument(
+        "--target", metavar="CLASS", help="name or number (default: the one that the network sees)"
+    )
+    target.add_argument(
+        "--top-k", type=int_at_least(1), default=1, metavar="K", help="the K best, side by side"
+    )
     out = parser.add_argument_group("output")
-    out.add_argument("--out", type=expanded_path, default="runs/cam", metavar="FOLDER", help="(default: runs/cam)")
+    out.add_argument(
+        "--out",
+        type=expanded_path,
+        default="runs/cam",
+        metavar="FOLDER",
+        help="(default: runs/cam)",
+    )
     out.add_argument("--raw", action="store_true", help="also the maps as .npy")
-    out.add_argument("--measure", action="store_true", help="no pictures but how well the maps find the object, as a "
-                                                            "table and CSV: for birds and the sample")
-    out.add_argument("--colours", choices=tuple(COLOR_MAPS), default="inferno", help="(default: inferno)")
-    out.add_argument("--opacity", type=opacity, default=0.5, help="of the map over the image, 0 to 1 (default: 0.5)")
+    out.add_argument(
+        "--measure",
+        action="store_true",
+        help="no pictures but how well the maps find the object, as a "
+        "table and CSV: for birds and the sample",
+    )
+    out.add_argument(
+        "--colours", choices=tuple(COLOR_MAPS), default="inferno", help="(default: inferno)"
+    )
+    out.add_argument(
+        "--opacity",
+        type=opacity,
+        default=0.5,
+        help="of the map over the image, 0 to 1 (default: 0.5)",
+    )
     out.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N (default: auto)")
     return parser
 
@@ -111,7 +177,8 @@ def opacity(text: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0 done, 1 a failure or an image that could not be read, 2 bad use, 130 stopped."""
+    """The exit status: 0 done, 1 a failure or an image that could not be read, 2 bad use, 130
+    stopped."""
     open_standard_streams()
     with unbreakable_pipes():
         try:
@@ -125,7 +192,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def dispatch(args: argparse.Namespace) -> int:
     check_use(args)
-    network = from_checkpoint(args.checkpoint) if args.checkpoint else from_torchvision(args.arch, args.weights)
+    network = (
+        from_checkpoint(args.checkpoint)
+        if args.checkpoint
+        else from_torchvision(args.arch, args.weights)
+    )
     network.place_on(choose_device(args.device))
     print(network.description)
     if args.list_layers:
@@ -143,7 +214,10 @@ def check_use(args: argparse.Namespace) -> None:
     if args.weights and not args.arch:
         raise UserError("--weights goes with --arch; a checkpoint has its own", 2)
     if args.arch and not args.weights:
-        raise UserError(f"--arch {args.arch} needs weights: --weights DEFAULT for torchvision's, or a FILE of yours", 2)
+        raise UserError(
+            f"--arch {args.arch} needs weights: --weights DEFAULT for torchvision's, or a FILE of yours",
+            2,
+        )
     if args.layer and args.method not in ("gradcam", "all"):
         raise UserError(f"--layer is for gradcam, not for --method {args.method}", 2)
     if args.list_layers:
@@ -151,33 +225,51 @@ def check_use(args: argparse.Namespace) -> None:
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is a file, not a folder", 2)
     if bool(args.images) == bool(args.dataset):
-        raise UserError("name images (files or folders), or a --dataset" + (", not both" if args.images else ""), 2)
+        raise UserError(
+            "name images (files or folders), or a --dataset"
+            + (", not both" if args.images else ""),
+            2,
+        )
     if args.measure and not args.dataset:
-        raise UserError("--measure needs --dataset cub or --dataset sample, where the place of the object is known", 2)
+        raise UserError(
+            "--measure needs --dataset cub or --dataset sample, where the place of the object is known",
+            2,
+        )
     if args.measure and args.dataset == "cifar100":
-        raise UserError("--measure needs boxes or marks, and cifar100 has none: --dataset cub or --dataset sample", 2)
+        raise UserError(
+            "--measure needs boxes or marks, and cifar100 has none: --dataset cub or --dataset sample",
+            2,
+        )
     if args.measure and (args.target or args.top_k > 1):
         raise UserError("--measure takes the true class: leave --target and --top-k out", 2)
     if args.dataset is None and (args.index or args.crop):
         raise UserError("--index and --crop are for a --dataset", 2)
 
 
-# ---- methods ----------------------------------------------------------------------------------------------------------
+# ---- methods ------------------------------------------------------------------------------------
+
 
 def probe(network: TrainedNetwork) -> Tensor:
     """(1, 3, H, W): noise, to ask what a network can do before any image is read."""
-    return torch.randn(1, 3, *network.size, generator=torch.Generator().manual_seed(0)).to(network.device)
+    return torch.randn(1, 3, *network.size, generator=torch.Generator().manual_seed(0)).to(
+        network.device
+    )
 
 
 def list_layers(network: TrainedNetwork) -> int:
     default = default_layer(network.model, probe(network))
     for name, (channels, height, width) in feature_layers(network.model, probe(network)).items():
-        print(f"{name:<32} {channels:>5} x {height} x {width}{'   (default)' if name == default else ''}")
+        print(
+            f"{name:<32} {channels:>5} x {height} x {width}{'   (default)' if name == default else ''}"
+        )
     return 0
 
 
-def applicable(network: TrainedNetwork, asked: str, layer: str | None) -> tuple[list[str], str | None]:
-    """The methods to use, and the layer of gradcam. Raises UserError for one that was asked for and cannot be."""
+def applicable(
+    network: TrainedNetwork, asked: str, layer: str | None
+) -> tuple[list[str], str | None]:
+    """The methods to use, and the layer of gradcam. Raises UserError for one that was asked for and
+    cannot be."""
     methods = []
     for method in METHODS if asked == "all" else (asked,):
         try:
@@ -197,76 +289,113 @@ def applicable(network: TrainedNetwork, asked: str, layer: str | None) -> tuple[
     return methods, layer
 
 
-def maps_of(network: TrainedNetwork, method: str, batch: Tensor, classes: Tensor,
-            layer: str | None) -> dict[str, tuple[np.ndarray, int | None]]:
-    """The maps that a method makes of a batch (N, 3, H, W) and of its classes (N, K): {"conv7": (maps (N, H, W), None)}
-    for attention, which knows no class, and {"cam": (maps, 0), "cam-2": (maps, 1)} with the column for the others."""
+def maps_of(
+    network: TrainedNetwork, method: str, batch: Tensor, classes: Tensor, layer: str | None
+) -> dict[str, tuple[np.ndarray, int | None]]:
+    """The maps that a method makes of a batch (N, 3, H, W) and of its classes (N, K): {"conv7":
+    (maps (N, H, W), None)} for attention, which knows no class, and {"cam": (maps, 0), "cam-2":
+    (maps, 1)} with the column for the others."""
     if method == "attention":
-        return {level: (maps.cpu().numpy(), None) for level, maps in attention_maps(network.model, batch).items()}
+        return {
+            level: (maps.cpu().numpy(), None)
+            for level, maps in attention_maps(network.model, batch).items()
+        }
     found = {}
     for rank, targets in enumerate(classes.T.to(batch.device)):
-        maps = (class_activation_map(network.model, batch, targets) if method == "cam"
-                else grad_cam(network.model, batch, targets, layer))
+        maps = (
+            class_activation_map(network.model, batch, targets)
+            if method == "cam"
+            else grad_cam(network.model, batch, targets, layer)
+        )
         found[f"{method}-{rank + 1}" if rank else method] = maps.cpu().numpy(), rank
     return found
 
 
-# ---- images ----------------------------------------------------------------------------------------------------------
+# ---- images -------------------------------------------------------------------------------------
 
-def batches_of_files(network: TrainedNetwork, paths: list[Path], bad: list[Path]) -> Iterator[tuple[list[Picture], Tensor]]:
-    """Pictures, and the batch that the network sees of them. What cannot be read is told, put in ``bad``, left out."""
+
+def batches_of_files(
+    network: TrainedNetwork, paths: list[Path], bad: list[Path]
+) -> Iterator[tuple[list[Picture], Tensor]]:
+    """Pictures, and the batch that the network sees of them. What cannot be read is told, put in
+    ``bad``, left out."""
     height, width = network.size
     at_once = min(network.batch_size, PHOTOS_AT_ONCE)
     for first in range(0, len(paths), at_once):
         pictures, small = [], []
-        for path in paths[first:first + at_once]:
+        for path in paths[first : first + at_once]:
             try:
                 pixels = np.asarray(open_rgb(path))
             except UserError as error:
                 print_error(str(error))
                 bad.append(path)
                 continue
-            small.append(np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)))
+            small.append(
+                np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+            )
             pictures.append(Picture(printable(path), path.stem, shown(pixels, 1, GREATEST_SIDE)))
         if pictures:
             yield pictures, network.batch(torch.from_numpy(np.stack(small)))
 
 
-def batches_of_set(network: TrainedNetwork, images: ImageSet, indices: list[int],
-                   name: str) -> Iterator[tuple[list[Picture], Tensor]]:
+def batches_of_set(
+    network: TrainedNetwork, images: ImageSet, indices: list[int], name: str
+) -> Iterator[tuple[list[Picture], Tensor]]:
     """The same of a data set's images."""
     for first in range(0, len(indices), network.batch_size):
-        part = indices[first:first + network.batch_size]
+        part = indices[first : first + network.batch_size]
         some = images.subset(part)
-        yield [Picture(f"{name} {i}", f"{name}-{i:05d}", pixels, images.class_names[label])
-               for i, pixels, label in zip(part, some.images.numpy(), some.labels.tolist())], network.batch(some.images)
+        yield (
+            [
+                Picture(f"{name} {i}", f"{name}-{i:05d}", pixels, images.class_names[label])
+                for i, pixels, label in zip(part, some.images.numpy(), some.labels.tolist())
+            ],
+            network.batch(some.images),
+        )
 
 
 def load_set(args: argparse.Namespace, network: TrainedNetwork) -> ImageSet:
-    """The split of --dataset, loaded and cut out as the network was trained with it (whole pictures to measure on)."""
+    """The split of --dataset, loaded and cut out as the network was trained with it (whole pictures
+    to measure on)."""
     own = network.config.get("dataset", "cifar100")
     source = SOURCES[own if args.dataset == "sample" else args.dataset]
     # Whole birds at the network's size; CIFAR-100 as it is.
-    config = {"crop": "whole", "margin": 0.1, "zoom": 0.5, "image_size": max(network.size) if source.name == "cub" else None}
+    config = {
+        "crop": "whole",
+        "margin": 0.1,
+        "zoom": 0.5,
+        "image_size": max(network.size) if source.name == "cub" else None,
+    }
     if own == source.name:
-        config |= network.config    # empty for torchvision's
-    config |= {"data_dir": args.data_dir or config.get("data_dir", "data"), "num_workers": args.num_workers,
-               "sample": args.dataset == "sample"}
+        config |= network.config  # empty for torchvision's
+    config |= {
+        "data_dir": args.data_dir or config.get("data_dir", "data"),
+        "num_workers": args.num_workers,
+        "sample": args.dataset == "sample",
+    }
     config["crop"] = args.crop or ("whole" if args.measure else config["crop"])
     train, test = source.sets(config, download=network.config.get("dataset") != source.name)
     return {"train": train, "test": test}[args.split]
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- pictures -----------------------------------------------------------------------------------
 
-def make_pictures(args: argparse.Namespace, network: TrainedNetwork, methods: list[str], layer: str | None) -> int:
-    """An overlay for each map and a sheet for each image, and of a data set's images one sheet of all."""
+
+def make_pictures(
+    args: argparse.Namespace, network: TrainedNetwork, methods: list[str], layer: str | None
+) -> int:
+    """An overlay for each map and a sheet for each image, and of a data set's images one sheet of
+    all."""
     target = None if args.target is None else find_class(args.target, network.class_names)
     paths, bad = list_files(args.images)
     name = f"{args.dataset}-{args.split}"
     if args.dataset:
         images = load_set(args, network)
-        indices = parse_index(args.index, len(images)) if args.index else list(range(min(FIRST_IMAGES, len(images))))
+        indices = (
+            parse_index(args.index, len(images))
+            if args.index
+            else list(range(min(FIRST_IMAGES, len(images))))
+        )
         print(f"{len(indices)} of {len(images):,} {args.split} images ({images.source})")
         batches = batches_of_set(network, images, indices, name)
     else:
@@ -283,14 +412,31 @@ def make_pictures(args: argparse.Namespace, network: TrainedNetwork, methods: li
             maps |= maps_of(network, method, batch, classes, layer)
         for i, picture in enumerate(pictures):
             chance, seen = chances[i].max(0)
-            title = title_of(picture.truth or Path(picture.name).name, network.class_names[seen], float(chance))
-            stem = writer.image(picture, {name: each[i] for name, (each, _) in maps.items()},
-                                {name: heading(network, name, chances[i], None if rank is None else classes[i, rank])
-                                 for name, (_, rank) in maps.items()}, title)
+            title = title_of(
+                picture.truth or Path(picture.name).name, network.class_names[seen], float(chance)
+            )
+            stem = writer.image(
+                picture,
+                {name: each[i] for name, (each, _) in maps.items()},
+                {
+                    name: heading(
+                        network, name, chances[i], None if rank is None else classes[i, rank]
+                    )
+                    for name, (_, rank) in maps.items()
+                },
+                title,
+            )
             renamed = f"   (written as {printable(stem)})" if stem != picture.stem else ""
-            print(f"{picture.name}: {predictions(network, chances[i], classes[i])}{renamed}", flush=True)
+            print(
+                f"{picture.name}: {predictions(network, chances[i], classes[i])}{renamed}",
+                flush=True,
+            )
             if args.dataset and done + i < OVERVIEW:
-                overview.add(picture, {name: each[i] for name, (each, rank) in maps.items() if not rank}, title)
+                overview.add(
+                    picture,
+                    {name: each[i] for name, (each, rank) in maps.items() if not rank},
+                    title,
+                )
         done += len(pictures)
     if len(overview.pixels) > 1:
         writer.overview(name, overview)
@@ -308,20 +454,27 @@ def predictions(network: TrainedNetwork, chances: Tensor, classes: Tensor) -> st
 
 
 def heading(network: TrainedNetwork, name: str, chances: Tensor, target: Tensor | None) -> str:
-    """What stands over a map: level, or method and class. The probability comes first, as long names are cut off."""
+    """What stands over a map: level, or method and class. The probability comes first, as long
+    names are cut off."""
     if target is None:
         return name
     return f"{name.split('-')[0]}\n{100 * chances[target]:.0f} % {network.class_names[target]}"
 
 
-# ---- measures --------------------------------------------------------------------------------------------------------
+# ---- measures -----------------------------------------------------------------------------------
 
-def measure(args: argparse.Namespace, network: TrainedNetwork, methods: list[str], layer: str | None) -> int:
+
+def measure(
+    args: argparse.Namespace, network: TrainedNetwork, methods: list[str], layer: str | None
+) -> int:
     """How well the maps find the object, as a table, and as measures.csv (and parts.csv) in --out."""
     images = load_set(args, network)
     chosen = images.subset(parse_index(args.index, len(images))) if args.index else images
     same_classes = chosen.class_names == network.class_names
-    scale = torch.tensor([side / stored for side, stored in zip(network.size, chosen.image_size)]).flip(0)     # x, y
+    # x, y
+    scale = torch.tensor(
+        [side / stored for side, stored in zip(network.size, chosen.image_size)]
+    ).flip(0)
     measures = Measures()
     for first in range(0, len(chosen), network.batch_size):
         part = chosen.subset(range(first, min(first + network.batch_size, len(chosen))))
@@ -329,12 +482,19 @@ def measure(args: argparse.Namespace, network: TrainedNetwork, methods: list[str
         classes = (part.labels if same_classes else network.probabilities(batch).argmax(1))[:, None]
         maps = {}
         for method in methods:
-            maps |= {name: each for name, (each, _) in maps_of(network, method, batch, classes, layer).items()}
+            maps |= {
+                name: each
+                for name, (each, _) in maps_of(network, method, batch, classes, layer).items()
+            }
         places = None
         if part.parts is not None:
             places = torch.cat([part.parts[..., :2] * scale, part.parts[..., 2:]], -1).numpy()
         measures.add(maps, (part.boxes * scale.repeat(2)).numpy(), places)
-    which = "the true class" if same_classes else "the class that the network sees, as its classes are others"
+    which = (
+        "the true class"
+        if same_classes
+        else "the class that the network sees, as its classes are others"
+    )
     print(f"{len(chosen):,} {args.split} images ({chosen.source}); cam and gradcam of {which}")
     out = Path(args.out)
     make_folders(out)
@@ -349,14 +509,20 @@ def measure(args: argparse.Namespace, network: TrainedNetwork, methods: list[str
 
 
 def write_csv(path: Path, rows: list[dict]) -> Path:
-    """Write a table, over an earlier one of ours (of the same columns), else under a name that is free. Returns the path."""
+    """Write a table, over an earlier one of ours (of the same columns), else under a name that is
+    free. Returns the path."""
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     table.writeheader()
-    table.writerows({name: round(float(value), 4) if isinstance(value, float) else value for name, value in row.items()}
-                    for row in rows)
+    table.writerows(
+        {
+            name: round(float(value), 4) if isinstance(value, float) else value
+            for name, value in row.items()
+        }
+        for row in rows
+    )
     content = text.getvalue().encode()
-    header = content[:content.index(b"\n") + 1]
+    header = content[: content.index(b"\n") + 1]
     path = free_path(path, lambda old: old.is_file() and old.read_bytes().startswith(header))
     replace_file(path, lambda file: file.write(content))
     return path

@@ -1,11 +1,12 @@
 """What the command lines of all scripts share: types of options, and how a wrong word is told."""
+
 from __future__ import annotations
 
 import argparse
 
 from common.files import expand_user
 
-LONGEST_NUMBER = 40     # characters; Python itself refuses some thousands
+LONGEST_NUMBER = 40  # characters; Python itself refuses some thousands
 
 
 MAX_WORKERS = 256
@@ -15,12 +16,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, [], False) else super()._get_help_string(action)
+        return (
+            action.help if action.default in (None, [], False) else super()._get_help_string(action)
+        )
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """The options of a command line. A shell makes an empty word of a variable that is not set, and no option means
-    anything by one. Exits with status 2 where argv is wrong."""
+    """The options of a command line. A shell makes an empty word of a variable that is not set, and
+    no option means anything by one. Exits with status 2 where argv is wrong."""
     for before, word in zip(["", *argv], argv):
         name, equals, value = word.partition("=")
         if not word.strip():
@@ -34,7 +37,8 @@ def expanded_path(text: str) -> str:
     """A file or folder, ~ expanded: a shell leaves it as it is behind the = of --option=~/x."""
     try:
         expanded = str(expand_user(text))
-        return f"./{expanded}" if expanded.startswith("~") else expanded    # what is expanded once more stays itself
+        # what is expanded once more stays itself
+        return f"./{expanded}" if expanded.startswith("~") else expanded
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -42,11 +46,16 @@ def expanded_path(text: str) -> str:
 def int_at_least(least: int, most: int = 2**31 - 1):
     def number(text: str) -> int:
         if len(text) > LONGEST_NUMBER:
-            raise argparse.ArgumentTypeError(f"{text[:LONGEST_NUMBER]}... is not between {least} and {most}")
+            raise argparse.ArgumentTypeError(
+                f"{text[:LONGEST_NUMBER]}... is not between {least} and {most}"
+            )
         value = int(text)
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is {f'below {least}' if value < least else f'above {most}'}")
+            raise argparse.ArgumentTypeError(
+                f"{text} is {f'below {least}' if value < least else f'above {most}'}"
+            )
         return value
+
     number.__name__ = "whole number"
     return number
 
@@ -55,8 +64,11 @@ def positive(most: float):
     def number(text: str) -> float:
         value = float(text)
         if not 0 < value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is {f'above {most:g}' if value > most else 'not above 0'}")
+            raise argparse.ArgumentTypeError(
+                f"{text} is {f'above {most:g}' if value > most else 'not above 0'}"
+            )
         return value
+
     number.__name__ = "number above 0"
     return number
 

@@ -1,4 +1,5 @@
 """The device, its precision and its memory."""
+
 from __future__ import annotations
 
 import contextlib
@@ -19,28 +20,40 @@ from common.files import expand_user
 
 def choose_device(name: str) -> torch.device:
     """--device as a torch.device. Raises UserError for one that is not there."""
-    if name in ("auto", "cuda") and torch.distributed.is_initialized() and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())    # each rank has its own
+    if (
+        name in ("auto", "cuda")
+        and torch.distributed.is_initialized()
+        and torch.cuda.is_available()
+    ):
+        return torch.device("cuda", torch.cuda.current_device())  # each rank has its own
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name):     # torch takes cuda:300 for cuda:44
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name):  # torch takes cuda:300 for cuda:44
         raise UserError(f"--device {name}: expected auto, cpu, cuda, or cuda:N", 2)
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UserError(f"--device {name}: PyTorch {torch.__version__} sees no CUDA GPU here. Check nvidia-smi; the "
-                            f"README's \"Old cards\" says which PyTorch build fits which card")
+            raise UserError(
+                f"--device {name}: PyTorch {torch.__version__} sees no CUDA GPU here. Check nvidia-smi; the "
+                f'README\'s "Old cards" says which PyTorch build fits which card'
+            )
         if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
+            raise UserError(
+                f"--device {name}: there are {torch.cuda.device_count()} GPUs, numbered from 0"
+            )
     return device
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """--precision as bf16, fp16 or fp32. auto: bf16 where it is native, else fp16 on CUDA and fp32 on CPUs, and on a GTX
-    16xx, whose convolutions give NaN in fp16 (github.com/pytorch/pytorch/issues/77955)."""
+    """--precision as bf16, fp16 or fp32. auto: bf16 where it is native, else fp16 on CUDA and fp32
+    on CPUs, and on a GTX 16xx, whose convolutions give NaN in fp16
+    (github.com/pytorch/pytorch/issues/77955)."""
     if name == "fp16" and device.type == "cpu":
-        raise UserError("fp16 needs a GPU, and there is none here (nvidia-smi must list it): a run in fp16 can go on on a GPU "
-                        "only; a new one can have --precision bf16 (if the CPU has it) or fp32", 2)
+        raise UserError(
+            "fp16 needs a GPU, and there is none here (nvidia-smi must list it): a run in fp16 can go on on a GPU "
+            "only; a new one can have --precision bf16 (if the CPU has it) or fp32",
+            2,
+        )
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -52,26 +65,40 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """Does this CPU multiply bf16 natively (AVX512-BF16 or AMX)? Emulated bf16 is hundreds of times slower than fp32."""
-    checks = (getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    """Does this CPU multiply bf16 natively (AVX512-BF16 or AMX)? Emulated bf16 is hundreds of times
+    slower than fp32."""
+    checks = (
+        getattr(torch.cpu, name, lambda: False)
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
     return any(check() for check in checks)
 
 
 COMPILES_CHECKPOINTS = (2, 15)  # the first PyTorch version that we have seen do it right
 
 
-def choose_compile(asked: bool | str, device: torch.device, checkpoint_activations: bool, ranks: int = 1) -> bool:
-    """--compile; unless asked for, on where it pays: one GPU that Triton knows (compute capability 7.0). The compiler stops
-    at every SyncBatchNorm.
+def choose_compile(
+    asked: bool | str, device: torch.device, checkpoint_activations: bool, ranks: int = 1
+) -> bool:
+    """--compile; unless asked for, on where it pays: one GPU that Triton knows (compute capability
+    7.0). The compiler stops at every SyncBatchNorm.
 
-    Not with --checkpoint-activations: PyTorch 2.6 then moves the batch-norm statistics twice; 2.15 does not (measured).
+    Not with --checkpoint-activations: PyTorch 2.6 then moves the batch-norm statistics twice; 2.15
+    does not (measured).
     """
     if asked == "auto":
-        return (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-                and not checkpoint_activations and ranks == 1)
+        return (
+            device.type == "cuda"
+            and torch.cuda.get_device_capability(device) >= (7, 0)
+            and not checkpoint_activations
+            and ranks == 1
+        )
     if asked and checkpoint_activations and torch_version() < COMPILES_CHECKPOINTS:
-        raise UserError(f"--compile with --checkpoint-activations gives wrong batch-norm statistics in PyTorch "
-                        f"{torch.__version__}: leave one of them out, or install PyTorch 2.15", 2)
+        raise UserError(
+            f"--compile with --checkpoint-activations gives wrong batch-norm statistics in PyTorch "
+            f"{torch.__version__}: leave one of them out, or install PyTorch 2.15",
+            2,
+        )
     return bool(asked)
 
 
@@ -80,9 +107,10 @@ def torch_version() -> tuple[int, int]:
 
 
 def persist_compile_cache() -> None:
-    """Have torch.compile keep what it makes in the user's cache folder, so that the next run starts fast even when the
-    machine was restarted; its own choice is /tmp. TORCHINDUCTOR_CACHE_DIR says otherwise. Call it before anything is
-    built: importing the compiler settles the place, and that happens here and there."""
+    """Have torch.compile keep what it makes in the user's cache folder, so that the next run starts
+    fast even when the machine was restarted; its own choice is /tmp. TORCHINDUCTOR_CACHE_DIR says
+    otherwise. Call it before anything is built: importing the compiler settles the place, and that
+    happens here and there."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     with contextlib.suppress(OSError, ValueError):  # no home, or none to write to: /tmp then
         folder = expand_user(home) / "learn-to-pay-attention"
@@ -92,13 +120,15 @@ def persist_compile_cache() -> None:
 
 
 def tune_malloc() -> None:
-    """On a CPU, have the C library keep the memory of large tensors from one step to the next. By itself it gives every
-    block over 32 MiB back to the system at once, and the next step pays for each of its pages again: a tenth of the time
-    of a quarter-width step on images of 32 px. With another C library than glibc it does nothing."""
-    mmap_threshold, trim_threshold = -3, -1     # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+    """On a CPU, have the C library keep the memory of large tensors from one step to the next. By
+    itself it gives every block over 32 MiB back to the system at once, and the next step pays for
+    each of its pages again: a tenth of the time of a quarter-width step on images of 32 px. With
+    another C library than glibc it does nothing."""
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
     with contextlib.suppress(OSError, TypeError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        if mallopt(mmap_threshold, 2**30):      # refused by versions that would then do worse with the other one alone
+        # refused by versions that would then do worse with the other one alone
+        if mallopt(mmap_threshold, 2**30):
             mallopt(trim_threshold, 2**31 - 1)
 
 
@@ -136,7 +166,8 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def off(self):
-        """Within the context: what is in float32 stays so, and the backward pass takes the types of the forward pass."""
+        """Within the context: what is in float32 stays so, and the backward pass takes the types of
+        the forward pass."""
         return torch.autocast(self.device.type, enabled=False)
 
 

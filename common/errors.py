@@ -1,4 +1,5 @@
 """Errors a user can mend, how they are told, and the exit status of each."""
+
 from __future__ import annotations
 
 import contextlib
@@ -20,18 +21,21 @@ class UserError(Exception):
         self.status = status
 
 
-# What else than OutOfMemoryError says that memory ran out: the CPU's allocator, CUDA, its libraries and Triton. And what
-# may: a library that finds no memory to begin with; cuDNN, of which PyTorch tries every algorithm and swallows each one's
-# out-of-memory.
+# What else than OutOfMemoryError says that memory ran out: the CPU's allocator, CUDA, its libraries
+# and Triton. And what may: a library that finds no memory to begin with; cuDNN, of which PyTorch
+# tries every algorithm and swallows each one's out-of-memory.
 NO_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
-PERHAPS_NO_MEMORY = ("STATUS_NOT_INITIALIZED", "unable to find an engine to execute this computation")
+PERHAPS_NO_MEMORY = (
+    "STATUS_NOT_INITIALIZED",
+    "unable to find an engine to execute this computation",
+)
 
 
 class Interrupted(Exception):
-    """Raised between two steps (or two batches of an evaluation) when a signal asks the run to end. ``signal``: its number,
-    once it is known."""
+    """Raised between two steps (or two batches of an evaluation) when a signal asks the run to end.
+    ``signal``: its number, once it is known."""
 
     def __init__(self, signal: int = 0):
         super().__init__(signal)
@@ -43,8 +47,11 @@ def is_oom_error(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     said = str(error) if isinstance(error, RuntimeError) else ""
-    return (any(words in said for words in NO_MEMORY)
-            or any(words in said for words in PERHAPS_NO_MEMORY) and gpu_is_half_full())
+    return (
+        any(words in said for words in NO_MEMORY)
+        or any(words in said for words in PERHAPS_NO_MEMORY)
+        and gpu_is_half_full()
+    )
 
 
 def gpu_is_half_full() -> bool:
@@ -57,6 +64,7 @@ def gpu_is_half_full() -> bool:
 
 class ExitStatus:
     """The exit status of a command; see exit_status."""
+
     code: int = 0
 
 
@@ -68,7 +76,8 @@ def exit_status(when_stopped: str) -> Iterator[ExitStatus]:
             status.code = command()
         return status.code
 
-    1 or 2 for what a user can mend, 128 + N for signal N, 130 after Ctrl-C, when ``when_stopped`` is printed."""
+    1 or 2 for what a user can mend, 128 + N for signal N, 130 after Ctrl-C, when ``when_stopped``
+    is printed."""
     status = ExitStatus()
     try:
         yield status
@@ -80,8 +89,10 @@ def exit_status(when_stopped: str) -> Iterator[ExitStatus]:
     except (RuntimeError, MemoryError) as error:
         if not is_oom_error(error):
             raise
-        print_error(f"out of memory outside the training step: {one_line(error)[:200]}\n"
-                    f"Is another program using the memory (nvidia-smi, top)? Else try a smaller --image-size, or --device cpu.")
+        print_error(
+            f"out of memory outside the training step: {one_line(error)[:200]}\n"
+            f"Is another program using the memory (nvidia-smi, top)? Else try a smaller --image-size, or --device cpu."
+        )
         status.code = 1
     except OSError as error:
         print_error(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
@@ -106,5 +117,11 @@ def printable(path: Path | str) -> str:
     text = os.fspath(path)
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() if not "\udc80" <= c <= "\udcff" else
-                   f"\\x{ord(c) - 0xdc00:02x}" for c in text)
+    return "".join(
+        c
+        if c.isprintable()
+        else c.encode("unicode_escape").decode()
+        if not "\udc80" <= c <= "\udcff"
+        else f"\\x{ord(c) - 0xDC00:02x}"
+        for c in text
+    )

@@ -1,4 +1,5 @@
 """Weights on a server: torchvision's, kept where torch keeps them."""
+
 from __future__ import annotations
 
 import http.client
@@ -12,7 +13,7 @@ import torch
 
 from common.errors import UserError, one_line
 
-SOCKET_TIMEOUT = 30.0   # seconds without an answer until a connection counts as broken
+SOCKET_TIMEOUT = 30.0  # seconds without an answer until a connection counts as broken
 
 
 def hub_file(url: str) -> Path:
@@ -24,7 +25,8 @@ def hub_file(url: str) -> Path:
 
 
 def hub_weights(url: str, otherwise: str) -> dict[str, torch.Tensor]:
-    """A state dict from torch's cache or its server, whose code never runs. The cache holds whole files only.
+    """A state dict from torch's cache or its server, whose code never runs. The cache holds whole
+    files only.
 
     Raises UserError, which ends in what else can be done."""
     path, timeout = hub_file(url), socket.getdefaulttimeout()
@@ -33,14 +35,31 @@ def hub_weights(url: str, otherwise: str) -> dict[str, torch.Tensor]:
     if not there:
         print(f"downloading {url} to {path}", flush=True)
     try:
-        socket.setdefaulttimeout(SOCKET_TIMEOUT)    # torch.hub sets none: a silent server would hold us for ever
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True,
-                                                  progress=sys.stderr is not None and sys.stderr.isatty())
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError,
-            http.client.HTTPException) as error:
+        # torch.hub sets none: a silent server would hold us for ever
+        socket.setdefaulttimeout(SOCKET_TIMEOUT)
+        return torch.hub.load_state_dict_from_url(
+            url,
+            map_location="cpu",
+            check_hash=True,
+            weights_only=True,
+            progress=sys.stderr is not None and sys.stderr.isatty(),
+        )
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        pickle.UnpicklingError,
+        http.client.HTTPException,
+    ) as error:
         if there:
-            raise UserError(f"{path} is damaged ({one_line(error)[:100]}). Move it away and start again, to have it "
-                            f"downloaded. {by_hand}") from None
-        raise UserError(f"the ImageNet weights could not be downloaded ({one_line(error)[:100]}). {by_hand}") from None
+            raise UserError(
+                f"{path} is damaged ({one_line(error)[:100]}). Move it away and start again, to have it "
+                f"downloaded. {by_hand}"
+            ) from None
+        raise UserError(
+            f"the ImageNet weights could not be downloaded ({one_line(error)[:100]}). {by_hand}"
+        ) from None
     finally:
         socket.setdefaulttimeout(timeout)

@@ -1,6 +1,8 @@
-"""The process and what surrounds it: standard streams, other programs on the same cores, commands to paste into a shell.
+"""The process and what surrounds it: standard streams, other programs on the same cores, commands
+to paste into a shell.
 
 PyTorch is not imported here: ``settle`` has to run before it is loaded."""
+
 from __future__ import annotations
 
 import contextlib
@@ -23,9 +25,11 @@ def settle() -> None:
 
 
 def open_standard_streams() -> None:
-    """Open what was closed (cron, daemons, ``2>&-``) to nowhere, and never fail on a name that cannot be printed.
+    """Open what was closed (cron, daemons, ``2>&-``) to nowhere, and never fail on a name that
+    cannot be printed.
 
-    Else the next file that is opened becomes standard error, and a warning lands in the checkpoint."""
+    Else the next file that is opened becomes standard error, and a warning lands in the checkpoint.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -35,13 +39,15 @@ def open_standard_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):    # a notebook's is something else, and prints anything
+        # a notebook's is something else, and prints anything
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def share_cores() -> None:
-    """Have libgomp's threads sleep after a tenth of its own time of waiting: beside other programs, the thread that they wait
-    for may have no core, and theirs is the one that it needs. Whoever has set one of the two variables has chosen."""
+    """Have libgomp's threads sleep after a tenth of its own time of waiting: beside other programs,
+    the thread that they wait for may have no core, and theirs is the one that it needs. Whoever has
+    set one of the two variables has chosen."""
     if not (os.environ.get("OMP_WAIT_POLICY") or os.environ.get("GOMP_SPINCOUNT")):
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
@@ -87,18 +93,21 @@ def unbreakable_pipes() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-# ---- commands that are printed to be pasted ---------------------------------------------------------------------------
+# ---- commands that are printed to be pasted -----------------------------------------------------
+
 
 def quoted(path: Path | str) -> str:
-    """A path as a word of a shell's command line, whatever its name: also one that looks like an option, and, in the
-    $'...' of bash and zsh, one that cannot be printed."""
+    """A path as a word of a shell's command line, whatever its name: also one that looks like an
+    option, and, in the $'...' of bash and zsh, one that cannot be printed."""
     text = str(path)
     if text.startswith(("-", "~")):
         text = f"./{text}"
     if text.isprintable() and encodes(text, getattr(sys.stdout, "encoding", None) or "utf-8"):
         return shlex.quote(text)
-    escaped = "".join(chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}"
-                      for byte in os.fsencode(text))
+    escaped = "".join(
+        chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}"
+        for byte in os.fsencode(text)
+    )
     return f"$'{escaped}'"
 
 
@@ -110,13 +119,13 @@ def encodes(text: str, encoding: str) -> bool:
 
 
 def program(name: str, module: str | None = None) -> str:
-    """``python``, ``torchrun`` or ``tensorboard`` as the shell finds it, where it finds the one of this environment; else
-    this interpreter's path (with -m ``module``)."""
+    """``python``, ``torchrun`` or ``tensorboard`` as the shell finds it, where it finds the one of
+    this environment; else this interpreter's path (with -m ``module``)."""
     here = Path(sys.executable or name)
     found = shutil.which(name)
     if found and Path(found).absolute().parent == here.parent:
         return name
-    if here.parent != Path.cwd():   # a name without a / is looked for elsewhere
+    if here.parent != Path.cwd():  # a name without a / is looked for elsewhere
         with contextlib.suppress(ValueError):
             here = here.relative_to(Path.cwd())
     return quoted(here) + (f" -m {module}" if module else "")

@@ -1,12 +1,15 @@
-"""The built-in sample: generated pictures whose class is decided by one small mark, at a place that is known.
+"""The built-in sample: generated pictures whose class is decided by one small mark, at a place that
+is known.
 
-A picture is a textured background with distractor shapes of random colours and, on top, a small square tile that bears
-one of the MARKS in two contrasting colours. Only the pattern of the mark tells the class: background, distractors,
-colours and place are drawn without knowing it. A network that learns the sample has learned where to look, and `boxes`
-lets a test measure that.
+A picture is a textured background with distractor shapes of random colours and, on top, a small
+square tile that bears one of the MARKS in two contrasting colours. Only the pattern of the mark
+tells the class: background, distractors, colours and place are drawn without knowing it. A network
+that learns the sample has learned where to look, and `boxes` lets a test measure that.
 
-The bytes are the same on every machine: raw words of a counter-based generator, and integer arithmetic on them.
+The bytes are the same on every machine: raw words of a counter-based generator, and integer
+arithmetic on them.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -14,8 +17,8 @@ import torch
 
 from datasets.image_set import ImageSet
 
-# 5 rows of 5 cells. Each is its own mirror image, so that horizontal flips keep the class, and none is the negative of
-# another, so that light on dark and dark on light mean the same.
+# 5 rows of 5 cells. Each is its own mirror image, so that horizontal flips keep the class, and none
+# is the negative of another, so that light on dark and dark on light mean the same.
 MARKS = {
     "ring": "##### #...# #...# #...# #####",
     "plus": "..#.. ..#.. ##### ..#.. ..#..",
@@ -30,15 +33,21 @@ MARKS = {
     "arrow": "..#.. .###. #.#.# ..#.. ..#..",
     "dots": "#.#.# ..... #.#.# ..... #.#.#",
 }
-CELLS = 7           # of a mark's side: the pattern's 5 and a frame of 1
-DISTRACTORS = 5     # shapes in a picture
-GRID = 4            # cells of the background's texture along a side
-CHUNK = 256         # pictures drawn at a time, to keep memory small
+CELLS = 7  # of a mark's side: the pattern's 5 and a frame of 1
+DISTRACTORS = 5  # shapes in a picture
+GRID = 4  # cells of the background's texture along a side
+CHUNK = 256  # pictures drawn at a time, to keep memory small
 
 
-def cifar_sample(seed: int = 0, classes: int = 10, train_per_class: int = 200, test_per_class: int = 40,
-                 size: int = 32) -> tuple[ImageSet, ImageSet]:
-    """(train, test) of `size` x `size` pictures, balanced, with the marks' boxes; train and test share no drawing."""
+def cifar_sample(
+    seed: int = 0,
+    classes: int = 10,
+    train_per_class: int = 200,
+    test_per_class: int = 40,
+    size: int = 32,
+) -> tuple[ImageSet, ImageSet]:
+    """(train, test) of `size` x `size` pictures, balanced, with the marks' boxes; train and test
+    share no drawing."""
     if not 2 <= classes <= len(MARKS):
         raise ValueError(f"the sample has 2 to {len(MARKS)} classes, not {classes}")
     names = tuple(MARKS)[:classes]
@@ -51,7 +60,11 @@ def cifar_sample(seed: int = 0, classes: int = 10, train_per_class: int = 200, t
             words = generator.random_raw(len(part) * words_per_picture(size)).reshape(len(part), -1)
             parts.append(draw_pictures(words, part, size))
         images, boxes = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts))
-        sets.append(ImageSet(images, torch.from_numpy(labels), names, f"built-in sample (seed {seed})", boxes))
+        sets.append(
+            ImageSet(
+                images, torch.from_numpy(labels), names, f"built-in sample (seed {seed})", boxes
+            )
+        )
     return sets[0], sets[1]
 
 
@@ -61,9 +74,12 @@ def words_per_picture(size: int) -> int:
     return background + 8 * DISTRACTORS + 9 + -(-3 * size * size // 8)
 
 
-def draw_pictures(words: np.ndarray, labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures from random words (N, words_per_picture(size)) uint64 and labels (N,): images (N, size, size, 3) uint8
-    and boxes (N, 4) float32. The label has a say in the pixels of the box only."""
+def draw_pictures(
+    words: np.ndarray, labels: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures from random words (N, words_per_picture(size)) uint64 and labels (N,): images (N,
+    size, size, 3) uint8 and boxes (N, 4) float32. The label has a say in the pixels of the box
+    only."""
     draw = Words(words)
     images = background(draw, size)
     for _ in range(DISTRACTORS):
@@ -80,26 +96,28 @@ class Words:
 
     def integers(self, low: int, high: int, count: int = 1) -> np.ndarray:
         """(N, count) int64 from low to high - 1."""
-        columns = self.words[:, self.used:self.used + count]
+        columns = self.words[:, self.used : self.used + count]
         self.used += count
         return low + (columns % np.uint64(high - low)).astype(np.int64)
 
     def octets(self, count: int) -> np.ndarray:
-        """(N, count) int64 from 0 to 255, eight from a word; shifts, as a view would depend on the byte order."""
-        columns = self.words[:, self.used:self.used - (-count // 8)]
+        """(N, count) int64 from 0 to 255, eight from a word; shifts, as a view would depend on the
+        byte order."""
+        columns = self.words[:, self.used : self.used - (-count // 8)]
         self.used += columns.shape[1]
         shifted = columns[:, :, None] >> (8 * np.arange(8, dtype=np.uint64)) & np.uint64(255)
         return shifted.reshape(len(columns), -1)[:, :count].astype(np.int64)
 
 
 def background(draw: Words, size: int) -> np.ndarray:
-    """(N, size, size, 3) int64: a colour, smooth blotches (a coarse grid, interpolated) and grain on it."""
+    """(N, size, size, 3) int64: a colour, smooth blotches (a coarse grid, interpolated) and grain
+    on it."""
     n = len(draw.words)
     colour = draw.integers(70, 186, 3).reshape(n, 1, 1, 3)
     strength = draw.integers(8, 33).reshape(n, 1, 1, 1)
     grid = draw.integers(-40, 41, 3 * (GRID + 1) ** 2).reshape(n, GRID + 1, GRID + 1, 3)
     place = np.arange(size) * GRID
-    cell, right = place // size, place % size       # weights in units of 1 / size
+    cell, right = place // size, place % size  # weights in units of 1 / size
     left = size - right
     rows = grid[:, cell] * left[:, None, None] + grid[:, cell + 1] * right[:, None, None]
     blotches = rows[:, :, cell] * left[:, None] + rows[:, :, cell + 1] * right[:, None]
@@ -108,7 +126,8 @@ def background(draw: Words, size: int) -> np.ndarray:
 
 
 def distractor(draw: Words, images: np.ndarray) -> None:
-    """Paint one disc, diamond or rectangle of one colour into each picture, in place; it may hang over the edge."""
+    """Paint one disc, diamond or rectangle of one colour into each picture, in place; it may hang
+    over the edge."""
     n, size = images.shape[:2]
     kind = draw.integers(0, 3)[:, :, None]
     centre_y, centre_x = (draw.integers(0, size)[:, :, None] for _ in range(2))
@@ -116,16 +135,19 @@ def distractor(draw: Words, images: np.ndarray) -> None:
     colour = draw.integers(30, 226, 3)
     steps = np.arange(size)
     down, across = abs(steps[None, :, None] - centre_y), abs(steps[None, None, :] - centre_x)
-    inside = np.select([kind == 0, kind == 1], [down**2 + across**2 <= reach_y**2, down + across <= reach_y],
-                       (down <= reach_y) & (across <= reach_x))
+    inside = np.select(
+        [kind == 0, kind == 1],
+        [down**2 + across**2 <= reach_y**2, down + across <= reach_y],
+        (down <= reach_y) & (across <= reach_x),
+    )
     np.copyto(images, colour[:, None, None, :], where=inside[..., None])
 
 
 def _mark(draw: Words, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Paint the marks of the labels, in place; returns their boxes, (N, 4) float32 x0 y0 x1 y1."""
     n, size = images.shape[:2]
-    cell = max(1, size // 32)           # pixels
-    side, margin = CELLS * cell, size // 8      # a margin, so that a shifted crop keeps the mark
+    cell = max(1, size // 32)  # pixels
+    side, margin = CELLS * cell, size // 8  # a margin, so that a shifted crop keeps the mark
     top, left = (draw.integers(margin, size - margin - side + 1)[:, 0] for _ in range(2))
     steps = np.arange(side)
     rows, columns = top[:, None, None] + steps[:, None], left[:, None, None] + steps
@@ -134,7 +156,8 @@ def _mark(draw: Words, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def mark_tiles(draw: Words, labels: np.ndarray, cell: int) -> np.ndarray:
-    """(N, side, side, 3) int64: the marks of the labels in two colours far apart; a cell is `cell` pixels wide."""
+    """(N, side, side, 3) int64: the marks of the labels in two colours far apart; a cell is `cell`
+    pixels wide."""
     light, dark = draw.integers(176, 256, 3), draw.integers(0, 80, 3)
     swap = draw.integers(0, 2) == 1
     ink, paper = np.where(swap, dark, light), np.where(swap, light, dark)

@@ -1,7 +1,9 @@
-"""CUB-200-2011 (Caltech-UCSD Birds) in its official layout, with boxes and parts in pixels of the stored pictures.
+"""CUB-200-2011 (Caltech-UCSD Birds) in its official layout, with boxes and parts in pixels of the
+stored pictures.
 
 A folder CUB_200_2011 with some of the classes only is a valid data set: ids need not be contiguous.
 """
+
 from __future__ import annotations
 
 import codecs
@@ -31,35 +33,44 @@ from datasets.image_set import ImageSet
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
-CUB_MIB, CUB_UNPACKED_MIB = 1098, 1230      # about
+CUB_MIB, CUB_UNPACKED_MIB = 1098, 1230  # about
 CUB_ARCHIVE = "CUB_200_2011.tgz"
 CUB_FOLDER = "CUB_200_2011"
 CUB_NAMES = (CUB_FOLDER, CUB_ARCHIVE)
 
 MAX_METADATA_BYTES = 2**26
-MAX_COORDINATE = 1e6    # pixels
+MAX_COORDINATE = 1e6  # pixels
 
 
 class Bird(NamedTuple):
     """What the metadata say about one image."""
+
     path: Path
-    label: int                          # index into the class names
+    label: int  # index into the class names
     train: bool
-    box: tuple[int, int, int, int]      # x0 y0 x1 y1 in whole pixels of the file's picture; it may hang over its edge
-    box_line: int                       # of bounding_boxes.txt, for messages
+    # x0 y0 x1 y1 in whole pixels of the file's picture; it may hang over its edge
+    box: tuple[int, int, int, int]
+    box_line: int  # of bounding_boxes.txt, for messages
 
 
-# --------------------------------------------------------------------------------------------------------- where from
+# -------------------------------------------------------------------------------------------------
+# where from
+
 
 def cub_present(data_dir: str | os.PathLike) -> bool:
-    """Whether load_cub would find something without the network. Looks at names only, so it is cheap."""
+    """Whether load_cub would find something without the network. Looks at names only, so it is
+    cheap."""
     return _find_cub(data_folder(data_dir)) is not None
 
 
 def _find_cub(root: Path) -> Path | None:
-    """The folder or the archive in `root` or in one of its folders, or `root` itself, where it is the folder."""
-    if (root / CUB_FOLDER).is_dir():    # if it is not whole, the reader will say what is missing
-        return next(filter(_holds_cub, (root / CUB_FOLDER, *named(root / CUB_FOLDER, CUB_NAMES))), root / CUB_FOLDER)
+    """The folder or the archive in `root` or in one of its folders, or `root` itself, where it is
+    the folder."""
+    if (root / CUB_FOLDER).is_dir():  # if it is not whole, the reader will say what is missing
+        return next(
+            filter(_holds_cub, (root / CUB_FOLDER, *named(root / CUB_FOLDER, CUB_NAMES))),
+            root / CUB_FOLDER,
+        )
     return next(filter(_holds_cub, (*around(root, CUB_NAMES), *[root] * root.is_dir())), None)
 
 
@@ -69,25 +80,38 @@ def _holds_cub(path: Path) -> bool:
     return is_archive or (path / "images.txt").is_file() and (path / "images").is_dir()
 
 
-def load_cub(data_dir: str | os.PathLike, *, image_size: int, crop: str = "box", margin: float = 0.0,
-             num_workers: int = 0, download: bool = True, progress: bool = True) -> tuple[ImageSet, ImageSet]:
-    """CUB-200-2011 (train, test) from the first of these that is there: the folder `<data_dir>/CUB_200_2011`, the
-    official archive in data_dir (unpacked there), the official server (only with `download`). Both are found in other
-    letters, too, one folder deeper, and where data_dir is itself the folder.
+def load_cub(
+    data_dir: str | os.PathLike,
+    *,
+    image_size: int,
+    crop: str = "box",
+    margin: float = 0.0,
+    num_workers: int = 0,
+    download: bool = True,
+    progress: bool = True,
+) -> tuple[ImageSet, ImageSet]:
+    """CUB-200-2011 (train, test) from the first of these that is there: the folder
+    `<data_dir>/CUB_200_2011`, the official archive in data_dir (unpacked there), the official
+    server (only with `download`). Both are found in other letters, too, one folder deeper, and
+    where data_dir is itself the folder.
 
     image_size: side in pixels that every picture is resized to.
     crop: "box", the bird's bounding box, or "whole", the whole picture.
     margin: what the box is grown by on each side before the crop, as a share of its longer side.
-    num_workers: processes that decode the images; 0 decodes in this process.
-    Raises UserError for whatever a person can mend.
+    num_workers: processes that decode the images; 0 decodes in this process. Raises UserError for
+    whatever a person can mend.
     """
     root = data_folder(data_dir)
     if image_size < MIN_IMAGE_SIZE:
-        raise UserError(f"--image-size {image_size} is too small: at least {MIN_IMAGE_SIZE} pixels are needed")
+        raise UserError(
+            f"--image-size {image_size} is too small: at least {MIN_IMAGE_SIZE} pixels are needed"
+        )
     if crop not in ("box", "whole"):
         raise ValueError(f"crop is box or whole, not {crop!r}")
     if not 0 <= margin <= 10:
-        raise UserError(f"a crop margin of {margin} is not a share of the box's side: give 0 or more, 10 at most")
+        raise UserError(
+            f"a crop margin of {margin} is not a share of the box's side: give 0 or more, 10 at most"
+        )
     folder, sets = _provide(root, download, progress), []
     birds, parts, class_names, part_names = read_metadata(folder)
     for split in (True, False):
@@ -95,14 +119,33 @@ def load_cub(data_dir: str | os.PathLike, *, image_size: int, crop: str = "box",
         some = [birds[i] for i in chosen]
         crops = [_grown(bird.box, margin) for bird in some] if crop == "box" else None
         try:
-            pictures = decoded([bird.path for bird in some], root / ".cache",
-                               f"cub-{'train' if split else 'test'}-{crop}", folder, (image_size, image_size), True,
-                               num_workers, progress, crops, upright=False)
+            pictures = decoded(
+                [bird.path for bird in some],
+                root / ".cache",
+                f"cub-{'train' if split else 'test'}-{crop}",
+                folder,
+                (image_size, image_size),
+                True,
+                num_workers,
+                progress,
+                crops,
+                upright=False,
+            )
         except UserError as error:
-            raise UserError(f"{error}, in that case with its rows in the .txt files of {folder}") from None
-        sets.append(ImageSet(pictures.images, torch.tensor([bird.label for bird in some]), class_names,
-                             f"CUB-200-2011 in {folder}", _stored_boxes(some, pictures, folder),
-                             None if parts is None else _stored_parts(parts[chosen], pictures), part_names))
+            raise UserError(
+                f"{error}, in that case with its rows in the .txt files of {folder}"
+            ) from None
+        sets.append(
+            ImageSet(
+                pictures.images,
+                torch.tensor([bird.label for bird in some]),
+                class_names,
+                f"CUB-200-2011 in {folder}",
+                _stored_boxes(some, pictures, folder),
+                None if parts is None else _stored_parts(parts[chosen], pictures),
+                part_names,
+            )
+        )
     return sets[0], sets[1]
 
 
@@ -113,19 +156,31 @@ def _provide(root: Path, download: bool, progress: bool) -> Path:
         return found
     archive = found or root / CUB_ARCHIVE
     if not found:
-        by_hand = (f"Fetch {CUB_URL} (md5 {CUB_MD5}) yourself and put it at {archive}, or unpacked at"
-                   f" {root / CUB_FOLDER}/, or use --sample for the built-in sample")
+        by_hand = (
+            f"Fetch {CUB_URL} (md5 {CUB_MD5}) yourself and put it at {archive}, or unpacked at"
+            f" {root / CUB_FOLDER}/, or use --sample for the built-in sample"
+        )
         other = next(filter(_holds_cub, near(root, CUB_NAMES)), None)
         check_data_dir(root, download, "CUB-200-2011", CUB_FOLDER, other, by_hand)
         check_space(root, CUB_MIB + CUB_UNPACKED_MIB, "CUB-200-2011")
-        fetch(CUB_URL, CUB_MD5, archive, size_mib=CUB_MIB, what="CUB-200-2011", by_hand=by_hand, progress=progress)
+        fetch(
+            CUB_URL,
+            CUB_MD5,
+            archive,
+            size_mib=CUB_MIB,
+            what="CUB-200-2011",
+            by_hand=by_hand,
+            progress=progress,
+        )
     check_archive(archive, CUB_MD5, CUB_URL)
     check_space(archive.parent, CUB_UNPACKED_MIB, f"unpacking {archive}")
     unpack(archive, CUB_FOLDER, archive.parent, progress=progress)
     return archive.parent / CUB_FOLDER
 
 
-# ------------------------------------------------------------------------------------------------- boxes and parts
+# -------------------------------------------------------------------------------------------------
+# boxes and parts
+
 
 def _grown(box: tuple[int, int, int, int], margin: float) -> tuple[int, int, int, int]:
     x0, y0, x1, y1 = box
@@ -144,25 +199,35 @@ def _stored_boxes(birds: list[Bird], pictures: Pictures, folder: Path) -> torch.
     boxes = torch.minimum(boxes.clamp(min=0), pictures.sizes.repeat(1, 2))
     for i in (boxes[:, 2:] <= boxes[:, :2]).any(1).nonzero().flatten().tolist():
         width, height = pictures.sizes[i].tolist()
-        raise _wrong(folder / "bounding_boxes.txt", birds[i].box_line,
-                     f"the box lies outside of {birds[i].path}, which is {width}x{height} pixels")
+        raise _wrong(
+            folder / "bounding_boxes.txt",
+            birds[i].box_line,
+            f"the box lies outside of {birds[i].path}, which is {width}x{height} pixels",
+        )
     return ((boxes - pictures.crops[:, :2].repeat(1, 2)) * _scale(pictures).repeat(1, 2)).float()
 
 
 def _stored_parts(parts: np.ndarray, pictures: Pictures) -> torch.Tensor:
-    """(N, P, 3) float32: x y in pixels of the stored picture, and 1 where the part is visible and in the crop; all 0
-    where it is not. `parts` has x y in pixels of the file's picture."""
-    places = (torch.from_numpy(parts[..., :2]) - pictures.crops[:, None, :2]) * _scale(pictures)[:, None]
+    """(N, P, 3) float32: x y in pixels of the stored picture, and 1 where the part is visible and
+    in the crop; all 0 where it is not. `parts` has x y in pixels of the file's picture."""
+    places = (torch.from_numpy(parts[..., :2]) - pictures.crops[:, None, :2]) * _scale(pictures)[
+        :, None
+    ]
     inside = ((places >= 0) & (places < pictures.images.shape[1])).all(-1)
     visible = (inside & torch.from_numpy(parts[..., 2] == 1))[..., None]
     return torch.cat([places, visible], -1).masked_fill(~visible, 0).float()
 
 
-# ----------------------------------------------------------------------------------------------------------- metadata
+# -------------------------------------------------------------------------------------------------
+# metadata
 
-def read_metadata(folder: Path) -> tuple[list[Bird], np.ndarray | None, tuple[str, ...], tuple[str, ...]]:
-    """The birds by image id, their parts (N, P, 3) float64 as they are written (x, y, visible; None without parts/),
-    the class names by class id, and the part names by part id. UserError names file and line of what is wrong."""
+
+def read_metadata(
+    folder: Path,
+) -> tuple[list[Bird], np.ndarray | None, tuple[str, ...], tuple[str, ...]]:
+    """The birds by image id, their parts (N, P, 3) float64 as they are written (x, y, visible; None
+    without parts/), the class names by class id, and the part names by part id. UserError names
+    file and line of what is wrong."""
     classes = _read_names(folder / "classes.txt")
     for name, line in classes.values():
         if "/" in name or "\\" in name:
@@ -173,15 +238,26 @@ def read_metadata(folder: Path) -> tuple[list[Bird], np.ndarray | None, tuple[st
     boxes = _read_columns(folder / "bounding_boxes.txt", 4, images)
     index, birds = {number: i for i, number in enumerate(sorted(classes))}, []
     for number in sorted(images):
-        birds.append(Bird(_image_path(folder, *images[number]), index[_class_id(folder, classes, *labels[number])],
-                          _is_train(folder, *splits[number]), _box(folder, *boxes[number]), boxes[number][1]))
+        birds.append(
+            Bird(
+                _image_path(folder, *images[number]),
+                index[_class_id(folder, classes, *labels[number])],
+                _is_train(folder, *splits[number]),
+                _box(folder, *boxes[number]),
+                boxes[number][1],
+            )
+        )
     _check_splits(folder, birds, [classes[number][0] for number in index])
     parts, part_names = _read_parts(folder / "parts", images)
     return birds, parts, _class_names([classes[number][0] for number in index]), part_names
 
 
 def _wrong(path: Path, line: int, what: str) -> UserError:
-    return UserError(one_line(f"{path}, line {line}: {what}. Correct it, or take the file from the official archive"))
+    return UserError(
+        one_line(
+            f"{path}, line {line}: {what}. Correct it, or take the file from the official archive"
+        )
+    )
 
 
 def _shown(text: str) -> str:
@@ -197,19 +273,25 @@ def _read_rows(path: Path, fields: int) -> list[tuple[int, list[str]]]:
             content = file.read(MAX_METADATA_BYTES + 1)
         if len(content) > MAX_METADATA_BYTES:
             raise ValueError(f"it is larger than {MAX_METADATA_BYTES // 2**20} MiB")
-        content = content.removeprefix(codecs.BOM_UTF8)     # some editors write one
+        content = content.removeprefix(codecs.BOM_UTF8)  # some editors write one
         lines = [line.decode() for line in content.split(b"\n")]
     except UnicodeDecodeError:
         line = next(i for i, line in enumerate(content.split(b"\n"), 1) if not _decodes(line))
         raise _wrong(path, line, "it is not UTF-8 text") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}). Take it from the official archive") from None
+        raise UserError(
+            f"{path} cannot be read ({one_line(error)}). Take it from the official archive"
+        ) from None
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             row = line.split(maxsplit=fields - 1)
             if len(row) != fields:
-                raise _wrong(path, number, f"{fields} fields are expected, not {len(row)}: {_shown(line.strip())}")
+                raise _wrong(
+                    path,
+                    number,
+                    f"{fields} fields are expected, not {len(row)}: {_shown(line.strip())}",
+                )
             rows.append((number, [*row[:-1], row[-1].strip()]))
     if not rows:
         raise UserError(f"{path} is empty. Take it from the official archive")
@@ -234,7 +316,7 @@ def _pixels(path: Path, line: int, texts: list[str]) -> list[float]:
         values = [float(text) for text in texts]
     except ValueError:
         values = [math.nan]
-    if not all(abs(value) <= MAX_COORDINATE for value in values):   # also false for nan
+    if not all(abs(value) <= MAX_COORDINATE for value in values):  # also false for nan
         raise _wrong(path, line, f"{_shown(' '.join(texts))} are not numbers of pixels")
     return values
 
@@ -247,7 +329,9 @@ def _read_names(path: Path) -> dict[int, tuple[str, int]]:
         if number in names:
             raise _wrong(path, line, f"id {number} is already on line {names[number][1]}")
         if not name.isprintable():
-            raise _wrong(path, line, f"the name {_shown(name)} holds characters that cannot be printed")
+            raise _wrong(
+                path, line, f"the name {_shown(name)} holds characters that cannot be printed"
+            )
         if name in seen:
             raise _wrong(path, line, f"{_shown(name)} is already on line {seen[name]}")
         names[number], seen[name] = (name, line), line
@@ -266,14 +350,19 @@ def _read_columns(path: Path, columns: int, images: dict) -> dict[int, tuple[lis
         values[number] = (row, line)
     missing = sorted(images.keys() - values.keys())
     if missing:
-        raise UserError(f"{path} has no row for image id {missing[0]}, which is in images.txt ({len(missing):,} missing"
-                        f" in all). Add it, or take the file from the official archive")
+        raise UserError(
+            f"{path} has no row for image id {missing[0]}, which is in images.txt ({len(missing):,} missing"
+            f" in all). Add it, or take the file from the official archive"
+        )
     return values
 
 
 def _image_path(folder: Path, name: str, line: int) -> Path:
-    if PureWindowsPath(name).anchor or "\\" in name or ".." in name.split("/"):     # also the anchors of other systems
-        raise _wrong(folder / "images.txt", line, f"{_shown(name)} is not the path of a file inside images/")
+    # also the anchors of other systems
+    if PureWindowsPath(name).anchor or "\\" in name or ".." in name.split("/"):
+        raise _wrong(
+            folder / "images.txt", line, f"{_shown(name)} is not the path of a file inside images/"
+        )
     return folder / "images" / name
 
 
@@ -287,7 +376,11 @@ def _class_id(folder: Path, classes: dict, row: list[str], line: int) -> int:
 
 def _is_train(folder: Path, row: list[str], line: int) -> bool:
     if row[0] not in ("0", "1"):
-        raise _wrong(folder / "train_test_split.txt", line, f"{_shown(row[0])} is neither 1 (train) nor 0 (test)")
+        raise _wrong(
+            folder / "train_test_split.txt",
+            line,
+            f"{_shown(row[0])} is neither 1 (train) nor 0 (test)",
+        )
     return row[0] == "1"
 
 
@@ -296,7 +389,11 @@ def _box(folder: Path, row: list[str], line: int) -> tuple[int, int, int, int]:
     x, y, width, height = _pixels(path, line, row)
     x0, y0, x1, y1 = round(x), round(y), round(x + width), round(y + height)
     if x1 <= max(x0, 0) or y1 <= max(y0, 0):
-        raise _wrong(path, line, f"the box {_shown(' '.join(row))} (x y width height) holds no pixel of the picture")
+        raise _wrong(
+            path,
+            line,
+            f"the box {_shown(' '.join(row))} (x y width height) holds no pixel of the picture",
+        )
     return x0, y0, x1, y1
 
 
@@ -307,18 +404,22 @@ def _check_splits(folder: Path, birds: list[Bird], names: list[str]) -> None:
             raise UserError(f"{path} names no {word} images. Take it from the official archive")
     without = sorted(set(range(len(names))) - {bird.label for bird in birds if bird.train})
     if without:
-        raise UserError(f"{path} names no training image of class {_shown(names[without[0]])} ({len(without):,} such"
-                        f" classes). Remove it from classes.txt with its images, or make one of them a training image")
+        raise UserError(
+            f"{path} names no training image of class {_shown(names[without[0]])} ({len(without):,} such"
+            f" classes). Remove it from classes.txt with its images, or make one of them a training image"
+        )
 
 
 def _class_names(names: list[str]) -> tuple[str, ...]:
-    """"001.Black_footed_Albatross" -> "Black footed Albatross", where all names stay apart without their numbers."""
+    """ "001.Black_footed_Albatross" -> "Black footed Albatross", where all names stay apart without
+    their numbers."""
     plain = tuple(re.sub(r"^\d+\.", "", name).replace("_", " ").strip() for name in names)
     return plain if len(set(plain)) == len(names) and all(plain) else tuple(names)
 
 
 def _read_parts(folder: Path, images: dict) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Parts (N, P, 3) float64 (x, y, visible) by image id and part id, and their names; (None, ()) without files."""
+    """Parts (N, P, 3) float64 (x, y, visible) by image id and part id, and their names; (None, ())
+    without files."""
     if not any(os.path.exists(folder / name) for name in ("parts.txt", "part_locs.txt")):
         return None, ()
     path, names = folder / "part_locs.txt", _read_names(folder / "parts.txt")
@@ -328,16 +429,29 @@ def _read_parts(folder: Path, images: dict) -> tuple[np.ndarray | None, tuple[st
     for line, row in _read_rows(path, 5):
         image, part = (_whole(path, line, text) for text in row[:2])
         if image not in index or part not in columns:
-            raise _wrong(path, line, f"image id {image} is not in images.txt" if image not in index else
-                         f"part id {part} is not in parts.txt")
+            raise _wrong(
+                path,
+                line,
+                f"image id {image} is not in images.txt"
+                if image not in index
+                else f"part id {part} is not in parts.txt",
+            )
         if (image, part) in lines:
-            raise _wrong(path, line, f"part {part} of image id {image} is already on line {lines[image, part]}")
+            raise _wrong(
+                path,
+                line,
+                f"part {part} of image id {image} is already on line {lines[image, part]}",
+            )
         if row[4] not in ("0", "1"):
             raise _wrong(path, line, f"{_shown(row[4])} is neither 1 (visible) nor 0 (not)")
         parts[index[image], columns[part]] = *_pixels(path, line, row[2:4]), row[4] == "1"
         lines[image, part] = line
-    missing = next(((image, part) for image in index for part in columns if (image, part) not in lines), None)
+    missing = next(
+        ((image, part) for image in index for part in columns if (image, part) not in lines), None
+    )
     if missing:
-        raise UserError(f"{path} has no row for part {missing[1]} of image id {missing[0]}. Add it, or take the file"
-                        f" from the official archive")
+        raise UserError(
+            f"{path} has no row for part {missing[1]} of image id {missing[0]}. Add it, or take the file"
+            f" from the official archive"
+        )
     return parts, tuple(names[number][0] for number in columns)

@@ -1,4 +1,6 @@
-"""A trained network with all that is needed to show it a picture, from a checkpoint of ours or from torchvision."""
+"""A trained network with all that is needed to show it a picture, from a checkpoint of ours or from
+torchvision."""
+
 from __future__ import annotations
 
 import difflib
@@ -18,13 +20,14 @@ from data import eval_batch_size, to_input
 @dataclass
 class TrainedNetwork:
     """A trained network with all that is needed to show it a picture."""
+
     model: nn.Module
     class_names: tuple[str, ...]
-    size: tuple[int, int]       # (height, width) in pixels that it sees
-    mean: tuple[float, ...]     # of each channel, in [0, 1] units
+    size: tuple[int, int]  # (height, width) in pixels that it sees
+    mean: tuple[float, ...]  # of each channel, in [0, 1] units
     std: tuple[float, ...]
     description: str
-    config: dict = field(default_factory=dict)      # of the run, for our networks
+    config: dict = field(default_factory=dict)  # of the run, for our networks
     device: torch.device = torch.device("cpu")
 
     def place_on(self, device: torch.device) -> None:
@@ -32,7 +35,8 @@ class TrainedNetwork:
         self.model.to(device, memory_format=torch.channels_last)
 
     def batch(self, images: Tensor) -> Tensor:
-        """(N, H, W, 3) uint8 -> (N, 3, *size) as the network takes it: the whole picture, squashed to its size."""
+        """(N, H, W, 3) uint8 -> (N, 3, *size) as the network takes it: the whole picture, squashed
+        to its size."""
         return to_input(images.to(self.device), self.mean, self.std, self.size)
 
     @property
@@ -50,31 +54,44 @@ def from_checkpoint(path: str) -> TrainedNetwork:
     content = read_checkpoint(path)
     config = content["config"]
     height, width = map(int, content["input_size"])
-    return TrainedNetwork(load_model(content), tuple(content["class_names"]), (height, width),
-                      tuple(content["mean"]), tuple(content["std"]),
-                      f"{printable(path)}: {config['model']}, width {config['width']:g}, "
-                      f"{len(content['class_names'])} classes, {height}x{width} px", config)
+    return TrainedNetwork(
+        load_model(content),
+        tuple(content["class_names"]),
+        (height, width),
+        tuple(content["mean"]),
+        tuple(content["std"]),
+        f"{printable(path)}: {config['model']}, width {config['width']:g}, "
+        f"{len(content['class_names'])} classes, {height}x{width} px",
+        config,
+    )
 
 
 def from_torchvision(arch: str, weights: str) -> TrainedNetwork:
-    """A classifier of torchvision's with its weights of that name, or with a state dict from a file; the input is as of
-    torchvision's own weights. Raises UserError."""
+    """A classifier of torchvision's with its weights of that name, or with a state dict from a
+    file; the input is as of torchvision's own weights. Raises UserError."""
     from torchvision import (
         models,  # here, not above: it takes a second, and our own networks do without
     )
+
     known = models.list_models(module=models)
     if arch not in known:
-        raise UserError(f"--arch {arch}: torchvision has no such classifier; near it: {nearest(arch, known)}", 2)
+        raise UserError(
+            f"--arch {arch}: torchvision has no such classifier; near it: {nearest(arch, known)}", 2
+        )
     kinds = models.get_model_weights(arch)
     named = weights in kinds.__members__
     kind = kinds[weights] if named else kinds["DEFAULT"]
     categories, preset = tuple(kind.meta["categories"]), kind.transforms()
     if named:
-        hub_weights(kind.url, "or --weights FILE takes weights of yours")   # checked; torchvision then finds them there
+        # checked; torchvision then finds them there
+        hub_weights(kind.url, "or --weights FILE takes weights of yours")
         model = models.get_model(arch, weights=kind)
     elif not Path(weights).exists():
-        raise UserError(f"--weights {weights}: neither a file nor weights of torchvision's {arch}, which are "
-                        f"{', '.join(kinds.__members__)}", 2)
+        raise UserError(
+            f"--weights {weights}: neither a file nor weights of torchvision's {arch}, which are "
+            f"{', '.join(kinds.__members__)}",
+            2,
+        )
     else:
         state = read_state(weights)
         classes = len(list(state.values())[-1])
@@ -84,19 +101,31 @@ def from_torchvision(arch: str, weights: str) -> TrainedNetwork:
             model = models.get_model(arch, weights=None, num_classes=classes)
             model.load_state_dict(state)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"--weights {weights} does not fit torchvision's {arch}: {one_line(error)[:150]}") from None
+            raise UserError(
+                f"--weights {weights} does not fit torchvision's {arch}: {one_line(error)[:150]}"
+            ) from None
     side = preset.crop_size[0]
-    return TrainedNetwork(model.eval(), categories, (side, side), tuple(preset.mean), tuple(preset.std),
-                      f"torchvision's {arch}, weights {weights}, {len(categories)} classes, {side}x{side} px")
+    return TrainedNetwork(
+        model.eval(),
+        categories,
+        (side, side),
+        tuple(preset.mean),
+        tuple(preset.std),
+        f"torchvision's {arch}, weights {weights}, {len(categories)} classes, {side}x{side} px",
+    )
 
 
 def read_state(path: str) -> dict[str, Tensor]:
-    """A state dict, also one inside a checkpoint under "state_dict" or "model". Raises UserError; code never runs."""
+    """A state dict, also one inside a checkpoint under "state_dict" or "model". Raises UserError;
+    code never runs."""
     content = read_plain(path)
     for name in ("state_dict", "model"):
         content = content.get(name, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not content or not all(
-            torch.is_tensor(value) and value.ndim for value in list(content.values())[-1:]):
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(torch.is_tensor(value) and value.ndim for value in list(content.values())[-1:])
+    ):
         raise UserError(f"{path} holds no state dict: save model.state_dict()")
     return {name.removeprefix("module."): value for name, value in content.items()}
 
@@ -109,7 +138,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def find_class(text: str, names: tuple[str, ...]) -> int:
-    """--target as a class index: a name in whatever case, or else a number. Raises UserError with the nearest names."""
+    """--target as a class index: a name in whatever case, or else a number. Raises UserError with
+    the nearest names."""
     plain = text.strip().casefold().replace("_", " ")
     found = [i for i, name in enumerate(names) if name.casefold().replace("_", " ") == plain]
     if found:

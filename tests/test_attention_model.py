@@ -1,4 +1,6 @@
-"""The networks against independent references: parameter counts, float64 maths, torchvision's VGG16."""
+"""The networks against independent references: parameter counts, float64 maths, torchvision's
+VGG16."""
+
 import copy
 
 import numpy as np
@@ -31,9 +33,18 @@ def narrow(name: str, **options):
     return build_model(name, 7, width=NARROW, **options)
 
 
-@pytest.mark.parametrize("name, count", [
-    ("vgg", 15_038_116), ("vgg-gap", 14_774_436), ("vgg-att1-pc", 19_760_293), ("vgg-att2-concat-pc", 19_813_030),
-    ("vgg-att3-concat-pc", 19_971_751), ("vgg-att3-indep-pc", 19_971_951), ("vgg-pan", 24_745_126)])
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("vgg", 15_038_116),
+        ("vgg-gap", 14_774_436),
+        ("vgg-att1-pc", 19_760_293),
+        ("vgg-att2-concat-pc", 19_813_030),
+        ("vgg-att3-concat-pc", 19_971_751),
+        ("vgg-att3-indep-pc", 19_971_951),
+        ("vgg-pan", 24_745_126),
+    ],
+)
 def test_parameter_counts_are_the_authors(name, count):
     with torch.device("meta"):
         model = build_model(name, 100)
@@ -60,7 +71,9 @@ def test_every_network_at_every_size(name, size):
 
 def test_which_levels_have_maps():
     assert narrow("vgg").levels == narrow("vgg-gap").levels == ()
-    assert narrow("vgg-pan").levels == ("conv10", "conv13") and narrow("vgg-pan").sigmoid_levels == ("conv10",)
+    assert narrow("vgg-pan").levels == ("conv10", "conv13") and narrow(
+        "vgg-pan"
+    ).sigmoid_levels == ("conv10",)
     assert narrow("vgg-att1-dp").levels == ("conv13",)
     assert narrow("vgg-att2-indep-pc").levels == ("conv10", "conv13")
     assert narrow("vgg-att3-concat-gate").levels == ("conv7", "conv10", "conv13")
@@ -71,18 +84,39 @@ def test_the_network_is_the_authors_layer_for_layer():
     model, seen = narrow("vgg-att3-concat-dp").eval(), []
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_pre_hook(lambda m, x: seen.append((m.in_channels, m.out_channels, x[0].shape[-1])))
+            module.register_forward_pre_hook(
+                lambda m, x: seen.append((m.in_channels, m.out_channels, x[0].shape[-1]))
+            )
     model(torch.randn(1, 3, 32, 32))
     c1, c2, c3, c4 = 4, 8, 16, 32
-    assert seen == [(3, c1, 32), (c1, c1, 32), (c1, c2, 32), (c2, c2, 32), (c2, c3, 32), (c3, c3, 32), (c3, c3, 32),
-                    (c3, c4, 16), (c4, c4, 16), (c4, c4, 16), (c4, c4, 8), (c4, c4, 8), (c4, c4, 8), (c4, c4, 4),
-                    (c4, c4, 2)]
-    rates = [m.p for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout) and name.startswith("trunk")]
+    assert seen == [
+        (3, c1, 32),
+        (c1, c1, 32),
+        (c1, c2, 32),
+        (c2, c2, 32),
+        (c2, c3, 32),
+        (c3, c3, 32),
+        (c3, c3, 32),
+        (c3, c4, 16),
+        (c4, c4, 16),
+        (c4, c4, 16),
+        (c4, c4, 8),
+        (c4, c4, 8),
+        (c4, c4, 8),
+        (c4, c4, 4),
+        (c4, c4, 2),
+    ]
+    rates = [
+        m.p
+        for name, m in model.named_modules()
+        if isinstance(m, torch.nn.Dropout) and name.startswith("trunk")
+    ]
     assert rates == [0.3, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4]
     assert {m.eps for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {1e-3}
 
 
-# ---- compatibility functions and heads, in float64, written out position by position ----------------------------------
+# ---- compatibility functions and heads, in float64, written out position by position ------------
+
 
 @pytest.fixture
 def features():
@@ -93,7 +127,12 @@ def features():
 def by_position(local, score):
     """score(image number, local feature (C,)) at every position -> (N, H, W)."""
     n, _, h, w = local.shape
-    return np.array([[[score(k, local[k, :, i, j].numpy()) for j in range(w)] for i in range(h)] for k in range(n)])
+    return np.array(
+        [
+            [[score(k, local[k, :, i, j].numpy()) for j in range(w)] for i in range(h)]
+            for k in range(n)
+        ]
+    )
 
 
 def numpy_of(module) -> dict[str, np.ndarray]:
@@ -104,7 +143,9 @@ def test_parametrised_compatibility(features):
     local, g = features
     module = ParametrizedCompatibility(6).double()
     w = numpy_of(module)
-    expected = by_position(local, lambda k, l: w["u.weight"][0] @ (l + g[k].numpy()) + w["u.bias"][0])
+    expected = by_position(
+        local, lambda k, l: w["u.weight"][0] @ (l + g[k].numpy()) + w["u.bias"][0]
+    )
     np.testing.assert_allclose(module(local, g).detach().numpy(), expected, rtol=1e-12)
 
 
@@ -122,7 +163,10 @@ def test_additive_compatibility(features):
     def score(k, l):
         joint = w["W.weight"][:, :, 0, 0] @ l + w["W.bias"] + w["V.weight"] @ g[k].numpy()
         return w["u.weight"][0] @ np.maximum(joint, 0)
-    np.testing.assert_allclose(module(local, g).detach().numpy(), by_position(local, score), rtol=1e-12)
+
+    np.testing.assert_allclose(
+        module(local, g).detach().numpy(), by_position(local, score), rtol=1e-12
+    )
     assert module.W.out_channels == 3  # half of 6
 
 
@@ -134,7 +178,8 @@ def test_gate_is_softmax_and_weighted_sum(features, compatibility):
     flat = scores.detach().numpy().reshape(2, -1)
     a = np.exp(flat) / np.exp(flat).sum(1, keepdims=True)
     expected = np.einsum("np,ncp->nc", a, local.numpy().reshape(2, 6, -1))
-    np.testing.assert_allclose(attended.detach().numpy(), expected, rtol=1e-5)  # the softmax is in float32
+    # the softmax is in float32
+    np.testing.assert_allclose(attended.detach().numpy(), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("combination", ["concat", "indep"])
@@ -142,16 +187,33 @@ def test_classifier(combination):
     torch.manual_seed(2)
     module = Classifier([3, 5], 4, combination, dropout=0.0).double().eval()
     for norm in (m for m in module.modules() if isinstance(m, torch.nn.BatchNorm1d)):
-        norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2), norm.weight.data.normal_(), norm.bias.data.normal_()
+        (
+            norm.running_mean.normal_(),
+            norm.running_var.uniform_(0.5, 2),
+            norm.weight.data.normal_(),
+            norm.bias.data.normal_(),
+        )
     x = [torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)]
     w = numpy_of(module)
-    h = [np.maximum((f.numpy() - w[f"levels.{i}.norm.running_mean"]) / np.sqrt(w[f"levels.{i}.norm.running_var"] + 1e-5)
-                    * w[f"levels.{i}.norm.weight"] + w[f"levels.{i}.norm.bias"], 0) for i, f in enumerate(x)]
+    h = [
+        np.maximum(
+            (f.numpy() - w[f"levels.{i}.norm.running_mean"])
+            / np.sqrt(w[f"levels.{i}.norm.running_var"] + 1e-5)
+            * w[f"levels.{i}.norm.weight"]
+            + w[f"levels.{i}.norm.bias"],
+            0,
+        )
+        for i, f in enumerate(x)
+    ]
     if combination == "concat":
         expected = np.concatenate(h, 1) @ w["linears.0.weight"].T + w["linears.0.bias"]
     else:
-        expected = sum(f @ w[f"linears.{i}.weight"].T + w[f"linears.{i}.bias"] for i, f in enumerate(h))
-    np.testing.assert_allclose(module([f.clone() for f in x]).detach().numpy(), expected, rtol=1e-10)
+        expected = sum(
+            f @ w[f"linears.{i}.weight"].T + w[f"linears.{i}.bias"] for i, f in enumerate(h)
+        )
+    np.testing.assert_allclose(
+        module([f.clone() for f in x]).detach().numpy(), expected, rtol=1e-10
+    )
 
 
 def test_summed_logits_give_the_probabilities_of_summed_log_softmax():
@@ -159,7 +221,8 @@ def test_summed_logits_give_the_probabilities_of_summed_log_softmax():
     torch.testing.assert_close((a + b).softmax(1), (a.log_softmax(1) + b.log_softmax(1)).softmax(1))
 
 
-# ---- trap 1: who listens to g -----------------------------------------------------------------------------------------
+# ---- trap 1: who listens to g -------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("compatibility, listens", [("pc", False), ("dp", True), ("gate", True)])
 def test_does_the_map_change_with_g(features, compatibility, listens):
@@ -174,14 +237,21 @@ def test_does_the_map_change_with_g(features, compatibility, listens):
 @pytest.mark.parametrize("compatibility, listens", [("pc", False), ("dp", True), ("gate", True)])
 def test_does_the_global_branch_learn(compatibility, listens):
     model = narrow(f"vgg-att3-concat-{compatibility}", dropout=0.0)
-    with torch.no_grad():  # at its initial scale a map of a narrow, untrained net barely depends on g
+    # at its initial scale a map of a narrow, untrained net barely depends on g
+    with torch.no_grad():
         for p in model.global_branch.linear.parameters():
             p.mul_(10)
     F.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.arange(4)).backward()
-    gradients = {name: 0.0 if p.grad is None else p.grad.abs().max().item() for name, p in model.named_parameters()
-                 if name.startswith(("global_branch", "global_to_conv7"))}
+    gradients = {
+        name: 0.0 if p.grad is None else p.grad.abs().max().item()
+        for name, p in model.named_parameters()
+        if name.startswith(("global_branch", "global_to_conv7"))
+    }
     if listens:
-        assert gradients["global_branch.linear.weight"] > 1e-8 and gradients["global_branch.unit1.conv.weight"] > 1e-8
+        assert (
+            gradients["global_branch.linear.weight"] > 1e-8
+            and gradients["global_branch.unit1.conv.weight"] > 1e-8
+        )
         assert not model.parameters_without_gradient()
     else:
         assert set(gradients.values()) == {0.0}
@@ -202,7 +272,8 @@ def test_skipping_g_under_pc_gives_the_map_with_g(features):
     torch.testing.assert_close(gate(local, g)[0], gate(local, None)[0], rtol=1e-6, atol=1e-7)
 
 
-# ---- the pooled trunk is VGG16's --------------------------------------------------------------------------------------
+# ---- the pooled trunk is VGG16's ----------------------------------------------------------------
+
 
 @pytest.mark.parametrize("size", [(32, 64), (96, 96)])
 def test_pooled_trunk_equals_torchvision(size):
@@ -213,8 +284,13 @@ def test_pooled_trunk_equals_torchvision(size):
     for norm in (m for m in theirs if isinstance(m, torch.nn.BatchNorm2d)):
         norm.running_mean.normal_(0, 0.1), norm.running_var.uniform_(0.5, 2)
         torch.nn.init.normal_(norm.weight, 1, 0.1), torch.nn.init.normal_(norm.bias, 0, 0.1)
-    pairs = list(zip([m for m in ours.modules() if isinstance(m, kinds)], [m for m in theirs if isinstance(m, kinds)],
-                     strict=True))
+    pairs = list(
+        zip(
+            [m for m in ours.modules() if isinstance(m, kinds)],
+            [m for m in theirs if isinstance(m, kinds)],
+            strict=True,
+        )
+    )
     for a, b in pairs:
         a.load_state_dict(b.state_dict())
     x = images = torch.randn(2, 3, *size)
@@ -226,11 +302,13 @@ def test_pooled_trunk_equals_torchvision(size):
     assert {m.eps for m in ours.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {1e-5}
 
 
-# ---- memory, batches, errors ------------------------------------------------------------------------------------------
+# ---- memory, batches, errors --------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", ["vgg", "vgg-pan", "vgg-att3-concat-pc", "vgg-att3-indep-gate"])
 def test_checkpointed_activations_change_nothing(name):
-    """Equal gradients, and batch-norm statistics that move once a step; with dropout, from the same random state."""
+    """Equal gradients, and batch-norm statistics that move once a step; with dropout, from the same
+    random state."""
     plain = narrow(name)
     saving = copy.deepcopy(plain)
     saving.checkpoint_activations = True
@@ -262,33 +340,50 @@ def test_checkpointed_activations_under_the_compiler():
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=key)
 
 
-def kept_for_backward(trunk: str, saving: bool, dtype: torch.dtype, batch: int, monkeypatch) -> float:
-    """MiB that the forward pass of vgg-att3-concat-pc keeps for the backward pass at 224x224, full width: the storages
-    behind all saved tensors, each counted once. On fake tensors, which have shapes and types and no numbers."""
+def kept_for_backward(
+    trunk: str, saving: bool, dtype: torch.dtype, batch: int, monkeypatch
+) -> float:
+    """MiB that the forward pass of vgg-att3-concat-pc keeps for the backward pass at 224x224, full
+    width: the storages behind all saved tensors, each counted once. On fake tensors, which have
+    shapes and types and no numbers."""
     monkeypatch.setattr(attention_model, "initialize", lambda model: None)
     storages = {}
 
     def pack(tensor):
         storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
+
     with FakeTensorMode():
         model = build_model("vgg-att3-concat-pc", 200, trunk=trunk, dropout=0.0)
         model.checkpoint_activations = saving
         images = torch.empty(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
-                torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        ):
             F.cross_entropy(model(images).float(), torch.zeros(batch, dtype=torch.int64))
         return sum(storage.nbytes() for storage in storages.values()) / 2**20
 
 
-@pytest.mark.parametrize("trunk, saving, dtype, most", [
-    ("full", True, torch.bfloat16, 70), ("full", False, torch.bfloat16, 370), ("pooled", False, torch.bfloat16, 90),
-    ("pooled", True, torch.bfloat16, 15), ("full", True, torch.float32, 120), ("full", False, torch.float32, 700),
-    ("pooled", False, torch.float32, 130), ("pooled", True, torch.float32, 25)])
+@pytest.mark.parametrize(
+    "trunk, saving, dtype, most",
+    [
+        ("full", True, torch.bfloat16, 70),
+        ("full", False, torch.bfloat16, 370),
+        ("pooled", False, torch.bfloat16, 90),
+        ("pooled", True, torch.bfloat16, 15),
+        ("full", True, torch.float32, 120),
+        ("full", False, torch.float32, 700),
+        ("pooled", False, torch.float32, 130),
+        ("pooled", True, torch.float32, 25),
+    ],
+)
 def test_activations_kept_an_image(monkeypatch, trunk, saving, dtype, most):
     """Measured as the difference between batches of 4 and 2, so that the weights do not count."""
     four, two = (kept_for_backward(trunk, saving, dtype, batch, monkeypatch) for batch in (4, 2))
-    print(f"{trunk} trunk, {dtype}{', checkpointing' if saving else ''}: {(four - two) / 2:.1f} MiB an image")
+    print(
+        f"{trunk} trunk, {dtype}{', checkpointing' if saving else ''}: {(four - two) / 2:.1f} MiB an image"
+    )
     assert 0.6 * most < (four - two) / 2 <= most
 
 
@@ -300,25 +395,34 @@ def test_a_batch_of_one():
         narrow("vgg-att3-concat-pc")(image)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: build_model("vgg-att4", 10), "unknown model 'vgg-att4'"),
-    (lambda: build_model("vgg-att1-concat-pc", 10), "unknown model"),
-    (lambda: build_model("vgg", 10, trunk="full"), "vgg-gap is the baseline that has one"),
-    (lambda: build_model("vgg-gap", 10, trunk="half"), "unknown trunk 'half'"),
-    (lambda: build_model("vgg", 0), "out of range: num_classes 0"),
-    (lambda: build_model("vgg", 10, width=-1), "width -1"),
-    (lambda: narrow("vgg").eval()(torch.randn(2, 1, 32, 32)), r"shape \(N, 3, H, W\), got \(2, 1, 32, 32\)"),
-    (lambda: narrow("vgg").eval()(torch.randn(2, 3, 32, 8)), "32x8 px are too small"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: build_model("vgg-att4", 10), "unknown model 'vgg-att4'"),
+        (lambda: build_model("vgg-att1-concat-pc", 10), "unknown model"),
+        (lambda: build_model("vgg", 10, trunk="full"), "vgg-gap is the baseline that has one"),
+        (lambda: build_model("vgg-gap", 10, trunk="half"), "unknown trunk 'half'"),
+        (lambda: build_model("vgg", 0), "out of range: num_classes 0"),
+        (lambda: build_model("vgg", 10, width=-1), "width -1"),
+        (
+            lambda: narrow("vgg").eval()(torch.randn(2, 1, 32, 32)),
+            r"shape \(N, 3, H, W\), got \(2, 1, 32, 32\)",
+        ),
+        (lambda: narrow("vgg").eval()(torch.randn(2, 3, 32, 8)), "32x8 px are too small"),
+    ],
+)
 def test_errors_say_what_is_wrong(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-@pytest.mark.parametrize("name", ["vgg-att3-concat-pc", "vgg-att3-concat-dp", "vgg-att3-concat-gate"])
+@pytest.mark.parametrize(
+    "name", ["vgg-att3-concat-pc", "vgg-att3-concat-dp", "vgg-att3-concat-gate"]
+)
 @pytest.mark.parametrize("width", [0.25, 1.0])
 def test_the_initial_maps_are_spread(name, width):
-    """Neither one-hot, as from the authors' u (std 1.41), nor flat: a good part of the positions counts, in effect."""
+    """Neither one-hot, as from the authors' u (std 1.41), nor flat: a good part of the positions
+    counts, in effect."""
     torch.manual_seed(6)
     model = build_model(name, 10, width=width).train()
     with torch.no_grad():
@@ -343,7 +447,8 @@ def test_the_authors_initial_gate_is_almost_one_hot():
 
 @pytest.mark.parametrize("compatibility", ["pc", "dp", "gate"])
 def test_scores_stay_of_order_1_when_training_begins(compatibility):
-    """Five steps at the recipe's rate without its warm-up. With g in plain units, dp's were at 255 then."""
+    """Five steps at the recipe's rate without its warm-up. With g in plain units, dp's were at 255
+    then."""
     torch.manual_seed(0)
     model = build_model(f"vgg-att3-concat-{compatibility}", 10, width=0.25, dropout=0.0).train()
     images, labels = torch.randn(8, 3, 16, 16), torch.arange(8)
@@ -367,8 +472,14 @@ def test_convolutions_start_as_the_identity():
 def test_gradients_of_the_local_features_stay_channels_last():
     local = torch.randn(2, 8, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
     g = torch.randn(2, 8)
-    for output in (attend(local, torch.rand(2, 4, 5)), DotProductCompatibility()(local, g), ParametrizedCompatibility(8)(local, g)):
-        assert torch.autograd.grad(output.sum(), local)[0].is_contiguous(memory_format=torch.channels_last)
+    for output in (
+        attend(local, torch.rand(2, 4, 5)),
+        DotProductCompatibility()(local, g),
+        ParametrizedCompatibility(8)(local, g),
+    ):
+        assert torch.autograd.grad(output.sum(), local)[0].is_contiguous(
+            memory_format=torch.channels_last
+        )
 
 
 def test_channels_last_gives_the_same():
@@ -376,7 +487,9 @@ def test_channels_last_gives_the_same():
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     before, maps = model(images, return_attention=True)
     model = model.to(memory_format=torch.channels_last)
-    after, other = model(images.contiguous(memory_format=torch.channels_last), return_attention=True)
+    after, other = model(
+        images.contiguous(memory_format=torch.channels_last), return_attention=True
+    )
     torch.testing.assert_close(before, after)
     torch.testing.assert_close(maps, other)
 
@@ -389,8 +502,13 @@ def test_without_norms_gives_the_same_and_leaves_the_network_alone(name):
             torch.nn.init.uniform_(module.weight, 0.5, 2.0)
             torch.nn.init.normal_(module.running_mean)
             torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
-    before, images = {n: t.clone() for n, t in model.state_dict().items()}, torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    before, images = (
+        {n: t.clone() for n, t in model.state_dict().items()},
+        torch.randn(2, 3, 32, 32, dtype=torch.float64),
+    )
     folded = fuse_conv_bn(model)
-    assert model.training and not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.trunk.modules())
+    assert model.training and not any(
+        isinstance(m, torch.nn.BatchNorm2d) for m in folded.trunk.modules()
+    )
     torch.testing.assert_close(folded(images), model.eval()(images))
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

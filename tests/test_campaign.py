@@ -1,6 +1,8 @@
-"""The fault campaign: a small real run is hurt again and again, goes on with --resume, and must end equal to the run that
-never was. The long part: python -m pytest tests/test_campaign.py -m campaign -s
+"""The fault campaign: a small real run is hurt again and again, goes on with --resume, and must end
+equal to the run that never was. The long part: python -m pytest tests/test_campaign.py -m campaign
+-s
 """
+
 import collections
 import contextlib
 import ctypes
@@ -33,34 +35,78 @@ from training import run as run_module
 from training.report import METRIC_FIELDS
 from training.trainer import Trainer
 
-EPOCHS = 16     # of six steps each, a checkpoint after every step
+EPOCHS = 16  # of six steps each, a checkpoint after every step
 NEW = [word for word in NARROW if word != "--sample"]
-NEW += ["--epochs", str(EPOCHS), "--image-size", "16", "--set", "progressive=none", "--set", "dropout=0.5",
-        "--overlay-every", "8"]
-# How a process is hurt while it runs, and the exit codes that this may give: 0 when it was at its end already.
-SIGNALS = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130,), "SIGINT twice": (130,), "SIGUSR1": (138, -10),
-           "SIGUSR2": (140, -12)}   # the negative ones: before its first step
-HOOKS = {"disk full": (1,), "loss not a number": (1,), "out of memory": (1,), "folder gone for a while": (1,),
-         "folder read-only": (1,), "folder read-only at the start": (1,), "a second process": (-9,), "two starts at once": (-9,),
-         "standard streams closed": (143,)}
+NEW += [
+    "--epochs",
+    str(EPOCHS),
+    "--image-size",
+    "16",
+    "--set",
+    "progressive=none",
+    "--set",
+    "dropout=0.5",
+    "--overlay-every",
+    "8",
+]
+# How a process is hurt while it runs, and the exit codes that this may give: 0 when it was at its
+# end already.
+SIGNALS = {
+    "SIGKILL": (-9,),
+    "SIGTERM": (143, -15),
+    "SIGINT": (130,),
+    "SIGINT twice": (130,),
+    "SIGUSR1": (138, -10),
+    "SIGUSR2": (140, -12),
+}  # the negative ones: before its first step
+HOOKS = {
+    "disk full": (1,),
+    "loss not a number": (1,),
+    "out of memory": (1,),
+    "folder gone for a while": (1,),
+    "folder read-only": (1,),
+    "folder read-only at the start": (1,),
+    "a second process": (-9,),
+    "two starts at once": (-9,),
+    "standard streams closed": (143,),
+}
 # The cache of decoded images is removed first; what then happens to the process that makes it.
-CACHE = {"killed while the cache is written": (-9,), "decoding worker killed": (-9,),
-         "no home, no place for the cache": (-9,)}
-# What is done to the data while no process runs, and what the next one says; then the data come back.
-DATA = {"an image fewer": "it had 96 training images and has 95 now", "a class more": "its classes are not those",
-        "an image in another class": "96 training images and has 96 with other labels",
-        "data folder moved away": "any more: give --data-dir, the folder that holds them now"}
+CACHE = {
+    "killed while the cache is written": (-9,),
+    "decoding worker killed": (-9,),
+    "no home, no place for the cache": (-9,),
+}
+# What is done to the data while no process runs, and what the next one says; then the data come
+# back.
+DATA = {
+    "an image fewer": "it had 96 training images and has 95 now",
+    "a class more": "its classes are not those",
+    "an image in another class": "96 training images and has 96 with other labels",
+    "data folder moved away": "any more: give --data-dir, the folder that holds them now",
+}
 # What is done to the files of a run that has been stopped by SIGKILL.
-DAMAGE = ("last.pt cut short", "last.pt emptied", "last.pt with a flipped bit", "last.pt of another run", "last.pt lost",
-          "last.pt of an older version", "config.json cut short", "metrics.csv cut short", "events cut short",
-          "half-written files beside it", "cache cut short", "metrics.csv through a spreadsheet", "somebody's files beside it",
-          "somebody's last.prev.pt")
+DAMAGE = (
+    "last.pt cut short",
+    "last.pt emptied",
+    "last.pt with a flipped bit",
+    "last.pt of another run",
+    "last.pt lost",
+    "last.pt of an older version",
+    "config.json cut short",
+    "metrics.csv cut short",
+    "events cut short",
+    "half-written files beside it",
+    "cache cut short",
+    "metrics.csv through a spreadsheet",
+    "somebody's files beside it",
+    "somebody's last.prev.pt",
+)
 KINDS = (*SIGNALS, *HOOKS, *CACHE, *DATA, *DAMAGE)
 
 
 def a_run(folder: str, words: list[str], hook: str, after: int) -> None:
-    """A process's whole life: main() in ``folder``, saving after every step; ``hook`` happens at step ``after`` (0: before
-    the first)."""
+    """A process's whole life: main() in ``folder``, saving after every step; ``hook`` happens at
+    step ``after`` (0: before the first)."""
     os.chdir(folder)
     sys.stdout = sys.stderr = open("said", "a", buffering=1)
     torch.set_num_threads(1)
@@ -78,32 +124,40 @@ def a_run(folder: str, words: list[str], hook: str, after: int) -> None:
         sys.stdin = sys.stdout = sys.stderr = None
         os.closerange(0, 3)
     elif hook == "killed while the cache is written":
+
         def die_in_the_middle(content, file):
             file.write(b"half of it")
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
+
         image_files.torch = types.SimpleNamespace(**vars(torch) | {"save": die_in_the_middle})
 
     def hooked(self, images, labels):
         steps.append(1)
         if len(steps) == after:
-            if hook == "disk full":     # nothing can be written any more, as if by another program
-                resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            if hook == "disk full":  # nothing can be written any more, as if by another program
+                resource.setrlimit(
+                    resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+                )
             elif hook == "loss not a number":
                 images = images * float("nan")
             elif hook == "out of memory":
+
                 def scarce(images):
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
                 self.run_model = scarce
             elif hook == "folder read-only":
                 read_only("hurt")
             elif hook == "standard streams closed":
                 os.kill(os.getpid(), signal.SIGTERM)
-            elif hook == "folder gone for a while":     # until the loss stops the run, some checkpoints later
+            # until the loss stops the run, some checkpoints later
+            elif hook == "folder gone for a while":
                 os.rename("hurt", "moved")
         if hook == "folder gone for a while" and len(steps) == after + 3:
             images = images * float("nan")
         return step(self, images, labels)
+
     Trainer.step = hooked
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     os._exit(commands.main(train_cifar100.TASK, words))
@@ -131,12 +185,24 @@ class Campaign:
     """A run in ``folder``/hurt that is hurt until it has come to its end."""
 
     def __init__(self, folder: Path, seed: int):
-        self.folder, self.rng, self.tried, self.heard = folder, random.Random(seed), collections.Counter(), 0
-        self.theirs: dict[Path, bytes] = {}     # files of somebody else's in the run's folder
+        self.folder, self.rng, self.tried, self.heard = (
+            folder,
+            random.Random(seed),
+            collections.Counter(),
+            0,
+        )
+        self.theirs: dict[Path, bytes] = {}  # files of somebody else's in the run's folder
         self.set_aside = 0  # that stood where the run writes
-        self.fork = multiprocessing.get_context("forkserver")  # forks from a process that has imported everything
-        self.fork.set_forkserver_preload(["tests.test_campaign", "torch._dynamo", "torch.utils.tensorboard.summary"])
-        self.last, self.config, self.data = folder / "hurt" / "last.pt", folder / "hurt" / "config.json", folder / "data"
+        # forks from a process that has imported everything
+        self.fork = multiprocessing.get_context("forkserver")
+        self.fork.set_forkserver_preload(
+            ["tests.test_campaign", "torch._dynamo", "torch.utils.tensorboard.summary"]
+        )
+        self.last, self.config, self.data = (
+            folder / "hurt" / "last.pt",
+            folder / "hurt" / "config.json",
+            folder / "data",
+        )
 
     def start(self, *words: str, hook: str = "", after: int = 0):
         process = self.fork.Process(target=a_run, args=(str(self.folder), list(words), hook, after))
@@ -154,8 +220,12 @@ class Campaign:
     def hurt(self, kind: str) -> None:
         """One fault. Asserts the exit code, and that nothing that was saved is lost."""
         self.tried[kind] += 1
-        if self.steps_saved() > 6 * EPOCHS - 12 or kind == "two starts at once" and self.config.exists():
-            self.finish()   # too near its end to be hurt: another run
+        if (
+            self.steps_saved() > 6 * EPOCHS - 12
+            or kind == "two starts at once"
+            and self.config.exists()
+        ):
+            self.finish()  # too near its end to be hurt: another run
             self.theirs.clear()
             shutil.rmtree(self.folder / "hurt")
         if kind not in (*SIGNALS, "two starts at once") and not self.steps_saved():
@@ -175,12 +245,18 @@ class Campaign:
                 self.await_writes(process, self.rng.randint(1, 3))
                 os.kill(process.pid, signal.SIGKILL)
             process.join(600)
-            assert {"killed": True, "decoding": "a decoding worker failed" in self.said(),
-                    "no": "no cache in data/.cache (" in self.said()}[kind.split()[0]], self.said()[-2000:]
+            assert {
+                "killed": True,
+                "decoding": "a decoding worker failed" in self.said(),
+                "no": "no cache in data/.cache (" in self.said(),
+            }[kind.split()[0]], self.said()[-2000:]
             for path in (self.data / ".cache").glob(".*.tmp"):
                 os.utime(path, (0, 0))  # an hour later
         elif kind in HOOKS:
-            codes, process = HOOKS[kind], self.go(kind, 0 if kind.endswith("start") else self.rng.randint(1, 4))
+            codes, process = (
+                HOOKS[kind],
+                self.go(kind, 0 if kind.endswith("start") else self.rng.randint(1, 4)),
+            )
             if kind == "a second process":
                 self.await_writes(process, self.rng.randint(1, 3))
                 second = self.start("--resume", "hurt")
@@ -195,8 +271,12 @@ class Campaign:
         else:
             codes, process = SIGNALS.get(kind, (-9,)), self.go()
             # To damage the last checkpoint there has to be one before it.
-            self.await_writes(process, self.rng.randint(2, 4) if kind in DAMAGE else
-                              self.rng.randint(int(kind == "SIGINT twice"), 4))
+            self.await_writes(
+                process,
+                self.rng.randint(2, 4)
+                if kind in DAMAGE
+                else self.rng.randint(int(kind == "SIGINT twice"), 4),
+            )
             time.sleep(self.rng.uniform(0, 0.05))
             number = getattr(signal, kind.split()[0], signal.SIGKILL)
             for _ in range(2 if kind == "SIGINT twice" else 1):
@@ -211,17 +291,21 @@ class Campaign:
         assert process.exitcode in codes, (kind, process.exitcode, self.said()[-2000:])
         if kind in DAMAGE:
             self.damage(kind)
-        # The checkpoint before the last one may have to serve: one step earlier, as each step is saved.
+        # The checkpoint before the last one may have to serve: one step earlier, as each step is
+        # saved.
         assert self.steps_saved() >= before - (kind in DAMAGE), kind
         assert "Traceback" not in self.said(), self.said()[-3000:]
 
     def race(self):
-        """Two processes that start the same new run: one trains, and is killed, and the other one is told."""
+        """Two processes that start the same new run: one trains, and is killed, and the other one
+        is told."""
         both = [self.go(), self.go()]
         while not (ended := [process for process in both if process.exitcode is not None]):
             time.sleep(0.002)
         winner = both[ended[0] is both[0]]
-        assert ended[0].exitcode in (1, 2) and ("in use by another process" in self.said() or "holds a run already" in self.said())
+        assert ended[0].exitcode in (1, 2) and (
+            "in use by another process" in self.said() or "holds a run already" in self.said()
+        )
         while not self.last.exists() and winner.exitcode is None:
             time.sleep(0.002)
         os.kill(winner.pid, signal.SIGKILL)
@@ -233,11 +317,18 @@ class Campaign:
         first = self.data / "cifar100" / "train" / "class 0"
         if kind == "a class more":
             for split in ("train", "test"):
-                shutil.copytree(first.parent.parent / split / "class 0", first.parent.parent / split / "class 9")
+                shutil.copytree(
+                    first.parent.parent / split / "class 0", first.parent.parent / split / "class 9"
+                )
         elif kind == "data folder moved away":
             self.data.rename(self.folder / "elsewhere")
         else:
-            shutil.move(first / "0.png", self.folder / "0.png" if kind.endswith("fewer") else first.parent / "class 1" / "z.png")
+            shutil.move(
+                first / "0.png",
+                self.folder / "0.png"
+                if kind.endswith("fewer")
+                else first.parent / "class 1" / "z.png",
+            )
         process = self.go()
         process.join(600)
         assert DATA[kind] in self.said()
@@ -247,9 +338,11 @@ class Campaign:
 
     def await_writes(self, process, count: int) -> None:
         """Wait until the process has begun and has saved so many times more, or has ended."""
+
         def written(path):
             with contextlib.suppress(FileNotFoundError):
                 return path.stat().st_mtime_ns
+
         for path, times in ((self.config, 1), (self.last, count)):
             for _ in range(times):
                 seen = written(path)
@@ -267,27 +360,33 @@ class Campaign:
         run, rng = self.folder / "hurt", self.rng
         if kind.startswith("last.pt"):
             data, content = bytearray(self.last.read_bytes()), read_checkpoint(self.last)
-            if not (run / "last.prev.pt").exists():     # killed between two renames
+            if not (run / "last.prev.pt").exists():  # killed between two renames
                 shutil.copy(self.last, run / "last.prev.pt")
             self.last.unlink()  # killed between two others, both are one file
             if kind.endswith("cut short"):
-                self.last.write_bytes(data[:rng.randrange(len(data))])
+                self.last.write_bytes(data[: rng.randrange(len(data))])
             elif kind.endswith("emptied"):
                 self.last.write_bytes(b"")
             elif kind.endswith("flipped bit"):
                 data[rng.randrange(len(data) // 4, 3 * len(data) // 4)] ^= 1 << rng.randrange(8)
                 self.last.write_bytes(data)
             elif kind.endswith("older version"):
-                config = {name: value for name, value in content["config"].items() if name not in SINCE_FORMAT_2}
+                config = {
+                    name: value
+                    for name, value in content["config"].items()
+                    if name not in SINCE_FORMAT_2
+                }
                 del content["transferred"], content["labels"]
                 torch.save(content | {"format": 1, "config": config | {"init_from": ""}}, self.last)
-                self.config.write_text(json.dumps(checkpoint.read_config(run) | {"config": config | {"init_from": ""}}))
+                self.config.write_text(
+                    json.dumps(checkpoint.read_config(run) | {"config": config | {"init_from": ""}})
+                )
             elif kind.endswith("another run"):
                 shutil.copy(self.folder / "other" / "last.pt", self.last)
         elif kind.startswith("config.json"):
-            self.config.write_bytes(self.config.read_bytes()[:rng.randrange(200)])
+            self.config.write_bytes(self.config.read_bytes()[: rng.randrange(200)])
         elif kind == "metrics.csv through a spreadsheet":
-            path = run / "metrics.csv"      # not there before the first epoch's end
+            path = run / "metrics.csv"  # not there before the first epoch's end
             rows = path.read_text() if path.exists() else ",".join(METRIC_FIELDS) + "\n"
             path.write_bytes(b"\xef\xbb\xbf" + rows.replace("\n", "\r\n").encode() + b"\r\n")
         elif kind.startswith("metrics.csv"):
@@ -298,7 +397,13 @@ class Campaign:
             newest = max(run.glob("*tfevents*"))
             newest.write_bytes(newest.read_bytes() + b"\x18\0\0\0\0\0\0\0torn")
         elif kind == "somebody's files beside it":
-            for name in (".notes.tmp", "last.damaged.pt", "events.out.tfevents.9999999999.theirs.1", "best.pt", "events.tmp"):
+            for name in (
+                ".notes.tmp",
+                "last.damaged.pt",
+                "events.out.tfevents.9999999999.theirs.1",
+                "best.pt",
+                "events.tmp",
+            ):
                 self.theirs[run / name] = rng.randbytes(30)
                 (run / name).write_bytes(self.theirs[run / name])
         elif kind == "somebody's last.prev.pt":
@@ -307,7 +412,7 @@ class Campaign:
             self.set_aside += 1
         elif kind.startswith("cache"):
             for cache in (self.data / ".cache").glob("*.pt"):
-                cache.write_bytes(cache.read_bytes()[:rng.randrange(5000)])
+                cache.write_bytes(cache.read_bytes()[: rng.randrange(5000)])
         elif kind.startswith("half-written"):
             for half in (b"half", b"{"):
                 temporary_in(run).write_bytes(half)
@@ -318,7 +423,7 @@ class Campaign:
 
     def said(self) -> str:
         """Since the last fault began."""
-        return self.all_said()[self.heard:]
+        return self.all_said()[self.heard :]
 
     def finish(self) -> None:
         process = self.go()
@@ -336,14 +441,28 @@ class Campaign:
 def calm(tmp_path_factory):
     """The run that nothing happens to, and another run, of another seed."""
     folder = tmp_path_factory.mktemp("calm")
-    for split, images in zip(("train", "test"), cifar_sample(classes=4, train_per_class=24, test_per_class=8)):
+    for split, images in zip(
+        ("train", "test"), cifar_sample(classes=4, train_per_class=24, test_per_class=8)
+    ):
         for number, (image, label) in enumerate(zip(images.images.numpy(), images.labels.tolist())):
             path = folder / "data" / "cifar100" / split / f"class {label}" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
     campaign = Campaign(folder, 0)
-    both = [campaign.start(*NEW, "--num-workers", "0", "--run-dir", "calm"),
-            campaign.start(*NEW, "--num-workers", "0", "--seed", "1", "--run-dir", "other", hook="loss not a number", after=3)]
+    both = [
+        campaign.start(*NEW, "--num-workers", "0", "--run-dir", "calm"),
+        campaign.start(
+            *NEW,
+            "--num-workers",
+            "0",
+            "--seed",
+            "1",
+            "--run-dir",
+            "other",
+            hook="loss not a number",
+            after=3,
+        ),
+    ]
     for process in both:
         process.join(600)
     assert [process.exitcode for process in both] == [0, 1], campaign.said()
@@ -351,10 +470,12 @@ def calm(tmp_path_factory):
 
 
 def hurt_runs(calm: Path, folder: Path, faults: list[list[str]]) -> collections.Counter:
-    """A run for each list, with its place in there as the seed; two at a time, as most of them is waiting. Returns how often
-    each kind was tried."""
+    """A run for each list, with its place in there as the seed; two at a time, as most of them is
+    waiting. Returns how often each kind was tried."""
     with ThreadPoolExecutor(2) as pool:
-        runs = pool.map(lambda seed: hurt_run(calm, folder / str(seed), seed, faults[seed]), range(len(faults)))
+        runs = pool.map(
+            lambda seed: hurt_run(calm, folder / str(seed), seed, faults[seed]), range(len(faults))
+        )
         return sum((run.tried for run in runs), collections.Counter())
 
 
@@ -371,7 +492,8 @@ def hurt_run(calm: Path, folder: Path, seed: int, kinds: list[str]) -> Campaign:
 
 
 def test_short_campaign(calm, tmp_path):
-    """Every kind of fault once, in an order and at moments drawn from a seed; and a run that is killed ten times."""
+    """Every kind of fault once, in an order and at moments drawn from a seed; and a run that is
+    killed ten times."""
     kinds = list(KINDS)
     random.Random(5).shuffle(kinds)
     tried = hurt_runs(calm, tmp_path, [kinds[::2], kinds[1::2], ["SIGKILL"] * 10])
@@ -384,20 +506,25 @@ def test_long_campaign(calm, tmp_path):
     rng, began = random.Random(0), time.monotonic()
     faults = [kind for _ in range(200 // len(KINDS) + 1) for kind in KINDS][:200]
     rng.shuffle(faults)
-    tried = hurt_runs(calm, tmp_path, [faults[first:first + 20] for first in range(0, 200, 20)])
-    print(f"\n{sum(tried.values())} faults in {time.monotonic() - began:.0f} s; every run ended equal to the unhurt one\n")
+    tried = hurt_runs(calm, tmp_path, [faults[first : first + 20] for first in range(0, 200, 20)])
+    print(
+        f"\n{sum(tried.values())} faults in {time.monotonic() - began:.0f} s; every run ended equal to the unhurt one\n"
+    )
     for kind in KINDS:
         print(f"| {kind} | {tried[kind]} | {tried[kind]} |")
 
 
 def test_a_damaged_checkpoint_never_replaces_the_good_one_before_it(calm, tmp_path):
-    """The campaign's find: the first save after a resume made a damaged last.pt the one before, over the good one."""
+    """The campaign's find: the first save after a resume made a damaged last.pt the one before,
+    over the good one."""
     shutil.copytree(calm / "calm", tmp_path / "run")
     good = (tmp_path / "run" / "last.prev.pt").read_bytes()
     (tmp_path / "run" / "last.pt").write_bytes(b"damaged")
     content = checkpoint.read_last(tmp_path / "run")
     checkpoint.prepare_to_write(tmp_path / "run", content["config"])
-    assert (tmp_path / "run" / "last.pt").read_bytes() == good and not (tmp_path / "run" / "last.prev.pt").exists()
+    assert (tmp_path / "run" / "last.pt").read_bytes() == good and not (
+        tmp_path / "run" / "last.prev.pt"
+    ).exists()
     assert (tmp_path / "run" / "last.damaged.pt").read_bytes() == b"damaged"
     checkpoint.save_checkpoint(tmp_path / "run", content)
     for name in ("last.pt", "last.prev.pt"):
@@ -411,5 +538,7 @@ def test_a_checkpoint_of_another_run_is_refused(calm, tmp_path):
     content = checkpoint.read_last(tmp_path / "run")
     assert content["config"]["seed"] == settings["seed"] == 0
     (tmp_path / "run" / "last.prev.pt").unlink()
-    with pytest.raises(UserError, match="last.pt belongs to another run: seed is 1 in it, and 0 in"):
+    with pytest.raises(
+        UserError, match="last.pt belongs to another run: seed is 1 in it, and 0 in"
+    ):
         checkpoint.read_last(tmp_path / "run")

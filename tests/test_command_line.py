@@ -1,4 +1,6 @@
-"""train_cifar100.py as people use it: runs that are hurt and resumed, evaluation, and data that move or change."""
+"""train_cifar100.py as people use it: runs that are hurt and resumed, evaluation, and data that
+move or change."""
+
 import argparse
 import contextlib
 import json
@@ -33,7 +35,8 @@ from training.report import read_metrics
 from training.signals import Signals
 from training.trainer import Trainer
 
-# ---- runs that are stopped -------------------------------------------------------------------------------------------
+# ---- runs that are stopped ----------------------------------------------------------------------
+
 
 @pytest.fixture
 def without_nohup():
@@ -44,15 +47,22 @@ def without_nohup():
 
 
 @pytest.mark.usefixtures("without_nohup")
-@pytest.mark.parametrize("after_step, number", [(3, signal.SIGTERM), (12, signal.SIGINT), (15, signal.SIGHUP)])
-def test_stopped_by_a_signal_and_resumed_equals_the_unhurt_run(cli, monkeypatch, unhurt, after_step, number):
+@pytest.mark.parametrize(
+    "after_step, number", [(3, signal.SIGTERM), (12, signal.SIGINT), (15, signal.SIGHUP)]
+)
+def test_stopped_by_a_signal_and_resumed_equals_the_unhurt_run(
+    cli, monkeypatch, unhurt, after_step, number
+):
     steps = signal_after(monkeypatch, after_step, number)
     status, out, _ = cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "hurt")
     assert status == 128 + number and len(steps) == after_step
     assert "everything is saved" in out and "--resume hurt" in out
-    assert content_of("hurt")["position"]["epoch"] * 6 + content_of("hurt")["position"]["step"] == after_step
+    assert (
+        content_of("hurt")["position"]["epoch"] * 6 + content_of("hurt")["position"]["step"]
+        == after_step
+    )
     assert cli("--resume")[0] == 2  # it is not under runs/
-    if number == signal.SIGHUP:     # the checkpoint alone is enough
+    if number == signal.SIGHUP:  # the checkpoint alone is enough
         Path("hurt/config.json").unlink()
     assert cli("--resume", "hurt")[0] == 0 and len(steps) == 24
     assert_runs_equal("hurt", unhurt)
@@ -66,6 +76,7 @@ def test_stopped_in_an_evaluation(cli, monkeypatch, unhurt):
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*args)
+
     monkeypatch.setattr(run_module, "evaluate", signalled)
     assert cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "hurt")[0] == 143
     assert cli("--resume", "hurt")[0] == 0
@@ -75,7 +86,8 @@ def test_stopped_in_an_evaluation(cli, monkeypatch, unhurt):
 def test_a_second_interrupt_leaves_at_once(monkeypatch):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
-    before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background of a shell
+    # ignored, where the tests run in the background of a shell
+    before = signal.getsignal(signal.SIGINT)
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals() and not left
@@ -85,7 +97,8 @@ def test_a_second_interrupt_leaves_at_once(monkeypatch):
 
 
 @pytest.mark.usefixtures("without_nohup")
-@pytest.mark.parametrize("numbers", [[signal.SIGHUP], [signal.SIGINT, signal.SIGHUP]])    # Ctrl-C ends `| tee` as well
+# Ctrl-C ends `| tee` as well
+@pytest.mark.parametrize("numbers", [[signal.SIGHUP], [signal.SIGINT, signal.SIGHUP]])
 @pytest.mark.parametrize("channel", [pty.openpty, os.pipe])
 def test_a_closed_terminal_ends_the_run_and_no_line_written_after_it_does_harm(channel, numbers):
     here, there = channel()
@@ -115,6 +128,7 @@ def test_a_pipe_that_nobody_reads_saves_and_ends_the_run(cli, monkeypatch, unhur
             print(*words, file=file)
         elif words[0].startswith((f"epoch {when}/", "\nStopped")):
             raise BrokenPipeError(32, "Broken pipe")
+
     with monkeypatch.context() as patch:
         for module in (run_module, commands):
             patch.setattr(module, "print", broken, raising=False)
@@ -135,7 +149,9 @@ def test_nohup_is_heeded(monkeypatch):
 
 def test_killed_before_the_first_checkpoint_starts_over(cli, monkeypatch, unhurt):
     def killed(self):
-        raise KeyboardInterrupt  # where SIGKILL would leave the folder: config and events, no checkpoint
+        # where SIGKILL would leave the folder: config and events, no checkpoint
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(run_module.Run, "train", killed)
         assert cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--run-dir", "hurt")[0] == 130
@@ -152,11 +168,14 @@ def test_a_finished_run_without_its_config(cli, unhurt):
     assert status == 0 and "r is finished: 4 epochs" in out, err
     Path("r/last.pt").unlink()
     status, _, err = cli("--resume", "r")
-    assert status == 0      # last.prev.pt: the fourth epoch's last step, evaluated anew
+    assert status == 0  # last.prev.pt: the fourth epoch's last step, evaluated anew
     shutil.rmtree("r")
     Path("r").mkdir()
-    assert cli("--resume", "r")[::2] == (2, "error: --resume r: there is no run in this folder (no config.json, no last.pt, "
-                                            "no last.prev.pt)\n")
+    assert cli("--resume", "r")[::2] == (
+        2,
+        "error: --resume r: there is no run in this folder (no config.json, no last.pt, "
+        "no last.prev.pt)\n",
+    )
 
 
 def test_a_bare_resume_takes_the_newest_unfinished_run(cli, monkeypatch):
@@ -165,17 +184,27 @@ def test_a_bare_resume_takes_the_newest_unfinished_run(cli, monkeypatch):
     def signalled(self, *batch):
         step(self, *batch)
         os.kill(os.getpid(), signal.SIGTERM)
+
     for name in ("older", "newer"):
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "step", signalled)
-            assert cli(*NARROW, "--model", "vgg", "--epochs", 1, "--run-dir", f"runs/cifar100/{name}")[0] == 143
+            assert (
+                cli(*NARROW, "--model", "vgg", "--epochs", 1, "--run-dir", f"runs/cifar100/{name}")[
+                    0
+                ]
+                == 143
+            )
     for path in Path("runs/cifar100/older").iterdir():
         os.utime(path, (1e9, 1e9))
     with checkpoint.lock(Path("runs/cifar100/newer")), checkpoint.lock(Path("runs/cifar100/older")):
         status, _, err = cli("--resume")
     assert status == 2 and "every unfinished run in runs/cifar100 is being trained" in err
-    for name in ("older", "newer"):     # the older one while the newer one is being trained
-        with checkpoint.lock(Path("runs/cifar100/newer")) if name == "older" else contextlib.nullcontext():
+    for name in ("older", "newer"):  # the older one while the newer one is being trained
+        with (
+            checkpoint.lock(Path("runs/cifar100/newer"))
+            if name == "older"
+            else contextlib.nullcontext()
+        ):
             status, out, _ = cli("--resume")
         assert status == 0 and f"Run directory runs/cifar100/{name};" in out
     status, _, err = cli("--resume")
@@ -200,6 +229,7 @@ def test_a_diverged_run_keeps_the_last_good_checkpoint(cli, monkeypatch):
             with torch.no_grad():
                 self.model.classifier.linears[0].weight.fill_(float("inf"))
         step(self, images, labels)
+
     monkeypatch.setattr(Trainer, "step", poisoned)
     status, _, err = cli(*NARROW, "--epochs", 4, "--run-dir", "r")
     assert status == 1 and "the loss is not finite at epoch 2, step 3 of 6" in err
@@ -218,6 +248,7 @@ def test_weights_that_diverged_are_not_saved(cli, monkeypatch):
         if len(calls) == 12:
             self.param_groups[0]["params"][0].data.fill_(float("nan"))
         return result
+
     calls = []
     monkeypatch.setattr(torch.optim.SGD, "step", poisoned)
     status, _, err = cli(*NARROW, "--epochs", 4, "--run-dir", "r")
@@ -227,47 +258,74 @@ def test_weights_that_diverged_are_not_saved(cli, monkeypatch):
 
 def test_bad_data_leaves_no_run_folder(cli):
     status, _, err = cli("--data-dir", "nowhere/at/all", "--run-dir", "runs/r")
-    assert status == 1 and err.startswith("error: ") and "Traceback" not in err and not Path("runs/r").exists()
+    assert (
+        status == 1
+        and err.startswith("error: ")
+        and "Traceback" not in err
+        and not Path("runs/r").exists()
+    )
 
 
-@pytest.mark.parametrize("words", [["--sanity", "--val-fraction", 0.001], ["--val-fraction", 0.001], ["--resume", "none"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--sanity", "--val-fraction", 0.001], ["--val-fraction", 0.001], ["--resume", "none"]],
+)
 def test_what_fails_at_the_start_leaves_no_folder(cli, words):
     status, _, err = cli(*(words if "--resume" in words else [*NARROW, *words]))
-    assert status in (1, 2) and "error: " in err and not list(Path().glob("runs/*/*")) and not Path("none").exists()
+    assert (
+        status in (1, 2)
+        and "error: " in err
+        and not list(Path().glob("runs/*/*"))
+        and not Path("none").exists()
+    )
 
 
 def test_a_validation_split_keeps_the_best(cli):
     status, out, _ = cli(*NARROW, "--epochs", 2, "--val-fraction", 0.25, "--run-dir", "r")
-    assert status == 0 and "72 training and 24 val images" in out and "The test set has not been looked at" in out
+    assert (
+        status == 0
+        and "72 training and 24 val images" in out
+        and "The test set has not been looked at" in out
+    )
     assert "top1/val" in scalars_of("r")
     rows = read_metrics(Path("r/metrics.csv"))
     best = read_checkpoint("r/best.pt")["best"]
     assert best["top1"] == max(row["eval_top1"] for row in rows)
 
 
-# ---- evaluation, transfer --------------------------------------------------------------------------------------------
+# ---- evaluation, transfer -----------------------------------------------------------------------
+
 
 def test_evaluate_repeats_the_last_epochs_numbers(cli, unhurt):
     status, out, _ = cli("--evaluate", unhurt / "last.pt", "--device", "cpu")
     row = read_metrics(unhurt / "metrics.csv")[-1]
     assert status == 0
-    assert f"loss {row['eval_loss']:.4f}   top-1 {row['eval_top1']:.2f} %   top-5 {row['eval_top5']:.2f} %" in out
+    assert (
+        f"loss {row['eval_loss']:.4f}   top-1 {row['eval_top1']:.2f} %   top-5 {row['eval_top5']:.2f} %"
+        in out
+    )
     classes = [float(x) for x in re.findall(r"(\d+\.\d) % of 8", out)]
     assert len(classes) == 4 and sum(classes) / 4 == pytest.approx(row["eval_top1"], abs=0.1)
     assert classes == sorted(classes)
 
 
 def test_init_from_a_checkpoint(cli, unhurt):
-    status, out, _ = cli(*NARROW, "--epochs", 1, "--model", "vgg-att2-concat-gate", "--init-from", unhurt / "last.pt")
-    assert status == 0 and re.search(r"--init-from .*last.pt \(vgg-att3-concat-pc, width 0.0625, "
-                                     r"cifar100\): \d+ of \d+ tensors loaded; starting fresh: classifier", out)
+    status, out, _ = cli(
+        *NARROW, "--epochs", 1, "--model", "vgg-att2-concat-gate", "--init-from", unhurt / "last.pt"
+    )
+    assert status == 0 and re.search(
+        r"--init-from .*last.pt \(vgg-att3-concat-pc, width 0.0625, "
+        r"cifar100\): \d+ of \d+ tensors loaded; starting fresh: classifier",
+        out,
+    )
 
 
 def test_evaluate_takes_the_settings_from_the_checkpoint(cli, unhurt, monkeypatch):
     for words in (["--sample"], ["--width", 0.5], ["--set", "dropout=0"], ["--run-dir", "x"]):
         status, _, err = cli("--evaluate", unhurt / "last.pt", *words)
         assert status == 2 and f"from the checkpoint: leave out {words[0]}" in err
-    monkeypatch.setattr("common.device.cpu_has_bf16", lambda: False)     # emulated, it would take hours
+    # emulated, it would take hours
+    monkeypatch.setattr("common.device.cpu_has_bf16", lambda: False)
     here = [precision_here(name, torch.device("cpu")) for name in ("bf16", "fp16", "fp32")]
     assert here == ["auto", "auto", "fp32"]
     if torch.cuda.is_available():
@@ -280,7 +338,9 @@ def test_the_folder_to_go_on_in(cli, monkeypatch):
         status, out, _ = cli(*NARROW, "--model", "vgg", "--epochs", 1, "--run-dir", "mine")
     assert status == 143 and "python train_cifar100.py --resume mine\n" in out
     assert cli("--resume", "other", "--run-dir", "mine")[0] == 2
-    status, out, _ = cli("--run-dir", "mine", "--resume", "--precision", "auto", "--no-checkpoint-activations")
+    status, out, _ = cli(
+        "--run-dir", "mine", "--resume", "--precision", "auto", "--no-checkpoint-activations"
+    )
     assert status == 0 and "Run directory mine;" in out
     status, out, _ = cli("--resume", "mine/last.pt")
     assert status == 0 and out.startswith("mine is finished")
@@ -289,10 +349,16 @@ def test_the_folder_to_go_on_in(cli, monkeypatch):
 def test_every_run_has_a_folder_of_its_own(small_task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with contextlib.ExitStack() as stack:
-        folders = {stack.enter_context(checkpoint.new_folder(commands.new_run_dirs(small_task, argparse.Namespace(), "vgg")))
-                   for _ in range(3)}
+        folders = {
+            stack.enter_context(
+                checkpoint.new_folder(
+                    commands.new_run_dirs(small_task, argparse.Namespace(), "vgg")
+                )
+            )
+            for _ in range(3)
+        }
         assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
-    assert not Path("runs").exists()    # nothing came into them
+    assert not Path("runs").exists()  # nothing came into them
 
 
 def test_the_command_that_goes_on_is_the_one_it_was_started_by(small_task, monkeypatch):
@@ -301,43 +367,71 @@ def test_the_command_that_goes_on_is_the_one_it_was_started_by(small_task, monke
     monkeypatch.setattr(commands, "program", lambda name, module=None: name)
     run = types.SimpleNamespace(task=small_task, run_dir=Path("a run"), ranks=Ranks(0, 4, 0))
     assert commands.how_to_resume(run) == (
-        "torchrun --nproc-per-node=2 'code of mine/train_cifar100.py' --resume 'a run'")
+        "torchrun --nproc-per-node=2 'code of mine/train_cifar100.py' --resume 'a run'"
+    )
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5])
 def test_the_peak_rate_that_is_told_is_the_peak(epochs):
     config = FAST | {"epochs": epochs, "batch_size": 64, "lr": 0.02, "width": 0.5}
     trainer = types.SimpleNamespace(config=config, batches=range(781), transferred=())
-    told = re.fullmatch(r"Peak learning rate (.*) for batches of 64: 0.00062 an image; 0.006 for the 3x3 filters, by Muon",
-                        estimate.rate_in_words(trainer))
+    told = re.fullmatch(
+        r"Peak learning rate (.*) for batches of 64: 0.00062 an image; 0.006 for the 3x3 filters, by Muon",
+        estimate.rate_in_words(trainer),
+    )
     assert float(told[1]) == pytest.approx(0.04, rel=0.005)
 
 
 def test_same_seed_same_run_and_another_seed_another(cli, unhurt):
     for seed in (0, 1):
-        assert cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--seed", seed, "--run-dir", seed)[0] == 0
+        assert (
+            cli(*NARROW, "--epochs", 4, "--set", "dropout=0.5", "--seed", seed, "--run-dir", seed)[
+                0
+            ]
+            == 0
+        )
     assert_runs_equal("0", unhurt)
     a, b = (content_of(name)["model"]["trunk.block1.0.conv.weight"] for name in "01")
     assert not torch.equal(a, b)
 
 
-# ---- data that is not where it was -----------------------------------------------------------------------------------
+# ---- data that is not where it was --------------------------------------------------------------
+
 
 def test_nothing_is_downloaded_for_what_was_made_before(cli, monkeypatch, tmp_path):
     def refuse(*words, **options):
         raise AssertionError("a download began")
+
     monkeypatch.setattr("datasets.cifar100.fetch", refuse)
     make_folders(tmp_path / "photos", size=(16, 16), per_class=8)
-    words = ["--data-dir", "photos", "--model", "vgg", "--width", 0.015625, "--device", "cpu", "--epochs", 1, "--batch-size", 4,
-             "--num-workers", 0, "--run-dir", "r"]
+    words = [
+        "--data-dir",
+        "photos",
+        "--model",
+        "vgg",
+        "--width",
+        0.015625,
+        "--device",
+        "cpu",
+        "--epochs",
+        1,
+        "--batch-size",
+        4,
+        "--num-workers",
+        0,
+        "--run-dir",
+        "r",
+    ]
     assert cli(*words)[0] == 0
     Path("photos").rename("moved")
     for place in ([], ["--data-dir", "elsewhere"]):
         where = tmp_path / (place[1] if place else "photos")
         for command in (["--resume", "r", "--epochs", 2], ["--evaluate", "r/last.pt"]):
             status, _, err = cli(*command, *place, "--device", "cpu")
-            assert status == 1 and err == (f"error: the images that this was trained on are not in {where} any more: give "
-                                           f"--data-dir, the folder that holds them now\n")
+            assert status == 1 and err == (
+                f"error: the images that this was trained on are not in {where} any more: give "
+                f"--data-dir, the folder that holds them now\n"
+            )
     assert not Path("photos").exists() and not Path("elsewhere").exists()
     assert cli("--evaluate", "r/last.pt", "--data-dir", "moved", "--device", "cpu")[0] == 0
     assert cli("--resume", "r", "--epochs", 2, "--data-dir", "moved", "--device", "cpu")[0] == 0
@@ -350,8 +444,22 @@ def test_names_in_any_encoding_go_through_everything(cli, tmp_path, capsys):
     for path in list(photos.rglob("0*.png"))[:3]:
         path.rename(path.with_name(os.fsdecode(b"\xe9t\xe9") + path.name))
     run = os.fsdecode(b"ex\xe9cution")
-    words = ["--data-dir", photos, "--model", "vgg-att1-pc", "--width", 0.015625, "--device", "cpu", "--batch-size", 4,
-             "--num-workers", 1, "--run-dir", run]
+    words = [
+        "--data-dir",
+        photos,
+        "--model",
+        "vgg-att1-pc",
+        "--width",
+        0.015625,
+        "--device",
+        "cpu",
+        "--batch-size",
+        4,
+        "--num-workers",
+        1,
+        "--run-dir",
+        run,
+    ]
     for more in (["--sanity"], ["--epochs", 1]):
         status, out, err = cli(*words, *more)
         assert status == 0 and "decoding images" not in out and "damaged" not in out, err
@@ -365,8 +473,12 @@ def test_names_in_any_encoding_go_through_everything(cli, tmp_path, capsys):
 
 def test_changed_data_is_noticed(cli, small_task, unhurt):
     from data import cifar_sample
+
     shutil.copytree(unhurt, "r")
-    for classes, each, message in ((5, 24, "its classes are not"), (4, 20, "it had 96 training images and has 80 now")):
+    for classes, each, message in (
+        (5, 24, "its classes are not"),
+        (4, 20, "it had 96 training images and has 80 now"),
+    ):
         sets = cifar_sample(classes=classes, train_per_class=each, test_per_class=8)
         task = with_sample(small_task, lambda config: sets)
         status, _, err = cli("--resume", "r", "--epochs", 6, task=task)
@@ -377,7 +489,17 @@ def test_config_json_says_what_was_run(cli, unhurt):
     assert cli(*NARROW, "--model", "vgg", "--epochs", 1, "--run-dir", "r")[0] == 0
     assert cli("--resume", "r", "--epochs", 2)[0] == 0
     commands_run = json.loads(Path("r/config.json").read_text())["commands"]
-    assert len(commands_run) == 2 and "--epochs 1" in commands_run[0] and "--resume r --epochs 2" in commands_run[1]
+    assert (
+        len(commands_run) == 2
+        and "--epochs 1" in commands_run[0]
+        and "--resume r --epochs 2" in commands_run[1]
+    )
     record = json.loads((unhurt / "config.json").read_text())
-    assert record["finished"] and record["config"]["width"] == 0.0625 and record["config"]["dropout"] == 0.5
-    assert record["environment"]["torch"] == torch.__version__ and record["environment"]["threads"] > 0
+    assert (
+        record["finished"]
+        and record["config"]["width"] == 0.0625
+        and record["config"]["dropout"] == 0.5
+    )
+    assert (
+        record["environment"]["torch"] == torch.__version__ and record["environment"]["threads"] > 0
+    )

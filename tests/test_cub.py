@@ -1,4 +1,5 @@
 """cub.py: values against PIL by hand, every bad input and its message, cache and workers."""
+
 import functools
 import hashlib
 import io
@@ -33,7 +34,9 @@ def change(path, old, new):
     path.write_text(text.replace(old, new, 1))
 
 
-# ------------------------------------------------------------------------------------------------- pictures and places
+# -------------------------------------------------------------------------------------------------
+# pictures and places
+
 
 def by_hand(root, number, crop):
     """What a picture and its parts should be: PIL, and one part after the other."""
@@ -43,16 +46,33 @@ def by_hand(root, number, crop):
     places = []
     for x, y, seen in parts:
         inside = seen and x0 <= x < x1 and y0 <= y < y1
-        places.append([(x - x0) / (x1 - x0) * SIZE, (y - y0) / (y1 - y0) * SIZE, 1.0] if inside else [0.0, 0.0, 0.0])
-    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)), torch.tensor(places), (x0, y0, x1, y1)
+        places.append(
+            [(x - x0) / (x1 - x0) * SIZE, (y - y0) / (y1 - y0) * SIZE, 1.0]
+            if inside
+            else [0.0, 0.0, 0.0]
+        )
+    return (
+        np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)),
+        torch.tensor(places),
+        (x0, y0, x1, y1),
+    )
 
 
 @pytest.mark.parametrize("crop,margin", [("box", 0.0), ("box", 0.25), ("box", 3.0), ("whole", 0.0)])
 def test_pictures_boxes_and_parts(root, crop, margin):
     for ids, loaded in zip((TRAIN, TEST), load(root, crop=crop, margin=margin)):
-        assert loaded.class_names == ("Red bird", "Blue bird") and loaded.part_names == ("left eye", "tail")
-        assert loaded.labels.tolist() == [{1: 0, 4: 1}[BIRDS[i][1]] for i in ids] and loaded.labels.dtype == torch.int64
-        assert loaded.images.dtype == torch.uint8 and loaded.boxes.dtype == loaded.parts.dtype == torch.float32
+        assert loaded.class_names == ("Red bird", "Blue bird") and loaded.part_names == (
+            "left eye",
+            "tail",
+        )
+        assert (
+            loaded.labels.tolist() == [{1: 0, 4: 1}[BIRDS[i][1]] for i in ids]
+            and loaded.labels.dtype == torch.int64
+        )
+        assert (
+            loaded.images.dtype == torch.uint8
+            and loaded.boxes.dtype == loaded.parts.dtype == torch.float32
+        )
         for i, image, box, parts in zip(ids, loaded.images, loaded.boxes, loaded.parts):
             x, y, width, height = BIRDS[i][4]
             bird = [round(x), round(y), round(x + width), round(y + height)]
@@ -72,23 +92,34 @@ def test_pictures_boxes_and_parts(root, crop, margin):
 def test_subset_and_device_carry_boxes_and_parts(root):
     train, _ = load(root, crop="whole")
     part = train.subset([2, 0]).to("cpu")
-    assert torch.equal(part.parts, train.parts[[2, 0]]) and torch.equal(part.boxes, train.boxes[[2, 0]])
+    assert torch.equal(part.parts, train.parts[[2, 0]]) and torch.equal(
+        part.boxes, train.boxes[[2, 0]]
+    )
     assert part.part_names == train.part_names and part.labels.tolist() == [1, 0]
-    assert torch.equal(place_on(train, "cpu").parts, train.parts) and str(root / CUB_FOLDER) in train.source
+    assert (
+        torch.equal(place_on(train, "cpu").parts, train.parts)
+        and str(root / CUB_FOLDER) in train.source
+    )
 
 
 def test_without_parts(root):
     shutil.rmtree(root / CUB_FOLDER / "parts")
     train, test = load(root)
-    assert train.parts is test.parts is None and train.part_names == () and train.subset([0]).parts is None
+    assert (
+        train.parts is test.parts is None
+        and train.part_names == ()
+        and train.subset([0]).parts is None
+    )
 
 
 def test_grey_palette_transparent_and_cmyk_images_become_rgb(root, recwarn):
     images = root / CUB_FOLDER / "images"
     colour = Image.new("RGB", (50, 40), (90, 80, 70))
-    for image, path, expected in ((Image.new("L", (50, 40), 77), TRAIN[0], [77] * 3),
-                                  (colour.convert("P", palette=Image.Palette.ADAPTIVE), TRAIN[1], [90, 80, 70]),
-                                  (Image.new("RGBA", (50, 40), (1, 2, 3, 9)), TRAIN[2], [246] * 3)):
+    for image, path, expected in (
+        (Image.new("L", (50, 40), 77), TRAIN[0], [77] * 3),
+        (colour.convert("P", palette=Image.Palette.ADAPTIVE), TRAIN[1], [90, 80, 70]),
+        (Image.new("RGBA", (50, 40), (1, 2, 3, 9)), TRAIN[2], [246] * 3),
+    ):
         image.save(images / BIRDS[path][0])
         assert load(root)[0].images[TRAIN.index(path), 5, 5].tolist() == expected
     colour.convert("CMYK").save(images / BIRDS[TRAIN[0]][0], format="jpeg")
@@ -96,61 +127,92 @@ def test_grey_palette_transparent_and_cmyk_images_become_rgb(root, recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("names,expected", [
-    (("001.Red_bird", "002.Red_bird"), ("001.Red_bird", "002.Red_bird")), (("a.b_c", "2.x"), ("a.b c", "x")),
-    (("001.", "002.x"), ("001.", "002.x")), (("1.a_b", "2.a b"), ("1.a_b", "2.a b"))])
+@pytest.mark.parametrize(
+    "names,expected",
+    [
+        (("001.Red_bird", "002.Red_bird"), ("001.Red_bird", "002.Red_bird")),
+        (("a.b_c", "2.x"), ("a.b c", "x")),
+        (("001.", "002.x"), ("001.", "002.x")),
+        (("1.a_b", "2.a b"), ("1.a_b", "2.a b")),
+    ],
+)
 def test_class_names(root, names, expected):
     (root / CUB_FOLDER / "classes.txt").write_text(f"1 {names[0]}\n4 {names[1]}\n")
     assert load(root)[0].class_names == expected
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# -------------------------------------------------------------------------------------------------
+# bad input
 
-@pytest.mark.parametrize("file,old,new,words", [
-    ("images", "4 001.Red_bird/b.png\n", "4\n", ["line 2", "2 fields"]),
-    ("images", "4 001", "four 001", ["line 2", "'four'", "whole number"]),
-    ("images", "4 001", "-4 001", ["line 2", "whole number"]),
-    ("images", "4 001", "9" * 5000 + " 001", ["line 2", "whole number"]),
-    ("images", "4 001", "\u0664 001", ["line 2", "whole number"]),
-    ("images", "4 001", "3 001", ["line 2", "id 3 is already on line 1"]),
-    ("images", "001.Red_bird/b.png", "001.Red_bird/a.png", ["line 2", "already on line 1"]),
-    ("images", "001.Red_bird/b.png", "/etc/passwd", ["line 2", "'/etc/passwd'", "inside images/"]),
-    ("images", "001.Red_bird/b.png", "../../b.png", ["line 2", "inside images/"]),
-    ("images", "001.Red_bird/b.png", "001.Red_bird\\b.png", ["line 2", "inside images/"]),
-    ("images", "001.Red_bird/b.png", "C:b.png", ["line 2", "inside images/"]),
-    ("images", "001.Red_bird/b.png", "b\0.png", ["line 2", "cannot be printed"]),
-    ("images", "4 001.Red_bird/b.png\n", "", ["image_class_labels.txt, line 2", "4 is not in images.txt"]),
-    ("image_class_labels", "4 1\n", "", ["no row for image id 4", "1 missing"]),
-    ("image_class_labels", "4 1\n", "4 1\n5 1\n", ["line 3", "image id 5 is not in images.txt"]),
-    ("image_class_labels", "4 1", "4 1\n4 1", ["line 3", "image id 4 is already on line 2"]),
-    ("image_class_labels", "4 1", "4 2", ["line 2", "class id 2 is not in classes.txt"]),
-    ("image_class_labels", "4 1", "4 1.0", ["line 2", "'1.0' is not a whole number"]),
-    ("image_class_labels", "4 1", "4 1 1", ["line 2", "'1 1' is not a whole number"]),
-    ("train_test_split", "3 1", "3 2", ["line 1", "'2' is neither 1 (train) nor 0 (test)"]),
-    ("train_test_split", "3 1", "3 0", ["no training image of class '001.Red_bird'"]),
-    ("train_test_split", "4 0", "", ["no row for image id 4"]),
-    ("bounding_boxes", "20.5", "nan", ["line 1", "not numbers of pixels"]),
-    ("bounding_boxes", "20.5", "inf", ["line 1", "not numbers of pixels"]),
-    ("bounding_boxes", "20.5", "1e300", ["line 1", "not numbers of pixels"]),
-    ("bounding_boxes", "20.5", "wide", ["line 1", "3.2 4.6 wide 15.1"]),
-    ("bounding_boxes", "20.5", "", ["line 1", "5 fields are expected, not 4"]),
-    ("bounding_boxes", "20.5", "0.0", ["line 1", "holds no pixel"]),
-    ("bounding_boxes", "20.5", "-7", ["line 1", "holds no pixel"]),
-    ("bounding_boxes", "3.2", "-99", ["line 1", "holds no pixel"]),
-    ("bounding_boxes", "3.2", "50.0", ["line 1", "a.png", "50x40"]),
-    ("classes", "001.Red_bird", "004.Blue_bird", ["line 2", "already on line 1"]),
-    ("classes", "001.Red_bird", "red/bird", ["line 2", "holds a / or"]),
-    ("classes", "001.Red_bird", "red\\bird", ["line 2", "holds a / or"]),
-    ("classes", "001.Red_bird", "Red_bird\n8 Third", ["no training image of class 'Third'"]),
-    ("classes", "001.Red_bird", "001.Red\u2028bird", ["line 2", "cannot be printed"]),
-    ("parts/parts", "2 tail\n", "", ["part_locs.txt, line 2", "part id 2 is not in parts.txt"]),
-    ("parts/parts", "2 tail", "2 tail\n3 beak", ["no row for part 3 of image id 3"]),
-    ("parts/part_locs", "4 1 1.0 2.0 1\n", "", ["no row for part 1 of image id 4"]),
-    ("parts/part_locs", "4 1 1.0", "3 1 1.0", ["line 3", "part 1 of image id 3 is already on line 1"]),
-    ("parts/part_locs", "4 1 1.0", "5 1 1.0", ["line 3", "image id 5 is not in images.txt"]),
-    ("parts/part_locs", "4 1 1.0 2.0 1", "4 1 1.0 2.0 2", ["line 3", "'2' is neither"]),
-    ("parts/part_locs", "4 1 1.0", "4 1 x", ["line 3", "not numbers of pixels"]),
-])
+
+@pytest.mark.parametrize(
+    "file,old,new,words",
+    [
+        ("images", "4 001.Red_bird/b.png\n", "4\n", ["line 2", "2 fields"]),
+        ("images", "4 001", "four 001", ["line 2", "'four'", "whole number"]),
+        ("images", "4 001", "-4 001", ["line 2", "whole number"]),
+        ("images", "4 001", "9" * 5000 + " 001", ["line 2", "whole number"]),
+        ("images", "4 001", "\u0664 001", ["line 2", "whole number"]),
+        ("images", "4 001", "3 001", ["line 2", "id 3 is already on line 1"]),
+        ("images", "001.Red_bird/b.png", "001.Red_bird/a.png", ["line 2", "already on line 1"]),
+        (
+            "images",
+            "001.Red_bird/b.png",
+            "/etc/passwd",
+            ["line 2", "'/etc/passwd'", "inside images/"],
+        ),
+        ("images", "001.Red_bird/b.png", "../../b.png", ["line 2", "inside images/"]),
+        ("images", "001.Red_bird/b.png", "001.Red_bird\\b.png", ["line 2", "inside images/"]),
+        ("images", "001.Red_bird/b.png", "C:b.png", ["line 2", "inside images/"]),
+        ("images", "001.Red_bird/b.png", "b\0.png", ["line 2", "cannot be printed"]),
+        (
+            "images",
+            "4 001.Red_bird/b.png\n",
+            "",
+            ["image_class_labels.txt, line 2", "4 is not in images.txt"],
+        ),
+        ("image_class_labels", "4 1\n", "", ["no row for image id 4", "1 missing"]),
+        (
+            "image_class_labels",
+            "4 1\n",
+            "4 1\n5 1\n",
+            ["line 3", "image id 5 is not in images.txt"],
+        ),
+        ("image_class_labels", "4 1", "4 1\n4 1", ["line 3", "image id 4 is already on line 2"]),
+        ("image_class_labels", "4 1", "4 2", ["line 2", "class id 2 is not in classes.txt"]),
+        ("image_class_labels", "4 1", "4 1.0", ["line 2", "'1.0' is not a whole number"]),
+        ("image_class_labels", "4 1", "4 1 1", ["line 2", "'1 1' is not a whole number"]),
+        ("train_test_split", "3 1", "3 2", ["line 1", "'2' is neither 1 (train) nor 0 (test)"]),
+        ("train_test_split", "3 1", "3 0", ["no training image of class '001.Red_bird'"]),
+        ("train_test_split", "4 0", "", ["no row for image id 4"]),
+        ("bounding_boxes", "20.5", "nan", ["line 1", "not numbers of pixels"]),
+        ("bounding_boxes", "20.5", "inf", ["line 1", "not numbers of pixels"]),
+        ("bounding_boxes", "20.5", "1e300", ["line 1", "not numbers of pixels"]),
+        ("bounding_boxes", "20.5", "wide", ["line 1", "3.2 4.6 wide 15.1"]),
+        ("bounding_boxes", "20.5", "", ["line 1", "5 fields are expected, not 4"]),
+        ("bounding_boxes", "20.5", "0.0", ["line 1", "holds no pixel"]),
+        ("bounding_boxes", "20.5", "-7", ["line 1", "holds no pixel"]),
+        ("bounding_boxes", "3.2", "-99", ["line 1", "holds no pixel"]),
+        ("bounding_boxes", "3.2", "50.0", ["line 1", "a.png", "50x40"]),
+        ("classes", "001.Red_bird", "004.Blue_bird", ["line 2", "already on line 1"]),
+        ("classes", "001.Red_bird", "red/bird", ["line 2", "holds a / or"]),
+        ("classes", "001.Red_bird", "red\\bird", ["line 2", "holds a / or"]),
+        ("classes", "001.Red_bird", "Red_bird\n8 Third", ["no training image of class 'Third'"]),
+        ("classes", "001.Red_bird", "001.Red\u2028bird", ["line 2", "cannot be printed"]),
+        ("parts/parts", "2 tail\n", "", ["part_locs.txt, line 2", "part id 2 is not in parts.txt"]),
+        ("parts/parts", "2 tail", "2 tail\n3 beak", ["no row for part 3 of image id 3"]),
+        ("parts/part_locs", "4 1 1.0 2.0 1\n", "", ["no row for part 1 of image id 4"]),
+        (
+            "parts/part_locs",
+            "4 1 1.0",
+            "3 1 1.0",
+            ["line 3", "part 1 of image id 3 is already on line 1"],
+        ),
+        ("parts/part_locs", "4 1 1.0", "5 1 1.0", ["line 3", "image id 5 is not in images.txt"]),
+        ("parts/part_locs", "4 1 1.0 2.0 1", "4 1 1.0 2.0 2", ["line 3", "'2' is neither"]),
+        ("parts/part_locs", "4 1 1.0", "4 1 x", ["line 3", "not numbers of pixels"]),
+    ],
+)
 def test_bad_metadata(root, file, old, new, words):
     path = root / CUB_FOLDER / f"{file}.txt"
     change(path, old, new)
@@ -158,15 +220,22 @@ def test_bad_metadata(root, file, old, new, words):
     fails(root, root / CUB_FOLDER, *words)
 
 
-FILES = ["classes", "images", "image_class_labels", "train_test_split", "bounding_boxes", "parts/parts",
-         "parts/part_locs"]
+FILES = [
+    "classes",
+    "images",
+    "image_class_labels",
+    "train_test_split",
+    "bounding_boxes",
+    "parts/parts",
+    "parts/part_locs",
+]
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_metadata_files_that_cannot_be_read(root, monkeypatch, file):
     path = root / CUB_FOLDER / f"{file}.txt"
     whole = path.read_bytes()
-    path.write_bytes(whole.replace(b"\n", b"\r\n"))     # line ends of another system are no error
+    path.write_bytes(whole.replace(b"\n", b"\r\n"))  # line ends of another system are no error
     load(root)
     path.write_bytes(whole.replace(b"1", b"1\xff", 1))
     fails(root, path, "line ", "not UTF-8")
@@ -194,11 +263,20 @@ def truncated_jpeg(path):
     path.write_bytes(buffer.getvalue()[:-300])
 
 
-@pytest.mark.parametrize("spoil,why", [
-    (truncated_jpeg, "truncated"), (lambda path: path.write_text("this is text"), "not an image"),
-    (lambda path: path.write_bytes(b""), "not an image"), (Path.unlink, "No such file"),
-    (lambda path: path.unlink() or path.mkdir(), "Is a directory"),
-    (lambda path: Image.new("RGB", (300, 200)).save(path), "has 300x200 pixels: more than 0 megapixels")])
+@pytest.mark.parametrize(
+    "spoil,why",
+    [
+        (truncated_jpeg, "truncated"),
+        (lambda path: path.write_text("this is text"), "not an image"),
+        (lambda path: path.write_bytes(b""), "not an image"),
+        (Path.unlink, "No such file"),
+        (lambda path: path.unlink() or path.mkdir(), "Is a directory"),
+        (
+            lambda path: Image.new("RGB", (300, 200)).save(path),
+            "has 300x200 pixels: more than 0 megapixels",
+        ),
+    ],
+)
 @pytest.mark.parametrize("number", [TRAIN[1], TEST[0]])
 def test_unreadable_images(root, monkeypatch, spoil, why, number):
     path = root / CUB_FOLDER / "images" / BIRDS[number][0]
@@ -216,11 +294,20 @@ def test_bad_options(root):
         load(root, crop="bird")
 
 
-@pytest.mark.parametrize("place, data_dir", [
-    (["cub_200_2011"], "."), (["CUB_200_2011", "CUB_200_2011"], "."), (["CUB_200_2011"], "CUB_200_2011"),
-    (["cub2002011", "CUB_200_2011"], "."), (["birds"], "birds"), (["Cub_200_2011", "cub_200_2011"], "."),
-])
-def test_birds_one_level_off_are_found_and_nothing_is_downloaded(root, monkeypatch, place, data_dir):
+@pytest.mark.parametrize(
+    "place, data_dir",
+    [
+        (["cub_200_2011"], "."),
+        (["CUB_200_2011", "CUB_200_2011"], "."),
+        (["CUB_200_2011"], "CUB_200_2011"),
+        (["cub2002011", "CUB_200_2011"], "."),
+        (["birds"], "birds"),
+        (["Cub_200_2011", "cub_200_2011"], "."),
+    ],
+)
+def test_birds_one_level_off_are_found_and_nothing_is_downloaded(
+    root, monkeypatch, place, data_dir
+):
     expected = load(root)
     (root / CUB_FOLDER).rename(root / "official")
     target = root.joinpath(*place)
@@ -229,7 +316,9 @@ def test_birds_one_level_off_are_found_and_nothing_is_downloaded(root, monkeypat
     monkeypatch.setattr(cub, "fetch", None)
     assert cub_present(root / data_dir)
     train, test = load(root / data_dir, download=True)
-    assert torch.equal(train.images, expected[0].images) and torch.equal(test.parts, expected[1].parts)
+    assert torch.equal(train.images, expected[0].images) and torch.equal(
+        test.parts, expected[1].parts
+    )
 
 
 def test_an_archive_of_birds_one_level_off_is_unpacked_where_it_lies(root, monkeypatch):
@@ -242,7 +331,7 @@ def test_an_archive_of_birds_one_level_off_is_unpacked_where_it_lies(root, monke
     monkeypatch.setattr(cub, "CUB_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
     assert cub_present(root) and len(load(root)[0]) == len(TRAIN)
     assert sorted(p.name for p in archive.parent.iterdir()) == [CUB_FOLDER, archive.name]
-    assert len(load(root)[0]) == len(TRAIN)     # found there again
+    assert len(load(root)[0]) == len(TRAIN)  # found there again
 
 
 def test_metadata_with_a_mark_of_their_encoding(root):
@@ -265,9 +354,19 @@ def test_boxes_are_in_pixels_of_the_file_so_birds_are_not_turned(root):
 
 
 def test_mistyped_data_dir(root):
-    fails(root / "nowhere", "no CUB-200-2011 in", "but there is one at", f"give --data-dir {root}", download=True)
+    fails(
+        root / "nowhere",
+        "no CUB-200-2011 in",
+        "but there is one at",
+        f"give --data-dir {root}",
+        download=True,
+    )
     for inside in ("images", "images/001.Red_bird"):
-        fails(root / CUB_FOLDER / inside, f"but there is one at {root / CUB_FOLDER}: give --data-dir {root}", download=True)
+        fails(
+            root / CUB_FOLDER / inside,
+            f"but there is one at {root / CUB_FOLDER}: give --data-dir {root}",
+            download=True,
+        )
     fails(root.parent / "nowhere", "does not exist", cub.CUB_URL, cub.CUB_MD5, "--sample")
     fails(root / "no" / "where", "does not exist", download=True)
     empty = root.parent / "empty"
@@ -280,7 +379,9 @@ def test_mistyped_data_dir(root):
     fails(root, BIRDS[TRAIN[0]][0], "No such file")
 
 
-# -------------------------------------------------------------------------------------------------------------- workers
+# -------------------------------------------------------------------------------------------------
+# workers
+
 
 def dying_chunk(parent, files, *options):
     if os.getpid() != parent:
@@ -289,23 +390,35 @@ def dying_chunk(parent, files, *options):
 
 
 def failing_chunk(parent, files, *options):
-    if os.getpid() != parent and files[0][0].name == "a.png":   # the other chunks are the worker's
+    if os.getpid() != parent and files[0][0].name == "a.png":  # the other chunks are the worker's
         raise MemoryError("a worker's")
     return image_files._decode_chunk(files, *options)
 
 
-@pytest.mark.parametrize("chunk,reason", [(dying_chunk, "it was killed"), (failing_chunk, "a worker's")])
+@pytest.mark.parametrize(
+    "chunk,reason", [(dying_chunk, "it was killed"), (failing_chunk, "a worker's")]
+)
 def test_workers(root, monkeypatch, capsys, chunk, reason):
-    """What a worker does not give, because it was killed or had no memory, the main process decodes."""
+    """What a worker does not give, because it was killed or had no memory, the main process
+    decodes."""
     paths = [root / CUB_FOLDER / "images" / BIRDS[i][0] for i in BIRDS]
     crops = [(1, 2, 20 + i, 30) for i in BIRDS]
-    decode = functools.partial(image_files.decode_images, paths, (SIZE, SIZE), True, progress=False, crops=crops)
+    decode = functools.partial(
+        image_files.decode_images, paths, (SIZE, SIZE), True, progress=False, crops=crops
+    )
     expected = decode()
-    monkeypatch.setattr(image_files, "CHUNK_BYTES", 2 * SIZE * SIZE * 3)     # two images a chunk
+    monkeypatch.setattr(image_files, "CHUNK_BYTES", 2 * SIZE * SIZE * 3)  # two images a chunk
     worker, submit = functools.partial(chunk, os.getpid()), ProcessPoolExecutor.submit
-    monkeypatch.setattr(ProcessPoolExecutor, "submit", lambda self, decode, *args: submit(self, worker, *args))
+    monkeypatch.setattr(
+        ProcessPoolExecutor, "submit", lambda self, decode, *args: submit(self, worker, *args)
+    )
     got = decode(num_workers=1)
-    assert all(torch.equal(a, b) for a, b in zip(expected, got)) and got.crops.tolist()[0] == [1, 2, 23, 30]
+    assert all(torch.equal(a, b) for a, b in zip(expected, got)) and got.crops.tolist()[0] == [
+        1,
+        2,
+        23,
+        30,
+    ]
     assert got.sizes.tolist() == [list(BIRDS[i][3]) for i in BIRDS]
     out = capsys.readouterr().out
     assert out.count("going on in the main process") == 1 and reason in out
@@ -327,13 +440,18 @@ def test_few_chunks_are_in_flight_at_a_time(root, monkeypatch):
 
         def shutdown(self, **options):
             assert not open_tasks
+
     monkeypatch.setattr(image_files, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(image_files, "CHUNK", 2)
-    images = image_files.decode_images(paths, (SIZE, SIZE), True, num_workers=2, progress=False).images
+    images = image_files.decode_images(
+        paths, (SIZE, SIZE), True, num_workers=2, progress=False
+    ).images
     assert len(most) == 15 and max(most) == 4 and (images == images[0]).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------- cache
+# -------------------------------------------------------------------------------------------------
+# cache
+
 
 def test_cache(root, monkeypatch, capsys):
     both = ["cub-train-box", "cub-test-box"]
@@ -342,7 +460,10 @@ def test_cache(root, monkeypatch, capsys):
     titles, second = decoded_anew(load, root, monkeypatch)
     assert titles == []
     for one, other in zip(first, second):
-        assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("images", "boxes", "parts"))
+        assert all(
+            torch.equal(getattr(one, name), getattr(other, name))
+            for name in ("images", "boxes", "parts")
+        )
 
     image = root / CUB_FOLDER / "images" / BIRDS[TEST[0]][0]
     Image.new("RGB", (60, 60), (1, 2, 3)).save(image)
@@ -350,11 +471,16 @@ def test_cache(root, monkeypatch, capsys):
     assert titles == both[1:] and loaded[1].images[0, 0, 0].tolist() == [1, 2, 3]
     change(root / CUB_FOLDER / "bounding_boxes.txt", "3.2", "9.2")
     titles, loaded = decoded_anew(load, root, monkeypatch)
-    assert titles == both[:1] and (loaded[0].images[0].numpy() == by_hand(root, 3, (9, 5, 30, 20))[0]).all()
-    change(root / CUB_FOLDER / "parts/part_locs.txt", "12.5", "13.5")   # parts and labels are not in the cache
+    assert (
+        titles == both[:1]
+        and (loaded[0].images[0].numpy() == by_hand(root, 3, (9, 5, 30, 20))[0]).all()
+    )
+    # parts and labels are not in the cache
+    change(root / CUB_FOLDER / "parts/part_locs.txt", "12.5", "13.5")
     assert decoded_anew(load, root, monkeypatch)[0] == []
     assert [decoded_anew(load, root, monkeypatch, margin=0.2)[0] for _ in range(2)] == [both, []]
-    assert len(list((root / ".cache").iterdir())) == 2      # another margin replaces; another crop or size stays beside
+    # another margin replaces; another crop or size stays beside
+    assert len(list((root / ".cache").iterdir())) == 2
 
     assert len(decoded_anew(load, root, monkeypatch, crop="whole")[0]) == 2
     change(root / CUB_FOLDER / "bounding_boxes.txt", "9.2", "3.2")
@@ -377,14 +503,16 @@ def test_a_changed_cache_is_made_again(root, monkeypatch, capsys, name):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of what is mapped")
 def test_the_cache_is_mapped_not_read(root, monkeypatch):
-    monkeypatch.setattr(image_files, "CHECKSUM_BYTES", 1000)     # a checksum of many pieces
-    sets = [load(root), load(root)]     # made, and found
+    monkeypatch.setattr(image_files, "CHECKSUM_BYTES", 1000)  # a checksum of many pieces
+    sets = [load(root), load(root)]  # made, and found
     for path in (root / ".cache").iterdir():
         assert Path("/proc/self/maps").read_text().count(str(path)) == 2
     assert torch.equal(sets[0][0].images, sets[1][0].images)
 
 
-# ----------------------------------------------------------------------------------------------------------- real birds
+# -------------------------------------------------------------------------------------------------
+# real birds
+
 
 @pytest.mark.skipif(not (REAL / CUB_FOLDER).is_dir(), reason="no CUB_200_2011 in data/")
 def test_real_birds(tmp_path):
@@ -393,7 +521,11 @@ def test_real_birds(tmp_path):
     whole = len(class_names) == 200
     assert (len(birds), len(class_names)) == ((11788, 200) if whole else (2290, 40))
     assert sum(bird.train for bird in birds) == (5994 if whole else 1200)
-    assert parts.shape == (len(birds), 15, 3) and part_names[6] == "left eye" and class_names[4] == "Crested Auklet"
+    assert (
+        parts.shape == (len(birds), 15, 3)
+        and part_names[6] == "left eye"
+        and class_names[4] == "Crested Auklet"
+    )
     folder = tmp_path / CUB_FOLDER
     folder.mkdir()
     (folder / "images").symlink_to(REAL / CUB_FOLDER / "images")
@@ -406,4 +538,6 @@ def test_real_birds(tmp_path):
     with Image.open(birds[0].path) as image:
         scale = np.array([96 / image.width, 96 / image.height] * 2)
     x, y, width, height = map(float, (folder / "bounding_boxes.txt").read_text().split()[1:5])
-    np.testing.assert_allclose(test.boxes[0], np.round([x, y, x + width, y + height]) * scale, rtol=1e-5)
+    np.testing.assert_allclose(
+        test.boxes[0], np.round([x, y, x + width, y + height]) * scale, rtol=1e-5
+    )

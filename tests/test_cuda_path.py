@@ -1,8 +1,11 @@
-"""The CUDA path on a CPU. Tensors that claim to be on cuda:0 (FakeTensorMode: shapes, types and devices, no numbers) go
-through whole steps and evaluations. A mix of devices, a value that the host asks for, and a copy that it waits for raise.
+"""The CUDA path on a CPU. Tensors that claim to be on cuda:0 (FakeTensorMode: shapes, types and
+devices, no numbers) go through whole steps and evaluations. A mix of devices, a value that the host
+asks for, and a copy that it waits for raise.
 
-What fake tensors cannot do is replaced: random draws, the backward pass, fused kernels. tests/test_gpu.py has the numbers.
+What fake tensors cannot do is replaced: random draws, the backward pass, fused kernels.
+tests/test_gpu.py has the numbers.
 """
+
 import pytest
 import torch
 from torch import nn
@@ -19,7 +22,7 @@ from training import optim, run
 from training import trainer as trainer_module
 
 CUDA = torch.device("cuda", 0)
-COUNT, BATCH = 48, 16       # images; TrivialAugment has 14 operations
+COUNT, BATCH = 48, 16  # images; TrivialAugment has 14 operations
 NATIVE = {name: getattr(torch, name) for name in ("Generator", "rand")}
 
 
@@ -39,8 +42,12 @@ def fake_tensors_work() -> bool:
         return False
 
 
-pytestmark = [pytest.mark.skipif(not fake_tensors_work(), reason="this PyTorch's fake CUDA tensors need a driver"),
-              pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")]
+pytestmark = [
+    pytest.mark.skipif(
+        not fake_tensors_work(), reason="this PyTorch's fake CUDA tensors need a driver"
+    ),
+    pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
+]
 
 
 class NoWaiting(TorchDispatchMode):
@@ -52,7 +59,9 @@ class NoWaiting(TorchDispatchMode):
         if name in ("aten::_to_copy", "aten::copy_"):
             source = args[name == "aten::copy_"]
             blocking = blocking and not (name == "aten::copy_" and args[2:] == (True,))
-            assert source.device == result.device or not blocking, f"{name} from {source.device} to {result.device} waits"
+            assert source.device == result.device or not blocking, (
+                f"{name} from {source.device} to {result.device} waits"
+            )
         return result
 
 
@@ -60,7 +69,11 @@ class Draws:
     """torch.Generator, also on the device that claims to be there."""
 
     def __new__(cls, device="cpu"):
-        return super().__new__(cls) if torch.device(device).type == "cuda" else NATIVE["Generator"](device)
+        return (
+            super().__new__(cls)
+            if torch.device(device).type == "cuda"
+            else NATIVE["Generator"](device)
+        )
 
     def __init__(self, device):
         self.device = torch.device(device)
@@ -78,10 +91,16 @@ def moved(self, device, memory_format=torch.preserve_format):
     for module in self.modules():
         for table in (module._parameters, module._buffers):
             for name, t in table.items():
-                if t is None:   # a layer without bias
+                if t is None:  # a layer without bias
                     continue
-                changed = t.detach().to(device, memory_format=memory_format if t.ndim == 4 else torch.preserve_format)
-                table[name] = nn.Parameter(changed, t.requires_grad) if isinstance(t, nn.Parameter) else changed
+                changed = t.detach().to(
+                    device, memory_format=memory_format if t.ndim == 4 else torch.preserve_format
+                )
+                table[name] = (
+                    nn.Parameter(changed, t.requires_grad)
+                    if isinstance(t, nn.Parameter)
+                    else changed
+                )
     return self
 
 
@@ -94,27 +113,55 @@ def forget_constants():
 
 @pytest.fixture
 def on_cuda(monkeypatch):
-    """on_cuda(task, *words) -> a Run on the device that is not there. Everything else of the test runs there too."""
+    """on_cuda(task, *words) -> a Run on the device that is not there. Everything else of the test
+    runs there too."""
     monkeypatch.setattr(torch, "Generator", Draws)
-    monkeypatch.setattr(torch, "rand", lambda *size, generator=None, **options: NATIVE["rand"](
-        *size, generator=None if isinstance(generator, Draws) else generator, **options))
+    monkeypatch.setattr(
+        torch,
+        "rand",
+        lambda *size, generator=None, **options: NATIVE["rand"](
+            *size, generator=None if isinstance(generator, Draws) else generator, **options
+        ),
+    )
     monkeypatch.setattr(nn.Module, "to", moved)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**34, 2**34))
     # fp16's scaler asks whether the gradients are finite: the only thing in a step that waits
-    monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", lambda self, optimizer, *_, **__: optimizer.step())
+    monkeypatch.setattr(
+        torch.amp.GradScaler, "_maybe_opt_step", lambda self, optimizer, *_, **__: optimizer.step()
+    )
     monkeypatch.setattr(run, "choose_device", lambda name: CUDA)
-    for place, name in ((attention_model, "initialize"), (nn.Conv2d, "reset_parameters"), (nn.Linear, "reset_parameters")):
-        monkeypatch.setattr(place, name, lambda _: None)    # done on the CPU, and slow in this mode
+    for place, name in (
+        (attention_model, "initialize"),
+        (nn.Conv2d, "reset_parameters"),
+        (nn.Linear, "reset_parameters"),
+    ):
+        monkeypatch.setattr(place, name, lambda _: None)  # done on the CPU, and slow in this mode
     monkeypatch.setattr(run, "fingerprint", lambda image_set: [len(image_set), 0])
-    monkeypatch.setattr(run.Run, "weights_and_statistics", lambda *_: ((0.5,) * 3, (0.25,) * 3, frozenset()))
+    monkeypatch.setattr(
+        run.Run, "weights_and_statistics", lambda *_: ((0.5,) * 3, (0.25,) * 3, frozenset())
+    )
     forget_constants()
 
     def make(task, *words, side=32):
-        config = config_of(task, "--no-compile", "--width", 0.0625, "--batch-size", BATCH, "--set", "progressive_from=0", *words)
-        images = ImageSet(torch.empty(COUNT, side, side, 3, dtype=torch.uint8), torch.empty(COUNT, dtype=torch.int64),
-                          tuple("abcdef"), "nowhere")
+        config = config_of(
+            task,
+            "--no-compile",
+            "--width",
+            0.0625,
+            "--batch-size",
+            BATCH,
+            "--set",
+            "progressive_from=0",
+            *words,
+        )
+        images = ImageSet(
+            torch.empty(COUNT, side, side, 3, dtype=torch.uint8),
+            torch.empty(COUNT, dtype=torch.int64),
+            tuple("abcdef"),
+            "nowhere",
+        )
         made = run.Run(task, config, None, images, images)
         trainer = made.trainer
         for group in trainer.optimizer.param_groups:
@@ -127,21 +174,26 @@ def on_cuda(monkeypatch):
             for p in parameters:
                 if p.requires_grad:
                     p.grad = torch.empty_like(p) if p.grad is None else p.grad + torch.empty_like(p)
+
         monkeypatch.setattr(torch.Tensor, "backward", backward)
         return made
+
     with Mode():
         yield make
     forget_constants()
 
 
 def walk(made):
-    """A step of each image size that the run has, and an evaluation. Returns how often the network was run in the steps."""
+    """A step of each image size that the run has, and an evaluation. Returns how often the network
+    was run in the steps."""
     trainer, found = made.trainer, []
-    hook = trainer.model.trunk.block1[1].register_forward_hook(lambda unit, inputs, output: found.append(output.dtype))
+    hook = trainer.model.trunk.block1[1].register_forward_hook(
+        lambda unit, inputs, output: found.append(output.dtype)
+    )
     batches = trainer.batches.epoch(0)
-    next(batches)       # an epoch's order of images is copied to the device once
+    next(batches)  # an epoch's order of images is copied to the device once
     with NoWaiting():
-        for epoch in (0, made.config["epochs"] - 1)[:1 + (made.config["progressive"] != "none")]:
+        for epoch in (0, made.config["epochs"] - 1)[: 1 + (made.config["progressive"] != "none")]:
             trainer.position.epoch = epoch
             trainer.step(*next(batches))
     hook.remove()
@@ -157,8 +209,12 @@ def evaluated(made):
     assert sum(map(len, batches)) == COUNT
     with NoWaiting():
         asked_at_the_end(trainer.recalibrate_batch_norm, batches)
-    batches = list(run.eval_batches(made.eval_set, CUDA, made.mean, made.std, made.config["input_size"]))
-    asked_at_the_end(lambda given: run.evaluate(trainer.eval_model, given, 6, trainer.precision), batches)
+    batches = list(
+        run.eval_batches(made.eval_set, CUDA, made.mean, made.std, made.config["input_size"])
+    )
+    asked_at_the_end(
+        lambda given: run.evaluate(trainer.eval_model, given, 6, trainer.precision), batches
+    )
 
 
 def asked_at_the_end(work, batches):
@@ -170,8 +226,17 @@ def asked_at_the_end(work, batches):
 
 @pytest.mark.parametrize("model", attention_model.MODEL_NAMES)
 def test_every_model(on_cuda, model):
-    made = on_cuda(train_cifar100.TASK, "--model", model, "--precision", "bf16", "--epochs", 5,
-                   "--set", "progressive=none")
+    made = on_cuda(
+        train_cifar100.TASK,
+        "--model",
+        model,
+        "--precision",
+        "bf16",
+        "--epochs",
+        5,
+        "--set",
+        "progressive=none",
+    )
     assert made.config["muon"]
     walk(made)
 
@@ -181,22 +246,49 @@ def test_every_model(on_cuda, model):
 @pytest.mark.parametrize("recipe", ["fast", "paper"])
 def test_every_recipe_and_precision(on_cuda, task, recipe, precision):
     size = ["--image-size", 48] if task.dataset == "cub" else []
-    made = on_cuda(task, "--model", "vgg-att3-concat-gate", "--recipe", recipe, "--precision", precision, *size, side=56)
+    made = on_cuda(
+        task,
+        "--model",
+        "vgg-att3-concat-gate",
+        "--recipe",
+        recipe,
+        "--precision",
+        precision,
+        *size,
+        side=56,
+    )
     assert made.config["trivial_augment"] == (task.dataset == "cifar100" and recipe == "fast")
     walk(made)
 
 
-@pytest.mark.parametrize("words, parts", [(["--micro-batch", 6], 3), (["--checkpoint-activations"], 1)])
+@pytest.mark.parametrize(
+    "words, parts", [(["--micro-batch", 6], 3), (["--checkpoint-activations"], 1)]
+)
 def test_what_saves_memory(on_cuda, words, parts):
-    made = on_cuda(train_cub.TASK, "--model", "vgg-att3-concat-gate", "--precision", "fp16", "--image-size", 48, *words)
+    made = on_cuda(
+        train_cub.TASK,
+        "--model",
+        "vgg-att3-concat-gate",
+        "--precision",
+        "fp16",
+        "--image-size",
+        48,
+        *words,
+    )
     assert walk(made) == parts
 
 
 def test_a_frozen_trunk(on_cuda):
     made = on_cuda(train_cub.TASK, "--precision", "bf16", "--image-size", 48, "--set", "muon=0.3")
-    made.trainer.batch_norm.transferred = frozenset(name for name in made.trainer.model.state_dict() if name.startswith("trunk."))
+    made.trainer.batch_norm.transferred = frozenset(
+        name for name in made.trainer.model.state_dict() if name.startswith("trunk.")
+    )
     walk(made)
-    assert not any(p.requires_grad for name, p in made.trainer.model.named_parameters() if name.startswith("trunk."))
+    assert not any(
+        p.requires_grad
+        for name, p in made.trainer.model.named_parameters()
+        if name.startswith("trunk.")
+    )
 
 
 def test_images_that_stay_on_the_host(on_cuda, monkeypatch):
@@ -208,16 +300,19 @@ def test_images_that_stay_on_the_host(on_cuda, monkeypatch):
 
 def harmed(work, harm):
     """The function, with something done to what comes out of it, or to the moving average."""
+
     def call(*args, **kwargs):
         result = work(*args, **kwargs)
         if isinstance(result, (list, tuple)):
             return [harm(each) for each in result]
         return harm(args[0].averages[0] if result is None else result)
+
     return call
 
 
 def from_the_host(tensor):
-    return tensor + torch.ones(tensor.shape or 1, device="cpu")   # one number alone may come from there
+    # one number alone may come from there
+    return tensor + torch.ones(tensor.shape or 1, device="cpu")
 
 
 def read(tensor):
@@ -228,14 +323,24 @@ def copied(tensor):
     return tensor + torch.zeros(tensor.shape, device="cpu").to(tensor.device)
 
 
-PLACES = ((augmentation, "normalize"), (trainer_module, "resize"), (trainer_module.F, "cross_entropy"), (optim, "products_of_factors"),
-          (torch, "_foreach_lerp"), (optim.EMA, "update"))
+PLACES = (
+    (augmentation, "normalize"),
+    (trainer_module, "resize"),
+    (trainer_module.F, "cross_entropy"),
+    (optim, "products_of_factors"),
+    (torch, "_foreach_lerp"),
+    (optim.EMA, "update"),
+)
 
 
-@pytest.mark.parametrize("harm, said", [(from_the_host, "devices"), (read, "_local_scalar_dense"), (copied, "waits")])
+@pytest.mark.parametrize(
+    "harm, said", [(from_the_host, "devices"), (read, "_local_scalar_dense"), (copied, "waits")]
+)
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
 def test_a_mistake_is_found_wherever_it_is(on_cuda, monkeypatch, place, harm, said):
-    made = on_cuda(train_cifar100.TASK, "--epochs", 5, "--precision", "bf16", "--set", "progressive=none")
+    made = on_cuda(
+        train_cifar100.TASK, "--epochs", 5, "--precision", "bf16", "--set", "progressive=none"
+    )
     monkeypatch.setattr(*place, harmed(getattr(*place), harm))
     with pytest.raises((RuntimeError, AssertionError), match=said):
         walk(made)

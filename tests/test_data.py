@@ -1,4 +1,6 @@
-"""data.py: sets, loading, every bad input and its message, and downloads from a server on the loopback interface."""
+"""data.py: sets, loading, every bad input and its message, and downloads from a server on the
+loopback interface."""
+
 import http.server
 import pickle
 import shutil
@@ -28,21 +30,33 @@ from tests.helpers.makers import load_cifar as load
 REAL = Path(__file__).parent.parent / "data"
 
 
-# --------------------------------------------------------------------------------------------------------------- sets
+# -------------------------------------------------------------------------------------------------
+# sets
+
 
 def test_image_set():
     whole = image_set()
-    boxed = ImageSet(whole.images, whole.labels, whole.class_names, "x", torch.arange(80.0).view(20, 4))
+    boxed = ImageSet(
+        whole.images, whole.labels, whole.class_names, "x", torch.arange(80.0).view(20, 4)
+    )
     part = boxed.subset([4, 2])
     assert len(part) == 2 and part.image_size == (18, 24) and part.labels.tolist() == [1, 2]
-    assert torch.equal(part.images, whole.images[[4, 2]]) and part.boxes[0].tolist() == [16, 17, 18, 19]
+    assert torch.equal(part.images, whole.images[[4, 2]]) and part.boxes[0].tolist() == [
+        16,
+        17,
+        18,
+        19,
+    ]
     assert whole.to("cpu").boxes is None and torch.equal(place_on(boxed, "cpu").boxes, boxed.boxes)
 
 
 def test_place_on_a_gpu_by_a_tenth_of_its_free_memory(monkeypatch):
     whole, moved = image_set(), []
     monkeypatch.setattr(ImageSet, "to", lambda self, device: moved.append(device) or self)
-    for free, expected in ((whole.images.nbytes * 10, [torch.device("cuda")]), (whole.images.nbytes * 10 - 1, [])):
+    for free, expected in (
+        (whole.images.nbytes * 10, [torch.device("cuda")]),
+        (whole.images.nbytes * 10 - 1, []),
+    ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
         moved.clear()
         place_on(whole, "cuda")
@@ -55,7 +69,9 @@ def test_split_validation_takes_a_share_of_each_class():
     train, validation = split_validation(whole, 0.2, seed=7)
     assert torch.bincount(validation.labels).tolist() == [4, 4, 4] and len(train) == 51
     ids = [s.images[:, 0, 0, 0].tolist() for s in (train, validation)]
-    assert sorted(ids[0] + ids[1]) == list(range(63)) and validation.labels.tolist() == [i % 3 for i in ids[1]]
+    assert sorted(ids[0] + ids[1]) == list(range(63)) and validation.labels.tolist() == [
+        i % 3 for i in ids[1]
+    ]
     assert torch.equal(validation.images, split_validation(whole, 0.2, seed=7)[1].images)
     assert not torch.equal(validation.images, split_validation(whole, 0.2, seed=8)[1].images)
     kept, _ = split_validation(whole, 0.999, seed=0)
@@ -74,7 +90,9 @@ def test_channel_statistics():
     pixels = whole.images.numpy().reshape(-1, 3) / 255
     np.testing.assert_allclose(mean, pixels.mean(0), atol=1e-12)
     np.testing.assert_allclose(std, pixels.std(0), atol=1e-12)
-    flat = ImageSet(torch.full((2, 16, 16, 3), 9, dtype=torch.uint8), torch.zeros(2).long(), ("a",), "x")
+    flat = ImageSet(
+        torch.full((2, 16, 16, 3), 9, dtype=torch.uint8), torch.zeros(2).long(), ("a",), "x"
+    )
     assert channel_statistics(flat)[1] == (1 / 255,) * 3
 
 
@@ -83,7 +101,9 @@ def test_stable_seed_is_the_same_everywhere():
     assert stable_seed(1, 23) != stable_seed(12, 3)
 
 
-# ------------------------------------------------------------------------------------------------------ class folders
+# -------------------------------------------------------------------------------------------------
+# class folders
+
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_class_folders(tmp_path, workers, monkeypatch):
@@ -94,7 +114,11 @@ def test_class_folders(tmp_path, workers, monkeypatch):
     (tmp_path / "cifar100/train/cat/.000.png").write_text("no image")
     train, test = load(tmp_path, num_workers=workers)
     assert train.class_names == ("cat", "dog") and train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert train.labels.dtype == torch.int64 and train.image_size == (16, 20) and "class folders" in train.source
+    assert (
+        train.labels.dtype == torch.int64
+        and train.image_size == (16, 20)
+        and "class folders" in train.source
+    )
     for split, loaded in (("train", train), ("test", test)):
         expected = [pixels[path] for path in sorted(pixels) if path.parent.parent.name == split]
         assert (loaded.images.numpy() == np.stack(expected)).all()
@@ -109,24 +133,38 @@ def test_image_size_resizes_images_of_any_size(tmp_path):
 
 
 def test_bad_class_folders(tmp_path, monkeypatch):
-    message = fails(tmp_path / "nowhere", tmp_path / "nowhere", "does not exist", cifar100.CIFAR100_URL, cifar100.CIFAR100_MD5)
+    message = fails(
+        tmp_path / "nowhere",
+        tmp_path / "nowhere",
+        "does not exist",
+        cifar100.CIFAR100_URL,
+        cifar100.CIFAR100_MD5,
+    )
     assert "--sample" in message and "class folders" in message
     fails(tmp_path, "no CIFAR-100 in", tmp_path)
-    with pytest.raises(UserError, match="does not exist"):      # not even with a download, where the parent is missing
+    # not even with a download, where the parent is missing
+    with pytest.raises(UserError, match="does not exist"):
         load_cifar100(tmp_path / "a" / "b")
     (tmp_path / "cifar100").mkdir()
     fails(tmp_path, tmp_path / "cifar100/train", "is missing")
     (tmp_path / "cifar100/train").write_text("as Kaggle has it, but alone")
-    fails(tmp_path, tmp_path / "cifar100/train", "is a file, not a folder", "or the three official files train, test and meta")
+    fails(
+        tmp_path,
+        tmp_path / "cifar100/train",
+        "is a file, not a folder",
+        "or the three official files train, test and meta",
+    )
     (tmp_path / "cifar100/train").unlink()
     (tmp_path / "cifar100/train").mkdir()
     fails(tmp_path, tmp_path / "cifar100/train", "no class folders")
     fails(tmp_path / "cifar100", "no CIFAR-100 in")
     (tmp_path / "cifar100/test").mkdir()
-    fails(tmp_path / "cifar100", tmp_path / "cifar100/train", "no class folders")       # it is itself the folder
+    # it is itself the folder
+    fails(tmp_path / "cifar100", tmp_path / "cifar100/train", "no class folders")
     for split in ("train", "test"):
         (tmp_path / "other" / split).mkdir(parents=True)
-    fails(tmp_path / "other", "holds train/ and test/ itself", "as --data-dir")     # which may be anything
+    # which may be anything
+    fails(tmp_path / "other", "holds train/ and test/ itself", "as --data-dir")
     for size in (0, 15):
         fails(tmp_path, "--image-size", "at least 16", image_size=size)
     (tmp_path / "file").write_text("")
@@ -146,7 +184,9 @@ def test_class_lists_that_differ(tmp_path):
     fails(tmp_path, "only in train b, c, d and 1 more", "only in test xb, xc, xd and 1 more")
 
 
-# ---------------------------------------------------------------------------------------------------- official archive
+# -------------------------------------------------------------------------------------------------
+# official archive
+
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
@@ -163,9 +203,12 @@ def archive(tmp_path, monkeypatch):
     path = tmp_path / "making" / cifar100.CIFAR100_ARCHIVE
     with tarfile.open(path, "w:gz") as tar:
         tar.add(folder, cifar100.CIFAR100_UNPACKED)
-        tar.add(folder / "meta", "../escaped")      # a member that would leave the folder, if anything were unpacked
+        # a member that would leave the folder, if anything were unpacked
+        tar.add(folder / "meta", "../escaped")
     monkeypatch.setattr(cifar100, "CIFAR100_MD5", download.md5_of(path))
-    monkeypatch.setattr(cifar100, "CIFAR100_FILES", {name: download.md5_of(folder / name) for name in contents})
+    monkeypatch.setattr(
+        cifar100, "CIFAR100_FILES", {name: download.md5_of(folder / name) for name in contents}
+    )
     return path, contents
 
 
@@ -173,7 +216,10 @@ def check_official(sets, contents):
     for loaded, split in zip(sets, ("train", "test")):
         expected = contents[split]["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         assert (loaded.images.numpy() == expected).all() and loaded.images.is_contiguous()
-        assert loaded.labels.tolist() == contents[split]["fine_labels"] and loaded.class_names == ("ant", "bee")
+        assert loaded.labels.tolist() == contents[split]["fine_labels"] and loaded.class_names == (
+            "ant",
+            "bee",
+        )
 
 
 def test_archive_and_unpacked_folder(tmp_path, archive):
@@ -185,13 +231,13 @@ def test_archive_and_unpacked_folder(tmp_path, archive):
     assert data.cifar100_present(root)
     check_official(load(root), contents)
     assert load(root, image_size=40)[0].image_size == (40, 40)
-    assert [p.name for p in root.iterdir()] == [path.name]      # nothing was unpacked
+    assert [p.name for p in root.iterdir()] == [path.name]  # nothing was unpacked
     (root / path.name).unlink()
     (path.parent / cifar100.CIFAR100_UNPACKED).rename(root / cifar100.CIFAR100_UNPACKED)
     assert data.cifar100_present(root)
     check_official(load(root), contents)
     make_folders(root)
-    assert load(root)[0].class_names == ("cat", "dog")      # class folders come first
+    assert load(root)[0].class_names == ("cat", "dog")  # class folders come first
 
 
 def moved(root, *names):
@@ -202,29 +248,48 @@ def moved(root, *names):
     return target
 
 
-@pytest.mark.parametrize("place, data_dir", [
-    (["cifar-100-python", "cifar-100-python"], "."),    # unpacked one level too deep
-    (["cifar-100-python"], "cifar-100-python"),         # --data-dir is the folder itself
-    (["cifar100"], "."), (["cifar100"], "cifar100"),    # Kaggle's: the files train, test and meta in a folder of that name
-    (["CIFAR-100-Python"], "."), (["Cifar100"], "."),
-    (["downloads", "cifar-100-python"], "."), (["any name"], "any name"), (["cifar100", "cifar-100-python"], "."),
-])
-def test_official_files_one_level_off_are_found_and_nothing_is_downloaded(tmp_path, archive, monkeypatch, place, data_dir):
+@pytest.mark.parametrize(
+    "place, data_dir",
+    [
+        (["cifar-100-python", "cifar-100-python"], "."),  # unpacked one level too deep
+        (["cifar-100-python"], "cifar-100-python"),  # --data-dir is the folder itself
+        # Kaggle's: the files train, test and meta in a folder of that name
+        (["cifar100"], "."),
+        (["cifar100"], "cifar100"),
+        (["CIFAR-100-Python"], "."),
+        (["Cifar100"], "."),
+        (["downloads", "cifar-100-python"], "."),
+        (["any name"], "any name"),
+        (["cifar100", "cifar-100-python"], "."),
+    ],
+)
+def test_official_files_one_level_off_are_found_and_nothing_is_downloaded(
+    tmp_path, archive, monkeypatch, place, data_dir
+):
     path, contents = archive
     root = tmp_path / "d"
     root.mkdir()
     (path.parent / cifar100.CIFAR100_UNPACKED).rename(root / "official")
     target = moved(root, *place)
-    monkeypatch.setattr(cifar100, "fetch", None)    # a call would fail
+    monkeypatch.setattr(cifar100, "fetch", None)  # a call would fail
     assert data.cifar100_present(root / data_dir)
     sets = load_cifar100(root / data_dir, progress=False)
     check_official(sets, contents)
-    assert sets[0].source == f"official CIFAR-100 files in {(root / data_dir).joinpath(target.relative_to(root / data_dir))}"
+    assert (
+        sets[0].source
+        == f"official CIFAR-100 files in {(root / data_dir).joinpath(target.relative_to(root / data_dir))}"
+    )
     assert sorted(p.name for p in target.iterdir()) == ["meta", "test", "train"]
 
 
-@pytest.mark.parametrize("place", [["cifar-100-python", "cifar-100-python.tar.gz"], ["downloads", "cifar-100-python.tar.gz"],
-                                   ["CIFAR-100-python.TAR.GZ"]])
+@pytest.mark.parametrize(
+    "place",
+    [
+        ["cifar-100-python", "cifar-100-python.tar.gz"],
+        ["downloads", "cifar-100-python.tar.gz"],
+        ["CIFAR-100-python.TAR.GZ"],
+    ],
+)
 def test_an_archive_one_level_off_is_found(tmp_path, archive, place):
     path, contents = archive
     root = tmp_path / "d"
@@ -235,8 +300,15 @@ def test_an_archive_one_level_off_is_found(tmp_path, archive, place):
     check_official(load(root), contents)
 
 
-@pytest.mark.parametrize("place, data_dir", [(["CIFAR100"], "."), (["cifar100"], "cifar100"), (["photos", "cifar100"], "."),
-                                             (["cifar100", "cifar100"], ".")])
+@pytest.mark.parametrize(
+    "place, data_dir",
+    [
+        (["CIFAR100"], "."),
+        (["cifar100"], "cifar100"),
+        (["photos", "cifar100"], "."),
+        (["cifar100", "cifar100"], "."),
+    ],
+)
 def test_class_folders_one_level_off_are_found(tmp_path, place, data_dir):
     make_folders(tmp_path / "making")
     root = tmp_path / "d"
@@ -247,14 +319,19 @@ def test_class_folders_one_level_off_are_found(tmp_path, place, data_dir):
     assert load(root / data_dir)[0].class_names == ("cat", "dog")
 
 
-def test_what_lies_beside_the_data_folder_is_named_not_downloaded_again(tmp_path, archive, monkeypatch):
+def test_what_lies_beside_the_data_folder_is_named_not_downloaded_again(
+    tmp_path, archive, monkeypatch
+):
     path, _ = archive
     monkeypatch.setattr(cifar100, "fetch", None)
     (tmp_path / "there").mkdir()
     for name in (cifar100.CIFAR100_UNPACKED, path.name):
         (path.parent / name).rename(tmp_path / name)
         for new in ("new", "there"):
-            with pytest.raises(UserError, match=f"no CIFAR-100 in .*{new}, but there is one at .*{name}: give --data-dir "):
+            with pytest.raises(
+                UserError,
+                match=f"no CIFAR-100 in .*{new}, but there is one at .*{name}: give --data-dir ",
+            ):
                 load_cifar100(tmp_path / new, progress=False)
         (tmp_path / name).rename(path.parent / name)
     assert not data.cifar100_present(tmp_path / "new") and not (tmp_path / "new").exists()
@@ -264,7 +341,9 @@ def test_inside_the_data_set_nothing_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar100, "fetch", None)
     make_folders(tmp_path)
     for inside in ("cifar100/train", "cifar100/train/cat"):
-        with pytest.raises(UserError, match=f"but there is one at {tmp_path}/cifar100: give --data-dir {tmp_path}$"):
+        with pytest.raises(
+            UserError, match=f"but there is one at {tmp_path}/cifar100: give --data-dir {tmp_path}$"
+        ):
             load_cifar100(tmp_path / inside, progress=False)
 
 
@@ -277,17 +356,27 @@ def test_a_link_to_the_data_set(tmp_path):
 def test_images_in_no_class_folder_are_counted(tmp_path, capsys):
     make_folders(tmp_path)
     for number in range(4):
-        shutil.copy(tmp_path / "cifar100/train/cat/000.png", tmp_path / f"cifar100/train/{number}.png")
+        shutil.copy(
+            tmp_path / "cifar100/train/cat/000.png", tmp_path / f"cifar100/train/{number}.png"
+        )
     (tmp_path / "cifar100/train/labels.txt").write_text("")
     load(tmp_path)
-    assert capsys.readouterr().out == (f"{tmp_path / 'cifar100/train'}: passed over 4 images in no class folder: 0.png, "
-                                       f"1.png, 2.png and 1 more\n")
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'cifar100/train'}: passed over 4 images in no class folder: 0.png, "
+        f"1.png, 2.png and 1 more\n"
+    )
     (tmp_path / "cifar100/test/cow/images").mkdir(parents=True)
-    fails(tmp_path, "class folder", tmp_path / "cifar100/test/cow", "holds no images, only images/. Put images into it")
+    fails(
+        tmp_path,
+        "class folder",
+        tmp_path / "cifar100/test/cow",
+        "holds no images, only images/. Put images into it",
+    )
 
 
 def test_good_data_are_never_to_be_deleted(tmp_path, archive):
-    """Something of that name that is not whole: the advice is to move it, as it may be the only copy of something."""
+    """Something of that name that is not whole: the advice is to move it, as it may be the only
+    copy of something."""
     path, _ = archive
     root = path.parent
     (root / cifar100.CIFAR100_UNPACKED / "meta").rename(root / "meta")
@@ -304,7 +393,7 @@ def test_damaged_archive_and_unpacked_folder(tmp_path, archive):
     (root / cifar100.CIFAR100_UNPACKED / "train").unlink()
     fails(root, root / cifar100.CIFAR100_UNPACKED / "train", "Move")
     (root / cifar100.CIFAR100_UNPACKED).rename(root / "away")
-    for content in (whole[:len(whole) // 2], whole + b"x", b""):
+    for content in (whole[: len(whole) // 2], whole + b"x", b""):
         path.write_bytes(content)
         fails(root, path, cifar100.CIFAR100_MD5, cifar100.CIFAR100_URL, "Move it away")
 
@@ -325,9 +414,11 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch, serve):
     """Starts a server that answers with the given bytes, and points data.py at it."""
+
     def start(content, declared=None, status=200):
         address = serve(Server, content=content, declared=declared, status=status)
         monkeypatch.setattr(cifar100, "CIFAR100_URL", f"{address}/c.tar.gz")
+
     return start
 
 
@@ -336,22 +427,30 @@ def download_fails(root, *words):
         load_cifar100(root, progress=False)
     message = str(caught.value)
     assert "\n" not in message
-    advice = cifar100.CIFAR100_URL, cifar100.CIFAR100_MD5, root / cifar100.CIFAR100_ARCHIVE, "class folders", "--sample"
+    advice = (
+        cifar100.CIFAR100_URL,
+        cifar100.CIFAR100_MD5,
+        root / cifar100.CIFAR100_ARCHIVE,
+        "class folders",
+        "--sample",
+    )
     for word in (*words, *advice):
         assert str(word) in message, message
-    assert not list(root.glob("*")) and not list(root.glob(".*")), "something half-made was left behind"
+    assert not list(root.glob("*")) and not list(root.glob(".*")), (
+        "something half-made was left behind"
+    )
     assert not data.cifar100_present(root)
 
 
 def test_download(tmp_path, archive, server, capsys):
     path, contents = archive
     server(path.read_bytes())
-    root = tmp_path / "data"        # made by the download
+    root = tmp_path / "data"  # made by the download
     check_official(load_cifar100(root, progress=False), contents)
     assert [p.name for p in root.iterdir()] == [cifar100.CIFAR100_ARCHIVE]
     assert "downloading" in capsys.readouterr().out
     server(b"", status=500)
-    check_official(load_cifar100(root, progress=False), contents)      # nothing is fetched twice
+    check_official(load_cifar100(root, progress=False), contents)  # nothing is fetched twice
 
 
 def test_downloads_that_fail(tmp_path, archive, server):
@@ -360,7 +459,7 @@ def test_downloads_that_fail(tmp_path, archive, server):
     download_fails(tmp_path / "a", "half a download", f"{len(whole) - 7:,} bytes")
     server(whole + b"more")
     download_fails(tmp_path / "a", "another file")
-    server(whole[:500], declared=len(whole))        # the connection ends before the file does
+    server(whole[:500], declared=len(whole))  # the connection ends before the file does
     download_fails(tmp_path / "a")
     server(b"gone", status=404)
     download_fails(tmp_path / "a", "404")
@@ -370,21 +469,30 @@ def test_dead_server(tmp_path, monkeypatch, server):
     server(b"")
     port = int(cifar100.CIFAR100_URL.split(":")[2].split("/")[0])
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as closed:
-        monkeypatch.setattr(cifar100, "CIFAR100_URL", cifar100.CIFAR100_URL.replace(str(port), str(closed.server_port)))
+        monkeypatch.setattr(
+            cifar100,
+            "CIFAR100_URL",
+            cifar100.CIFAR100_URL.replace(str(port), str(closed.server_port)),
+        )
     download_fails(tmp_path / "a", "refused")
 
 
 def test_silent_server(tmp_path, monkeypatch, server):
     import socket
+
     server(b"")
     monkeypatch.setattr(download, "SOCKET_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(cifar100, "CIFAR100_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/c.tar.gz")
+        monkeypatch.setattr(
+            cifar100, "CIFAR100_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/c.tar.gz"
+        )
         download_fails(tmp_path / "a", "timed out")
     assert socket.getdefaulttimeout() is None
 
 
-# ---------------------------------------------------------------------------------------------------------- real images
+# -------------------------------------------------------------------------------------------------
+# real images
+
 
 @pytest.mark.skipif(not (REAL / "cifar100").is_dir(), reason="no CIFAR-100 class folders in data/")
 def test_real_class_folders(tmp_path):

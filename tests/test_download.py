@@ -1,4 +1,6 @@
-"""download.py: downloads from a server on the loopback interface, what fails of them, and crafted archives."""
+"""download.py: downloads from a server on the loopback interface, what fails of them, and crafted
+archives."""
+
 import hashlib
 import http.server
 import io
@@ -22,17 +24,20 @@ from tests.helpers.makers import birds_fail as fails
 from tests.helpers.makers import listing
 from tests.helpers.makers import load_birds as load
 
-# ------------------------------------------------------------------------------------------------------------- download
+# -------------------------------------------------------------------------------------------------
+# download
+
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Answers with `content`, of which the n-th answer sends only the first `sends[n]` bytes (the last for ever)."""
+    """Answers with `content`, of which the n-th answer sends only the first `sends[n]` bytes (the
+    last for ever)."""
 
     def do_GET(self):
         start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(start[1]) if start else None
         sends = self.sends[min(len(self.asked), len(self.sends) - 1)]
         self.asked.append(start)
-        part = self.content[start or 0:] if self.ranges else self.content
+        part = self.content[start or 0 :] if self.ranges else self.content
         self.send_response(206 if self.ranges and start is not None else self.status)
         if self.ranges and start is not None:
             self.send_header("Content-Range", f"bytes {start + self.shift}-/*")
@@ -52,9 +57,18 @@ def server(monkeypatch, serve):
 
     def start(content, sends=(None,), ranges=True, status=200, shift=0):
         asked = []
-        address = serve(Server, content=content, sends=sends, ranges=ranges, status=status, shift=shift, asked=asked)
+        address = serve(
+            Server,
+            content=content,
+            sends=sends,
+            ranges=ranges,
+            status=status,
+            shift=shift,
+            asked=asked,
+        )
         monkeypatch.setattr(cub, "CUB_URL", f"{address}/{cub.CUB_ARCHIVE}")
         return asked
+
     return start
 
 
@@ -80,7 +94,15 @@ def tar_of(members):
 
 
 def download_fails(target, *words):
-    fails(target, *words, cub.CUB_URL, cub.CUB_MD5, target / cub.CUB_ARCHIVE, "--sample", download=True)
+    fails(
+        target,
+        *words,
+        cub.CUB_URL,
+        cub.CUB_MD5,
+        target / cub.CUB_ARCHIVE,
+        "--sample",
+        download=True,
+    )
     assert not target.exists() or listing(target) == [], "something half-made was left behind"
 
 
@@ -89,23 +111,29 @@ def test_download(root, archive, server, capsys):
     target = root.parent / "new"
     train, test = load(target, download=True)
     expected = load(root)
-    assert torch.equal(train.images, expected[0].images) and torch.equal(test.parts, expected[1].parts)
-    assert listing(target) == [".cache", CUB_FOLDER, cub.CUB_ARCHIVE]     # without attributes.txt
+    assert torch.equal(train.images, expected[0].images) and torch.equal(
+        test.parts, expected[1].parts
+    )
+    assert listing(target) == [".cache", CUB_FOLDER, cub.CUB_ARCHIVE]  # without attributes.txt
     assert asked == [None] and "downloading" in capsys.readouterr().out
     load(target, download=True)
     shutil.rmtree(target / CUB_FOLDER)
-    assert cub_present(target) and len(load(target)[0]) == 3        # from the archive
+    assert cub_present(target) and len(load(target)[0]) == 3  # from the archive
     (target / cub.CUB_ARCHIVE).write_bytes(archive[:-1])
     shutil.rmtree(target / CUB_FOLDER)
     fails(target, target / cub.CUB_ARCHIVE, "half a download", "Move it away")
     assert asked == [None]
 
 
-@pytest.mark.parametrize("sends,ranges,expected", [
-    ((500, 700, None), True, [None, 500, 1200]),        # broken twice, and taken up each time
-    ((500, 0, 0, 300, None), True, [None, 500, 500, 500, 800]),     # two attempts for nothing are borne
-    ((500, None), False, [None, 500]),                  # a server without ranges sends it all again
-])
+@pytest.mark.parametrize(
+    "sends,ranges,expected",
+    [
+        ((500, 700, None), True, [None, 500, 1200]),  # broken twice, and taken up each time
+        # two attempts for nothing are borne
+        ((500, 0, 0, 300, None), True, [None, 500, 500, 500, 800]),
+        ((500, None), False, [None, 500]),  # a server without ranges sends it all again
+    ],
+)
 def test_broken_downloads_are_taken_up(root, archive, server, capsys, sends, ranges, expected):
     asked = server(archive, sends, ranges)
     target = root.parent / "new"
@@ -130,7 +158,7 @@ def test_downloads_that_fail(root, archive, server):
     download_fails(target, "bytes 501-", "byte 500")
     asked = server(b"gone", status=404)
     download_fails(target, "404")
-    assert len(asked) == 1      # to ask again is no use
+    assert len(asked) == 1  # to ask again is no use
     asked = server(b"busy", status=503)
     download_fails(target, "503")
     assert len(asked) == 3
@@ -171,13 +199,16 @@ def test_an_interrupted_download_leaves_nothing(root, archive, server, monkeypat
     def interrupt(path):
         assert path.is_file()
         raise KeyboardInterrupt
+
     monkeypatch.setattr(download, "md5_of", interrupt)
     with pytest.raises(KeyboardInterrupt):
         load(target, download=True)
     assert not target.exists()
 
 
-# --------------------------------------------------------------------------------------------------------------- unpack
+# -------------------------------------------------------------------------------------------------
+# unpack
+
 
 def member(name, kind=tarfile.REGTYPE, link="", size=0):
     info = tarfile.TarInfo(name)
@@ -185,18 +216,34 @@ def member(name, kind=tarfile.REGTYPE, link="", size=0):
     return info
 
 
-@pytest.mark.parametrize("crafted", [
-    member("../escaped", size=3), member(f"{CUB_FOLDER}/../../escaped", size=3), member("/escaped", size=3),
-    member(f"{CUB_FOLDER}/link", tarfile.SYMTYPE, "/etc"), member(f"{CUB_FOLDER}/link", tarfile.SYMTYPE, "inside"),
-    member(f"{CUB_FOLDER}/link", tarfile.LNKTYPE, "attributes.txt"), member(f"{CUB_FOLDER}/zero", tarfile.CHRTYPE),
-    member(f"{CUB_FOLDER}/pipe", tarfile.FIFOTYPE), member(CUB_FOLDER, tarfile.SYMTYPE, "/etc"),
-    member(f"{CUB_FOLDER}\\..\\escaped", size=3)])
+@pytest.mark.parametrize(
+    "crafted",
+    [
+        member("../escaped", size=3),
+        member(f"{CUB_FOLDER}/../../escaped", size=3),
+        member("/escaped", size=3),
+        member(f"{CUB_FOLDER}/link", tarfile.SYMTYPE, "/etc"),
+        member(f"{CUB_FOLDER}/link", tarfile.SYMTYPE, "inside"),
+        member(f"{CUB_FOLDER}/link", tarfile.LNKTYPE, "attributes.txt"),
+        member(f"{CUB_FOLDER}/zero", tarfile.CHRTYPE),
+        member(f"{CUB_FOLDER}/pipe", tarfile.FIFOTYPE),
+        member(CUB_FOLDER, tarfile.SYMTYPE, "/etc"),
+        member(f"{CUB_FOLDER}\\..\\escaped", size=3),
+    ],
+)
 def test_crafted_archives(root, tmp_path, capsys, crafted):
     target = tmp_path / "in" / "new"
     target.mkdir(parents=True)
     path = tmp_path / "crafted.tgz"
-    path.write_bytes(tar_of([(f"{CUB_FOLDER}/images.txt", root / CUB_FOLDER / "images.txt"), crafted,
-                             (CUB_FOLDER, root / CUB_FOLDER)]))
+    path.write_bytes(
+        tar_of(
+            [
+                (f"{CUB_FOLDER}/images.txt", root / CUB_FOLDER / "images.txt"),
+                crafted,
+                (CUB_FOLDER, root / CUB_FOLDER),
+            ]
+        )
+    )
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="no plain file or folder") as caught:
         download.unpack(path, CUB_FOLDER, target, progress=False)
@@ -210,7 +257,13 @@ def test_damaged_and_foreign_archives(root, tmp_path, monkeypatch):
     whole = tar_of([(CUB_FOLDER, root / CUB_FOLDER)])
     spoilt = bytearray(whole)
     spoilt[len(whole) // 2] ^= 255
-    for content in (whole[:len(whole) // 2], bytes(spoilt), b"text", b"", tar_of([("other", root / CUB_FOLDER)])):
+    for content in (
+        whole[: len(whole) // 2],
+        bytes(spoilt),
+        b"text",
+        b"",
+        tar_of([("other", root / CUB_FOLDER)]),
+    ):
         path.write_bytes(content)
         with pytest.raises(UserError, match="could not unpack .* nothing was kept"):
             download.unpack(path, CUB_FOLDER, target, progress=False)
@@ -224,12 +277,18 @@ def test_damaged_and_foreign_archives(root, tmp_path, monkeypatch):
 def test_two_processes_that_unpack_and_leftovers(root, tmp_path, monkeypatch):
     target, path = tmp_path / "new", tmp_path / "whole.tgz"
     path.write_bytes(tar_of([(CUB_FOLDER, root / CUB_FOLDER)]))
-    old, new, theirs = files.temporary_in(target), files.temporary_in(target), target / ".unpack-old"
+    old, new, theirs = (
+        files.temporary_in(target),
+        files.temporary_in(target),
+        target / ".unpack-old",
+    )
     for folder in (old, new, theirs):
         (folder / CUB_FOLDER).mkdir(parents=True)
     for touched in (old / CUB_FOLDER, old, theirs / CUB_FOLDER, theirs):
         os.utime(touched, (1, 1))
     download.unpack(path, CUB_FOLDER, target, progress=False)
     (target / CUB_FOLDER / "mine").write_text("the faster one's")
-    download.unpack(path, CUB_FOLDER, target, progress=False)       # the name is taken: nothing happens
-    assert (target / CUB_FOLDER / "mine").exists() and listing(target) == sorted([new.name, theirs.name, CUB_FOLDER])
+    download.unpack(path, CUB_FOLDER, target, progress=False)  # the name is taken: nothing happens
+    assert (target / CUB_FOLDER / "mine").exists() and listing(target) == sorted(
+        [new.name, theirs.name, CUB_FOLDER]
+    )

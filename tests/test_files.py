@@ -1,4 +1,5 @@
 """files.py: written whole or not at all, and never over somebody else's file."""
+
 import os
 import stat
 import threading
@@ -18,11 +19,13 @@ def test_replaced_whole_or_not_at_all(tmp_path):
     assert (path.read_bytes(), previous.read_bytes()) == (b"three", b"two")
     before = os.umask(0)
     os.umask(before)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~before     # as any program's, so that others can read it
+    # as any program's, so that others can read it
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~before
 
     def fail(file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
+
     with pytest.raises(OSError) as caught:
         files.replace_file(path, fail, previous=previous)
     assert caught.value.filename == str(path)
@@ -36,16 +39,25 @@ def test_many_writers_of_one_name(tmp_path):
     def write(number):
         try:
             for _ in range(30):
-                files.replace_file(tmp_path / "a", lambda file: [file.write(bytes([number]) * 999) for _ in range(9)])
+                files.replace_file(
+                    tmp_path / "a",
+                    lambda file: [file.write(bytes([number]) * 999) for _ in range(9)],
+                )
         except Exception as error:
             failed.append(error)
+
     threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     content = (tmp_path / "a").read_bytes()
-    assert not failed and len(content) == 9 * 999 and len(set(content)) == 1 and listing(tmp_path) == ["a"]
+    assert (
+        not failed
+        and len(content) == 9 * 999
+        and len(set(content)) == 1
+        and listing(tmp_path) == ["a"]
+    )
 
 
 def test_a_name_of_any_length_can_be_written(tmp_path):
@@ -58,7 +70,13 @@ def test_leftovers_are_known_by_their_names(tmp_path):
     ours = files.temporary_in(tmp_path), files.temporary_in(tmp_path)
     ours[0].write_text("half")
     (ours[1] / "inside").mkdir(parents=True)
-    theirs = [".notes.tmp", ".learn-to-pay-attention-notes.tmp", f"{ours[0].name}2", f"x{ours[0].name}", ".download-queue"]
+    theirs = [
+        ".notes.tmp",
+        ".learn-to-pay-attention-notes.tmp",
+        f"{ours[0].name}2",
+        f"x{ours[0].name}",
+        ".download-queue",
+    ]
     for name in theirs:
         (tmp_path / name).write_text("theirs")
     link = files.temporary_in(tmp_path)
@@ -67,7 +85,7 @@ def test_leftovers_are_known_by_their_names(tmp_path):
     (elsewhere / "kept").write_text("")
     link.symlink_to(elsewhere)
     files.remove_leftovers(tmp_path)
-    assert all(path.exists() for path in ours)      # an hour has not passed
+    assert all(path.exists() for path in ours)  # an hour has not passed
     files.remove_leftovers(tmp_path, age=0)
     assert listing(tmp_path) == sorted([*theirs, "elsewhere"]) and listing(elsewhere) == ["kept"]
 
@@ -96,7 +114,9 @@ def test_only_who_made_a_folder_removes_it_and_only_while_it_is_empty(tmp_path):
     assert files.make_folders(tmp_path / "theirs" / "a" / "b") == []
     (tmp_path / "theirs" / "a" / "somebody").write_text("")
     files.remove_made(made)
-    assert listing(tmp_path / "theirs") == ["a"] and listing(tmp_path / "theirs" / "a") == ["somebody"]
+    assert listing(tmp_path / "theirs") == ["a"] and listing(tmp_path / "theirs" / "a") == [
+        "somebody"
+    ]
     (tmp_path / "theirs" / "a" / "somebody").unlink()
     files.remove_made(made)
     assert listing(tmp_path / "theirs") == []
@@ -116,6 +136,7 @@ def test_folders_that_several_make_and_remove_at_once(tmp_path):
             if not (tmp_path / "runs" / "cifar100" / str(number)).is_dir():
                 failed.append(number)
             files.remove_made(made)
+
     threads = [threading.Thread(target=start, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
@@ -129,14 +150,22 @@ def test_home_folders(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert files.expand_user("~/x") == tmp_path / "x" and files.expand_user("~") == tmp_path
     assert files.expand_user("a/~") == Path("a/~") and files.expand_user(".") == Path(".")
-    with pytest.raises(ValueError, match=r"~nosuchuser/x: there is no home folder for ~nosuchuser \(a file of that name is ./~"):
+    with pytest.raises(
+        ValueError,
+        match=r"~nosuchuser/x: there is no home folder for ~nosuchuser \(a file of that name is ./~",
+    ):
         files.expand_user("~nosuchuser/x")
-    Path("~lock.png").write_text("")    # a shell writes it so for *.png
+    Path("~lock.png").write_text("")  # a shell writes it so for *.png
     assert files.expand_user("~lock.png") == Path("~lock.png")
-    Path("~").mkdir()   # made by others that do not expand
+    Path("~").mkdir()  # made by others that do not expand
     assert files.expand_user("~/x") == tmp_path / "x" and files.expand_user("./~/x") == Path("~/x")
-    for text in ("./~", "./~root/x", "./~new"):     # as the message says, and as a shell takes it; however often it is asked
-        assert arguments.expanded_path(text) == arguments.expanded_path(arguments.expanded_path(text)) == text
-    monkeypatch.setenv("HOME", "")      # would be the root of the disk
+    # as the message says, and as a shell takes it; however often it is asked
+    for text in ("./~", "./~root/x", "./~new"):
+        assert (
+            arguments.expanded_path(text)
+            == arguments.expanded_path(arguments.expanded_path(text))
+            == text
+        )
+    monkeypatch.setenv("HOME", "")  # would be the root of the disk
     with pytest.raises(ValueError, match="no home folder for ~"):
         files.expand_user("~/x")

@@ -1,4 +1,6 @@
-"""A folder that the user named belongs to the user: what we did not write stays as it is, whatever we do."""
+"""A folder that the user named belongs to the user: what we did not write stays as it is, whatever
+we do."""
+
 import builtins
 import errno
 import io
@@ -29,7 +31,14 @@ from train_cifar100 import TASK
 from training import checkpoint, commands, report
 from training.run import Run
 
-NAMES = ("config.json", "metrics.csv", "last.pt", "last.prev.pt", "best.pt", "events.out.tfevents.1700000000.host.1.0")
+NAMES = (
+    "config.json",
+    "metrics.csv",
+    "last.pt",
+    "last.prev.pt",
+    "best.pt",
+    "events.out.tfevents.1700000000.host.1.0",
+)
 
 
 def foreign_events(path: Path, tags=("loss/train", "accuracy"), first: dict | None = None) -> None:
@@ -48,11 +57,18 @@ def everything(folder: Path) -> dict[str, bytes | str | None]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        found[name] = f"-> {os.readlink(path)}" if path.is_symlink() else None if path.is_dir() else path.read_bytes()
+        found[name] = (
+            f"-> {os.readlink(path)}"
+            if path.is_symlink()
+            else None
+            if path.is_dir()
+            else path.read_bytes()
+        )
     return found
 
 
-# ---- a run's folder --------------------------------------------------------------------------------------------------
+# ---- a run's folder -----------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("sanity", [False, True])
 def test_a_folder_with_anything_that_a_run_writes_is_refused(cli, sanity):
@@ -65,23 +81,34 @@ def test_a_folder_with_anything_that_a_run_writes_is_refused(cli, sanity):
     words = ["--sanity"] * sanity + [*NARROW, "--epochs", 1, "--run-dir", "exp"]
     status, _, err = cli(*words)
     assert status == 2 and everything(Path("exp")) == before
-    assert err == ("error: exp holds metrics.csv, last.prev.pt, best.pt and 1 more, which a run writes too: name another "
-                   "--run-dir, or move them away\n")
+    assert err == (
+        "error: exp holds metrics.csv, last.prev.pt, best.pt and 1 more, which a run writes too: name another "
+        "--run-dir, or move them away\n"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_name_alone_is_reason_enough(tmp_path, name):
     (tmp_path / "notes.txt").write_text("")
     checkpoint.check_new(tmp_path)
-    (tmp_path / name).symlink_to("nowhere")     # not even a link that leads nowhere is written through or over
-    with pytest.raises(UserError, match=name if name not in ("config.json", "last.pt") else "a run already") as caught:
+    # not even a link that leads nowhere is written through or over
+    (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(
+        UserError, match=name if name not in ("config.json", "last.pt") else "a run already"
+    ) as caught:
         checkpoint.check_new(tmp_path)
     assert caught.value.status == 2
 
 
 def test_other_files_in_a_new_runs_folder_are_nobodys_business(cli):
     shutil.copytree(Path(__file__).parent, "exp/tests")
-    for name in (".notes.tmp", ".last.pt.tmp", "events.tmp", "last.damaged.pt", ".learn-to-pay-attention-notes.tmp"):
+    for name in (
+        ".notes.tmp",
+        ".last.pt.tmp",
+        "events.tmp",
+        "last.damaged.pt",
+        ".learn-to-pay-attention-notes.tmp",
+    ):
         Path("exp", name).write_text("mine")
     before = everything(Path("exp"))
     assert cli(*NARROW, "--model", "vgg", "--epochs", 1, "--run-dir", "exp")[0] == 0
@@ -96,11 +123,13 @@ def stopped(small_task, tmp_path_factory):
     folder, train = tmp_path_factory.mktemp("stopped"), Run.train
     words = [*NARROW, "--epochs", "2", "--val-fraction", "0.25"]
     with pytest.MonkeyPatch.context() as patch:
+
         def one_epoch(self):
             self.trainer.train_epoch()
             self.finish_epoch(lambda: False)
             self.save()
             raise KeyboardInterrupt
+
         patch.setattr(Run, "train", one_epoch)
         assert commands.main(small_task, [*words, "--run-dir", str(folder / "run")]) == 130
         patch.setattr(Run, "train", train)
@@ -113,18 +142,25 @@ def test_a_resumed_run_touches_no_file_of_somebody_elses(cli, stopped):
     ours = set(everything(Path("run")))
     for number, tags in enumerate([("loss/train", "lr"), ("a",), ()]):
         foreign_events(Path("run", f"events.out.tfevents.17000{number}.host.1.0"), tags)
-    foreign_events(Path("run/events.out.tfevents.9999999999.host"), first={"source_metadata": {"writer": "other"}})
+    foreign_events(
+        Path("run/events.out.tfevents.9999999999.host"),
+        first={"source_metadata": {"writer": "other"}},
+    )
     Path("run/empty.tfevents").write_bytes(b"")
     Path("run/tfevents").mkdir()
     Path("run/last.damaged.pt").write_text("from long ago")
     Path("run/.last.pt.tmp").write_text("mine")
     Path("run/events.tmp").write_text("mine")
-    before = {name: content for name, content in everything(Path("run")).items() if name not in ours}
+    before = {
+        name: content for name, content in everything(Path("run")).items() if name not in ours
+    }
     assert cli("--resume", "run")[0] == 0
     after = everything(Path("run"))
     assert {name: after.get(name) for name in before} == before
-    for name in before:     # the comparison reads all event files
-        shutil.rmtree(Path("run", name)) if Path("run", name).is_dir() else Path("run", name).unlink()
+    for name in before:  # the comparison reads all event files
+        shutil.rmtree(Path("run", name)) if Path("run", name).is_dir() else Path(
+            "run", name
+        ).unlink()
     assert_runs_equal("run", stopped / "whole")
 
 
@@ -134,13 +170,17 @@ def test_what_stands_where_a_resumed_run_writes_is_set_aside(cli, stopped):
     shutil.copy(stopped / "whole" / "last.pt", "other.pt")
     content = torch.load("other.pt", weights_only=True)
     content["config"]["seed"] = 7
-    torch.save(content, "run/best.pt")      # another run's
+    torch.save(content, "run/best.pt")  # another run's
     Path("run/config.json").write_text('{"name": "my web app"}')
     Path("run/last.damaged.pt").write_text("from long ago")
     best = Path("run/best.pt").read_bytes()
     status, out, _ = cli("--resume", "run")
     assert status == 0
-    for name, other in (("last.prev.pt", "last.prev.damaged.pt"), ("best.pt", "best.damaged.pt"), ("config.json", "config.damaged.json")):
+    for name, other in (
+        ("last.prev.pt", "last.prev.damaged.pt"),
+        ("best.pt", "best.damaged.pt"),
+        ("config.json", "config.damaged.json"),
+    ):
         assert f"run/{name} is damaged, or not this run's: it is kept as {other}\n" in out
     assert Path("run/last.prev.damaged.pt").read_text() == "a backup of something else"
     assert Path("run/best.damaged.pt").read_bytes() == best
@@ -151,7 +191,8 @@ def test_what_stands_where_a_resumed_run_writes_is_set_aside(cli, stopped):
 
 @pytest.mark.parametrize("name", ["last.pt", "last.prev.pt", "config.json"])
 def test_what_cannot_be_read_now_is_not_damaged(cli, stopped, monkeypatch, name):
-    """Rights that were changed, a disk or a network in trouble: nothing is moved, and no epoch is lost."""
+    """Rights that were changed, a disk or a network in trouble: nothing is moved, and no epoch is
+    lost."""
     shutil.copytree(stopped / "run", "run")
     shutil.copy("run/last.pt", "run/last.prev.pt")
     before = everything(Path("run"))
@@ -161,7 +202,9 @@ def test_what_cannot_be_read_now_is_not_damaged(cli, stopped, monkeypatch, name)
             if not isinstance(file, int) and os.fspath(file).endswith(f"run/{name}"):
                 raise PermissionError(errno.EACCES, "Permission denied", str(file))
             return opens(file, *words, **options)
+
         return refuse
+
     with monkeypatch.context() as patch:
         for owner, attribute in ((io, "open"), (builtins, "open"), (Path, "read_text")):
             patch.setattr(owner, attribute, refusing(getattr(owner, attribute)))
@@ -172,36 +215,52 @@ def test_what_cannot_be_read_now_is_not_damaged(cli, stopped, monkeypatch, name)
     assert_runs_equal("run", stopped / "whole")
 
 
-@pytest.mark.parametrize("spoil, why", [
-    (lambda text: text.replace(",", ";").encode(), "line 1: not the names of the columns"),    # a German Excel
-    (lambda text: text.encode("utf-16"), "line 1: not the names of the columns"),
-    (lambda text: b"step,loss\n1,2\n", "line 1: not the names of the columns"),
-    (lambda text: text.replace("\n1,", "\none,").encode(), "line 2: not a row of numbers"),
-    (lambda text: text.replace("\n1,", "\n,").encode(), "line 2: not a row of numbers"),
-])
-def test_a_metrics_csv_that_cannot_be_read_is_set_aside_and_the_run_goes_on(cli, stopped, spoil, why):
+@pytest.mark.parametrize(
+    "spoil, why",
+    [
+        # a German Excel
+        (lambda text: text.replace(",", ";").encode(), "line 1: not the names of the columns"),
+        (lambda text: text.encode("utf-16"), "line 1: not the names of the columns"),
+        (lambda text: b"step,loss\n1,2\n", "line 1: not the names of the columns"),
+        (lambda text: text.replace("\n1,", "\none,").encode(), "line 2: not a row of numbers"),
+        (lambda text: text.replace("\n1,", "\n,").encode(), "line 2: not a row of numbers"),
+    ],
+)
+def test_a_metrics_csv_that_cannot_be_read_is_set_aside_and_the_run_goes_on(
+    cli, stopped, spoil, why
+):
     shutil.copytree(stopped / "run", "run")
     spoilt = spoil(Path("run/metrics.csv").read_text())
     Path("run/metrics.csv").write_bytes(spoilt)
     status, out, _ = cli("--resume", "run")
-    assert status == 0 and f"run/metrics.csv cannot be read ({why}" in out and "kept as metrics.damaged.csv" in out
+    assert (
+        status == 0
+        and f"run/metrics.csv cannot be read ({why}" in out
+        and "kept as metrics.damaged.csv" in out
+    )
     assert Path("run/metrics.damaged.csv").read_bytes() == spoilt
     assert [row["epoch"] for row in report.read_metrics(Path("run/metrics.csv"))] == [2]
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda text: b"\xef\xbb\xbf" + text.encode(),                   # Excel's "CSV UTF-8"
-    lambda text: text.replace("\n", "\r\n").encode(),
-    lambda text: text.encode() + b"\n\r\n  \n,,,,,,,,,\r\n",
-    lambda text: text.rstrip("\n").encode(),                        # an editor that ends no last line
-    lambda text: b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode() + b"\r\n",
-])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: b"\xef\xbb\xbf" + text.encode(),  # Excel's "CSV UTF-8"
+        lambda text: text.replace("\n", "\r\n").encode(),
+        lambda text: text.encode() + b"\n\r\n  \n,,,,,,,,,\r\n",
+        lambda text: text.rstrip("\n").encode(),  # an editor that ends no last line
+        lambda text: b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode() + b"\r\n",
+    ],
+)
 def test_a_metrics_csv_that_went_through_a_spreadsheet_or_an_editor(cli, stopped, spoil):
     shutil.copytree(stopped / "run", "run")
     Path("run/metrics.csv").write_bytes(spoil(Path("run/metrics.csv").read_text()))
     assert cli("--resume", "run")[0] == 0
     assert_runs_equal("run", stopped / "whole")
-    assert Path("run/metrics.csv").read_bytes().startswith(b"epoch,lr") and not Path("run/metrics.damaged.csv").exists()
+    assert (
+        Path("run/metrics.csv").read_bytes().startswith(b"epoch,lr")
+        and not Path("run/metrics.damaged.csv").exists()
+    )
 
 
 def test_a_metrics_csv_that_is_edited_while_the_run_goes_on(cli, monkeypatch):
@@ -212,6 +271,7 @@ def test_a_metrics_csv_that_is_edited_while_the_run_goes_on(cli, monkeypatch):
         result = finish_epoch(self, signals)
         Path("r/metrics.csv").write_text("my; notes\n")
         return result
+
     monkeypatch.setattr(Run, "finish_epoch", edited)
     assert cli(*NARROW, "--model", "vgg", "--epochs", 1, "--run-dir", "r")[0] == 0
     assert content_of("r")["finished"]
@@ -237,9 +297,14 @@ def test_another_folder_in_the_place_of_the_runs_is_not_written_to(cli, monkeypa
             for name in NAMES:
                 Path("r", name).write_text("an older run's")
         save(self)
+
     monkeypatch.setattr(Run, "save", moved)
     status, _, err = cli(*NARROW, "--model", "vgg", "--epochs", 2, "--run-dir", "r")
-    assert status == 1 and "r is another folder now than the one that this run began in, and nothing was written there" in err
+    assert (
+        status == 1
+        and "r is another folder now than the one that this run began in, and nothing was written there"
+        in err
+    )
     assert everything(Path("r")) == {name: b"an older run's" for name in NAMES}
     with monkeypatch.context() as patch:
         patch.setattr(Run, "save", save)
@@ -262,8 +327,10 @@ def test_a_report_in_another_folder_is_not_written_to(tmp_path):
 
 def test_looking_at_a_run_moves_nothing(cli, stopped, monkeypatch):
     """A run that is finished, or whose command or images are refused, keeps what lies in it."""
+
     def refuse(run, content):
         raise UserError("the data set has changed")
+
     shutil.copytree(stopped / "whole", "run")
     for name in ("last.prev.pt", "best.pt"):
         Path("run", name).write_text("somebody's")
@@ -275,17 +342,35 @@ def test_looking_at_a_run_moves_nothing(cli, stopped, monkeypatch):
         assert cli("--resume", "run", "--epochs", 3)[0] == 1
     after = everything(Path("run"))
     assert {name: after[name] for name in before if name != "config.json"} == {
-        name: content for name, content in before.items() if name != "config.json"}
+        name: content for name, content in before.items() if name != "config.json"
+    }
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", '{"name": "my web app"}', '{"config": {"port": 80}}', '{"config": [1]}', '"text"', ""])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[1, 2]",
+        '{"name": "my web app"}',
+        '{"config": {"port": 80}}',
+        '{"config": [1]}',
+        '"text"',
+        "",
+    ],
+)
 def test_a_config_json_of_another_program_is_no_run(cli, stopped, content):
     for name in ("theirs", "ours"):
         Path("runs/cifar100", name).mkdir(parents=True)
     Path("runs/cifar100/theirs/config.json").write_text(content)
-    assert cli("--resume")[::2] == (2, "error: --resume: there is no unfinished run in runs/cifar100; name the run's folder\n")
+    assert cli("--resume")[::2] == (
+        2,
+        "error: --resume: there is no unfinished run in runs/cifar100; name the run's folder\n",
+    )
     status, _, err = cli("--resume", "runs/cifar100/theirs")
-    assert status == 1 and "config.json is damaged (" in err and "there is no checkpoint: start a new run" in err
+    assert (
+        status == 1
+        and "config.json is damaged (" in err
+        and "there is no checkpoint: start a new run" in err
+    )
     shutil.copytree(stopped / "run", "runs/cifar100/ours", dirs_exist_ok=True)
     Path("runs/cifar100/ours/link").symlink_to("nowhere")
     os.utime("runs/cifar100/ours/last.pt", (1, 1))
@@ -294,19 +379,32 @@ def test_a_config_json_of_another_program_is_no_run(cli, stopped, content):
     assert Path("runs/cifar100/theirs/config.json").read_text() == content
 
 
-# ---- two processes ---------------------------------------------------------------------------------------------------
+# ---- two processes ------------------------------------------------------------------------------
+
 
 def test_a_second_start_leaves_the_first_ones_folder(cli, small_task, monkeypatch):
     """The second comes while the first still decodes: its folder is empty, and locked."""
+
     def slow(config):
         second.append(cli(*NARROW, "--epochs", 1, "--run-dir", "exp", task=small_task))
         assert Path("exp").is_dir()
         return small_task.data.sample(config)
+
     second = []
-    status, _, err = cli(*NARROW, "--model", "vgg", "--epochs", 1, "--run-dir", "exp",
-                         task=with_sample(small_task, slow))
+    status, _, err = cli(
+        *NARROW,
+        "--model",
+        "vgg",
+        "--epochs",
+        1,
+        "--run-dir",
+        "exp",
+        task=with_sample(small_task, slow),
+    )
     assert (status, second[0][0]) == (0, 1), err
-    assert second[0][2] == "error: exp is in use by another process: wait for it, or stop it first\n"
+    assert (
+        second[0][2] == "error: exp is in use by another process: wait for it, or stop it first\n"
+    )
     assert content_of("exp")["finished"]
 
 
@@ -335,8 +433,16 @@ while time.monotonic() < ends:
         told += 1
 print(held, told)
 """
-    started = [subprocess.Popen([sys.executable, "-c", race, str(seed)], cwd=tmp_path, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True) for seed in range(3)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", race, str(seed)],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in range(3)
+    ]
     ended = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], ended
     counts = [list(map(int, out.split())) for out, _ in ended]
@@ -350,23 +456,46 @@ def test_a_failed_download_leaves_no_folder(cli, monkeypatch):
         status, _, err = cli("--width", 0.0625, "--device", "cpu", *words)
         assert status == 1 and "nothing was kept" in err
         assert not list(Path().iterdir())
-    Path("runs/cifar100").mkdir(parents=True)   # was there before
+    Path("runs/cifar100").mkdir(parents=True)  # was there before
     assert cli("--width", 0.0625, "--device", "cpu")[0] == 1
     assert [str(path) for path in Path().rglob("*")] == ["runs", "runs/cifar100"]
 
 
-# ---- what else is written --------------------------------------------------------------------------------------------
+# ---- what else is written -----------------------------------------------------------------------
+
 
 def test_a_benchmark_replaces_nothing_but_a_benchmark(cli):
-    tiny = ["--benchmark", 1, "--sample", "--width", 0.03125, "--model", "vgg", "--device", "cpu", "--num-workers", 0]
-    for name, content in (("notes.json", '{"a": 1}'), ("list.json", "[1]"), ("text.txt", "hello"), ("empty", "")):
+    tiny = [
+        "--benchmark",
+        1,
+        "--sample",
+        "--width",
+        0.03125,
+        "--model",
+        "vgg",
+        "--device",
+        "cpu",
+        "--num-workers",
+        0,
+    ]
+    for name, content in (
+        ("notes.json", '{"a": 1}'),
+        ("list.json", "[1]"),
+        ("text.txt", "hello"),
+        ("empty", ""),
+    ):
         Path(name).write_text(content)
         status, _, err = cli(*tiny, "--json", name)
-        assert status == 2 and f"--json {name} is there already, and not written by --benchmark" in err
+        assert (
+            status == 2 and f"--json {name} is there already, and not written by --benchmark" in err
+        )
         assert Path(name).read_text() == content
     Path("folder").mkdir()
     assert cli(*tiny, "--json", "folder")[0] == 2
-    assert cli(*tiny, "--json", "gone/b.json")[::2] == (2, "error: --json gone/b.json: there is no folder gone\n")
+    assert cli(*tiny, "--json", "gone/b.json")[::2] == (
+        2,
+        "error: --json gone/b.json: there is no folder gone\n",
+    )
     for _ in range(2):
         status, _, err = cli(*tiny, "--json", "b.json")
         assert status == 0, err
@@ -375,10 +504,20 @@ def test_a_benchmark_replaces_nothing_but_a_benchmark(cli):
 
 def test_cam_writes_over_its_own_pictures_only(stopped, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save("cat.png")
-    words = ["--checkpoint", str(stopped / "whole" / "last.pt"), "--out", "out", "--raw", "--device", "cpu"]
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
+        "cat.png"
+    )
+    words = [
+        "--checkpoint",
+        str(stopped / "whole" / "last.pt"),
+        "--out",
+        "out",
+        "--raw",
+        "--device",
+        "cpu",
+    ]
     Path("out").mkdir()
-    shutil.copy("cat.png", "out/cat-sheet.png")     # a picture, but not one that we made
+    shutil.copy("cat.png", "out/cat-sheet.png")  # a picture, but not one that we made
     Path("out/dog-conv7.npy").write_bytes(b"numbers of somebody's")
     shutil.copy("cat.png", "dog.png")
     before = everything(Path("out"))
@@ -386,20 +525,40 @@ def test_cam_writes_over_its_own_pictures_only(stopped, tmp_path, monkeypatch, c
     assert "(written as cat-2)" in capsys.readouterr().out
     after = everything(Path("out"))
     assert {name: after[name] for name in before} == before
-    assert {name for name in after if name.endswith("sheet.png")} == {"cat-sheet.png", "cat-2-sheet.png", "dog-2-sheet.png"}
-    assert cam.main([*words, "cat.png", "dog.png"]) == 0    # once more: the same files, again
+    assert {name for name in after if name.endswith("sheet.png")} == {
+        "cat-sheet.png",
+        "cat-2-sheet.png",
+        "dog-2-sheet.png",
+    }
+    assert cam.main([*words, "cat.png", "dog.png"]) == 0  # once more: the same files, again
     assert everything(Path("out")) == after
     assert cam.main([*words, "--opacity", "0.9", "cat.png", "dog.png"]) == 0
     assert set(everything(Path("out"))) == set(after) and everything(Path("out")) != after
-    shutil.copy("cat.png", "out/cat-2-conv7.png")   # one of ours that was drawn on and saved again
+    shutil.copy("cat.png", "out/cat-2-conv7.png")  # one of ours that was drawn on and saved again
     assert cam.main([*words, "cat.png"]) == 0
-    assert Path("out/cat-2-conv7.png").read_bytes() == Path("cat.png").read_bytes() and Path("out/cat-3-conv7.png").exists()
+    assert (
+        Path("out/cat-2-conv7.png").read_bytes() == Path("cat.png").read_bytes()
+        and Path("out/cat-3-conv7.png").exists()
+    )
 
 
 def test_a_table_of_measures_replaces_only_one(stopped, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["--checkpoint", str(stopped / "whole" / "last.pt"), "--dataset", "sample", "--index", "0-9", "--measure",
-             "--method", "attention", "--out", "out", "--device", "cpu"]
+    words = [
+        "--checkpoint",
+        str(stopped / "whole" / "last.pt"),
+        "--dataset",
+        "sample",
+        "--index",
+        "0-9",
+        "--measure",
+        "--method",
+        "attention",
+        "--out",
+        "out",
+        "--device",
+        "cpu",
+    ]
     Path("out").mkdir()
     Path("out/measures.csv").write_text("metres,feet\n1,3.28\n")
     for _ in range(2):
@@ -408,28 +567,92 @@ def test_a_table_of_measures_replaces_only_one(stopped, tmp_path, monkeypatch, c
     assert Path("out/measures.csv").read_text() == "metres,feet\n1,3.28\n"
 
 
-# ---- random trees ----------------------------------------------------------------------------------------------------
+# ---- random trees -------------------------------------------------------------------------------
 
-ANYWHERE = ("notes.txt", "photo.png", ".hidden", "two words", "caf\u00e9", os.fsdecode(b"caf\xe9"), "line\nbreak", "-x", ".notes.tmp",
-            ".last.pt.tmp", "last.pt~", "config.json.bak", "metrics.csv.tmp", "events.tmp", "metrics.tmp", ".download-queue",
-            ".unpack-mine", ".learn-to-pay-attention-notes.tmp", ".learn-to-pay-attention-0123.tmp", "train", "runs", "data",
-            "last.damaged.pt", "metrics.damaged.csv", "config.damaged.json", "LAST.PT", "desktop.ini", "cifar-100-python.tar.gz.part")
-OF_RUNS = (*NAMES, "events.out.tfevents.9999999999.host.2", "x.tfevents", "events.out.tfevents.1.merged")
-OF_CAM = ("photo-conv7.png", "photo-sheet.png", "photo-gradcam.png", "photo-conv7.npy", "cifar100-test-sheet.png",
-          "cifar100-test-00000-conv7.png", "cifar100-test-00001-sheet.png", "measures.csv", "photo-2-sheet.png")
-OF_CACHES = ("cifar100-train-0123456789abcdef0123.pt", "cifar100-test-ffffffffffffffffffff.pt", ".cifar100-train-x.pt.1.tmp")
+ANYWHERE = (
+    "notes.txt",
+    "photo.png",
+    ".hidden",
+    "two words",
+    "caf\u00e9",
+    os.fsdecode(b"caf\xe9"),
+    "line\nbreak",
+    "-x",
+    ".notes.tmp",
+    ".last.pt.tmp",
+    "last.pt~",
+    "config.json.bak",
+    "metrics.csv.tmp",
+    "events.tmp",
+    "metrics.tmp",
+    ".download-queue",
+    ".unpack-mine",
+    ".learn-to-pay-attention-notes.tmp",
+    ".learn-to-pay-attention-0123.tmp",
+    "train",
+    "runs",
+    "data",
+    "last.damaged.pt",
+    "metrics.damaged.csv",
+    "config.damaged.json",
+    "LAST.PT",
+    "desktop.ini",
+    "cifar-100-python.tar.gz.part",
+)
+OF_RUNS = (
+    *NAMES,
+    "events.out.tfevents.9999999999.host.2",
+    "x.tfevents",
+    "events.out.tfevents.1.merged",
+)
+OF_CAM = (
+    "photo-conv7.png",
+    "photo-sheet.png",
+    "photo-gradcam.png",
+    "photo-conv7.npy",
+    "cifar100-test-sheet.png",
+    "cifar100-test-00000-conv7.png",
+    "cifar100-test-00001-sheet.png",
+    "measures.csv",
+    "photo-2-sheet.png",
+)
+OF_CACHES = (
+    "cifar100-train-0123456789abcdef0123.pt",
+    "cifar100-test-ffffffffffffffffffff.pt",
+    ".cifar100-train-x.pt.1.tmp",
+)
 
 
 def plant(folder: Path, rng: random.Random, names: tuple[str, ...], count: int) -> None:
-    """So many files, links and folders of somebody else's, none over what is there; most are old enough to be left over."""
+    """So many files, links and folders of somebody else's, none over what is there; most are old
+    enough to be left over."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in rng.sample(names, min(count, len(names))):
         path = folder / name
         if os.path.lexists(path):
             continue
-        kind = rng.choice(("bytes", "bytes", "text", "empty", "link", "dangling", "folder", "folder", "events", "picture"))
+        kind = rng.choice(
+            (
+                "bytes",
+                "bytes",
+                "text",
+                "empty",
+                "link",
+                "dangling",
+                "folder",
+                "folder",
+                "events",
+                "picture",
+            )
+        )
         if kind in ("bytes", "text", "empty"):
-            path.write_bytes({"bytes": rng.randbytes(rng.randint(1, 300)), "text": b"epoch,lr\n1,2\n", "empty": b""}[kind])
+            path.write_bytes(
+                {
+                    "bytes": rng.randbytes(rng.randint(1, 300)),
+                    "text": b"epoch,lr\n1,2\n",
+                    "empty": b"",
+                }[kind]
+            )
         elif kind == "link":
             path.symlink_to(ROOT / "requirements.txt")
         elif kind == "dangling":
@@ -441,7 +664,9 @@ def plant(folder: Path, rng: random.Random, names: tuple[str, ...], count: int) 
         elif kind == "events":
             foreign_events(path, rng.choice((("loss/train",), ("loss", "top1"), ())))
         else:
-            Image.fromarray(np.frombuffer(rng.randbytes(300), np.uint8).reshape(10, 10, 3)).save(path, "PNG")
+            Image.fromarray(np.frombuffer(rng.randbytes(300), np.uint8).reshape(10, 10, 3)).save(
+                path, "PNG"
+            )
         if rng.random() < 0.7:
             os.utime(path, (1e9, 1e9), follow_symlinks=False)
 
@@ -452,11 +677,13 @@ def made_before(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     make_folders(folder / "data", size=(16, 16), per_class=2)
     with pytest.MonkeyPatch.context() as patch:
+
         def one_epoch(self):
             self.trainer.train_epoch()
             self.finish_epoch(lambda: False)
             self.save()
             raise KeyboardInterrupt
+
         patch.setattr(Run, "train", one_epoch)
         patch.chdir(folder)
         assert commands.main(TASK, [*TINY, "--epochs", "2", "--run-dir", "run"]) == 130
@@ -465,8 +692,26 @@ def made_before(tmp_path_factory):
     return folder
 
 
-TINY = ["--data-dir", "data", "--model", "vgg-att1-pc", "--width", "0.015625", "--device", "cpu", "--batch-size", "2", "--precision",
-        "fp32", "--num-workers", "0", "--overlay-every", "0", "--set", "progressive=none"]
+TINY = [
+    "--data-dir",
+    "data",
+    "--model",
+    "vgg-att1-pc",
+    "--width",
+    "0.015625",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "2",
+    "--precision",
+    "fp32",
+    "--num-workers",
+    "0",
+    "--overlay-every",
+    "0",
+    "--set",
+    "progressive=none",
+]
 
 
 def through_everything(made_before: Path, home: Path, seed: int) -> None:
@@ -485,19 +730,31 @@ def through_everything(made_before: Path, home: Path, seed: int) -> None:
     for folder, words in (("new", ["--epochs", "1"]), ("sane", ["--sanity"])):
         status = commands.main(TASK, [*TINY, *words, "--run-dir", folder])
         there = [name.partition("/")[2] for name in before if name.startswith(f"{folder}/")]
-        assert status == 2 * any(name in NAMES or "tfevents" in name and "/" not in name for name in there), (seed, folder)
+        assert status == 2 * any(
+            name in NAMES or "tfevents" in name and "/" not in name for name in there
+        ), (seed, folder)
     assert commands.main(TASK, ["--resume", "run", "--device", "cpu"]) == 0, seed
     assert content_of("run")["finished"]
     assert commands.main(TASK, ["--evaluate", "run/last.pt", "--device", "cpu"]) == 0, seed
     words = ["photo.png"] if seed % 2 else ["--dataset", "cifar100", "--index", "0,1"]
-    assert cam.main(["--checkpoint", "run/last.pt", *words, "--out", "out", "--raw", "--device", "cpu"]) == 0, seed
+    assert (
+        cam.main(
+            ["--checkpoint", "run/last.pt", *words, "--out", "out", "--raw", "--device", "cpu"]
+        )
+        == 0
+    ), seed
     after = everything(home)
-    aside = [name for name in after if name.startswith("run/last.prev.damaged") and name.count("/") == 1]
+    aside = [
+        name for name in after if name.startswith("run/last.prev.damaged") and name.count("/") == 1
+    ]
     for name, content in before.items():
-        if name == "run/last.prev.pt":      # where this run writes its own: kept under another name
+        if name == "run/last.prev.pt":  # where this run writes its own: kept under another name
             assert content in [after[each] for each in aside], (seed, name)
         elif name.startswith("run/last.prev.pt/"):
-            assert content in [after.get(f"{each}/{name.rpartition('/')[2]}") for each in aside], (seed, name)
+            assert content in [after.get(f"{each}/{name.rpartition('/')[2]}") for each in aside], (
+                seed,
+                name,
+            )
         else:
             assert name in after and after[name] == content, (seed, name)
     assert not [path for path in home.rglob("*") if files.TEMPORARY.fullmatch(path.name)], seed
@@ -513,14 +770,25 @@ def some_trees(made_before: Path, folder: Path, seeds: list[int]) -> None:
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.campaign)])
-def test_random_trees_of_foreign_files_are_there_afterwards_byte_for_byte(made_before, tmp_path, count):
+def test_random_trees_of_foreign_files_are_there_afterwards_byte_for_byte(
+    made_before, tmp_path, count
+):
     """Through a new run, a sanity pass, a resumed run, an evaluation and cam.py; in two processes."""
     fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(["tests.test_foreign_files", "torch._dynamo", "torch.utils.tensorboard.summary"])
-    halves = [fork.Process(target=some_trees, args=(made_before, tmp_path, list(range(first, count, 2)))) for first in (0, 1)]
+    fork.set_forkserver_preload(
+        ["tests.test_foreign_files", "torch._dynamo", "torch.utils.tensorboard.summary"]
+    )
+    halves = [
+        fork.Process(target=some_trees, args=(made_before, tmp_path, list(range(first, count, 2))))
+        for first in (0, 1)
+    ]
     for process in halves:
         process.start()
     for process in halves:
         process.join(600)
-    said = "".join((tmp_path / f"said-{first}").read_text()[-2000:] for first in (0, 1) if halves[first].exitcode)
+    said = "".join(
+        (tmp_path / f"said-{first}").read_text()[-2000:]
+        for first in (0, 1)
+        if halves[first].exitcode
+    )
     assert [process.exitcode for process in halves] == [0, 0], said

@@ -1,10 +1,12 @@
 """A GPU's numbers against the CPU's: python -m pytest -m gpu, some minutes on one card.
 
-Devices round differently. A number may be three times as far from the CPU's in float32 as the CPU's own is in the same
-precision, and FLOOR or FLOOR_OF_SUMS more. TF32 is switched off, so that float32 is what it says.
+Devices round differently. A number may be three times as far from the CPU's in float32 as the CPU's
+own is in the same precision, and FLOOR or FLOOR_OF_SUMS more. TF32 is switched off, so that float32
+is what it says.
 
 GPU_TESTS_ON=cpu runs all of this on the CPU: that tests the tests.
 """
+
 import contextlib
 import copy
 import functools
@@ -36,34 +38,54 @@ from training.trainer import Trainer
 
 DEVICE = torch.device(GPU)
 ON_CARD = DEVICE.type == "cuda"
-FAMILIES = ("vgg", "vgg-gap", "vgg-pan", "vgg-att3-concat-pc", "vgg-att3-concat-dp", "vgg-att3-concat-gate")
-FLOOR = 0.05    # of weights and gradients: where rounding turns a ReLU or a maximum, a few per cent of these
+FAMILIES = (
+    "vgg",
+    "vgg-gap",
+    "vgg-pan",
+    "vgg-att3-concat-pc",
+    "vgg-att3-concat-dp",
+    "vgg-att3-concat-gate",
+)
+# of weights and gradients: where rounding turns a ReLU or a maximum, a few per cent of these
+FLOOR = 0.05
 FLOOR_OF_SUMS = 0.01
 COMPILERS = [name for name in ("cc", "gcc", "clang") if shutil.which(name)]
 
 pytestmark = pytest.mark.gpu
-compiles = pytest.mark.skipif(not COMPILERS or ON_CARD and torch.cuda.is_available()
-                              and torch.cuda.get_device_capability() < (7, 0),
-                              reason="Triton needs compute capability 7.0 and a C compiler")
+compiles = pytest.mark.skipif(
+    not COMPILERS
+    or ON_CARD
+    and torch.cuda.is_available()
+    and torch.cuda.get_device_capability() < (7, 0),
+    reason="Triton needs compute capability 7.0 and a C compiler",
+)
 
 
 @pytest.fixture(autouse=True)
 def the_same_kernels(monkeypatch, request):
-    """No TF32 (matrix products are without it anyway), and no search for the fastest kernels, which takes time and may choose
-    others each time. bf16 only where the card has it."""
+    """No TF32 (matrix products are without it anyway), and no search for the fastest kernels, which
+    takes time and may choose others each time. bf16 only where the card has it."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     if ON_CARD:
-        monkeypatch.setattr(torch.backends.cudnn, "benchmark_limit", 1)     # a Run switches the search on
-        if "bf16" in request.node.name and not torch.cuda.is_bf16_supported(including_emulation=False):
+        # a Run switches the search on
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark_limit", 1)
+        if "bf16" in request.node.name and not torch.cuda.is_bf16_supported(
+            including_emulation=False
+        ):
             pytest.skip("this card has no bf16")
 
 
 def far(found: dict, expected: dict) -> float:
     """Distance of all tensors together, in units of their length."""
     assert found.keys() == expected.keys()
-    pairs = [(found[name].detach().cpu().double(), expected[name].detach().cpu().double()) for name in expected]
-    return math.sqrt(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs))
+    pairs = [
+        (found[name].detach().cpu().double(), expected[name].detach().cpu().double())
+        for name in expected
+    ]
+    return math.sqrt(
+        sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)
+    )
 
 
 def assert_near(model: str, precision: str, compiled: bool = False):
@@ -72,16 +94,28 @@ def assert_near(model: str, precision: str, compiled: bool = False):
     found = measured(make(model, DEVICE, precision, compiled))
     for kind in expected:
         floor = FLOOR_OF_SUMS if kind in ("statistics", "evaluation") else FLOOR
-        distance, allowed = far(found[kind], expected[kind]), 3 * far(same[kind], expected[kind]) + floor
+        distance, allowed = (
+            far(found[kind], expected[kind]),
+            3 * far(same[kind], expected[kind]) + floor,
+        )
         print(f"{kind}: {distance:.2g} from the CPU's in float32, {allowed:.2g} allowed")
         assert distance <= allowed, kind
 
 
 def make(model: str, device: torch.device, precision: str, compiled: bool = False) -> Trainer:
-    return make_trainer(Batches(16, device), device, precision, compiled, model=model, width=1 / 8, lr=0.02, compile=True)
+    return make_trainer(
+        Batches(16, device),
+        device,
+        precision,
+        compiled,
+        model=model,
+        width=1 / 8,
+        lr=0.02,
+        compile=True,
+    )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def cpu_numbers(model: str, precision: str) -> dict[str, dict]:
     return measured(make(model, CPU, precision))
 
@@ -91,11 +125,13 @@ def grads(ours: Trainer) -> dict[str, torch.Tensor]:
 
 
 def measured(ours: Trainer) -> dict[str, dict]:
-    """By kind: gradients, changes of the weights in two steps, statistics, average; and what is evaluated."""
+    """By kind: gradients, changes of the weights in two steps, statistics, average; and what is
+    evaluated."""
     (images, labels), *_ = ours.batches.all
     before = {name: p.detach().clone() for name, p in ours.model.named_parameters()}
     scaler = ours.precision.scaler
-    if scaler.is_enabled():     # it begins with more than these gradients can bear, and would skip steps
+    # it begins with more than these gradients can bear, and would skip steps
+    if scaler.is_enabled():
         scaler.scale(torch.ones((), device=ours.device))
         scaler.update(128.0)
     ours.batch_norm.set_train_mode(ours.done, ours.micro_batch)
@@ -108,7 +144,9 @@ def measured(ours: Trainer) -> dict[str, dict]:
         ours.step(*batch)
         ours.position.step += 1
     found["steps"] = {name: p.detach() - before[name] for name, p in ours.model.named_parameters()}
-    found["statistics"] = {name: t for name, t in ours.model.state_dict().items() if "running" in name}
+    found["statistics"] = {
+        name: t for name, t in ours.model.state_dict().items() if "running" in name
+    }
     found["average"] = {name: t - before[name] for name, t in ours.ema.model.named_parameters()}
     ours.recalibrate_batch_norm(images for images, _ in ours.batches.all)
     result = evaluate(ours.eval_model, iter(ours.batches.all), 4, ours.precision)
@@ -124,19 +162,25 @@ def test_training_and_evaluation_are_the_cpus(model, precision):
 
 
 @compiles
-@pytest.mark.parametrize("model, precision", [("vgg-att3-concat-gate", "bf16"), ("vgg-pan", "fp32"), ("vgg", "fp16")])
+@pytest.mark.parametrize(
+    "model, precision", [("vgg-att3-concat-gate", "bf16"), ("vgg-pan", "fp32"), ("vgg", "fp16")]
+)
 def test_compiled_networks_are_the_cpus(model, precision):
     assert_near(model, precision, compiled=True)
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.1)])
 def test_muons_step_is_that_of_float64(precision, tolerance):
-    """Shapes of the full width, whose Gram matrices have three sizes; against singular values cut by hand."""
+    """Shapes of the full width, whose Gram matrices have three sizes; against singular values cut
+    by hand."""
     torch.manual_seed(0)
     shapes = ((64, 3, 3, 3), (64, 64, 3, 3), (128, 64, 3, 3), (128, 64, 3, 3), (512, 64, 3, 3))
     weights = [torch.randn(shape) for shape in shapes]
     gradients = [torch.randn_like(weight) for weight in weights]
-    filters = [torch.nn.Parameter(weight.to(DEVICE).contiguous(memory_format=torch.channels_last)) for weight in weights]
+    filters = [
+        torch.nn.Parameter(weight.to(DEVICE).contiguous(memory_format=torch.channels_last))
+        for weight in weights
+    ]
     for p, gradient in zip(filters, gradients):
         p.grad = gradient.to(DEVICE).contiguous(memory_format=torch.channels_last)
     group = {"params": filters, "momentum": 0.0, "nesterov": False, "filter_momentum": 0.9}
@@ -150,7 +194,8 @@ def test_muons_step_is_that_of_float64(precision, tolerance):
         assert distance < tolerance
 
 
-# ---- data -------------------------------------------------------------------------------------------------------------
+# ---- data ---------------------------------------------------------------------------------------
+
 
 class DrawnOnTheCPU:
     """A generator for a device; the numbers are the CPU's (see same_draws)."""
@@ -163,12 +208,18 @@ class DrawnOnTheCPU:
 @pytest.fixture
 def same_draws(monkeypatch):
     rand = torch.rand
-    monkeypatch.setattr(torch, "rand", lambda *size, generator, device: rand(*size, generator=generator.real).to(device))
+    monkeypatch.setattr(
+        torch,
+        "rand",
+        lambda *size, generator, device: rand(*size, generator=generator.real).to(device),
+    )
 
 
-AUGMENTATIONS = {"cifar100": {"pad": 4, "trivial_augment": True},
-                 "cub": {"pad": 0, "zoom": 0.5, "jitter": 0.2, "size": (28, 30)},
-                 "the rest": {"pad": 2, "cutout": 7, "jitter": 0.1}}
+AUGMENTATIONS = {
+    "cifar100": {"pad": 4, "trivial_augment": True},
+    "cub": {"pad": 0, "zoom": 0.5, "jitter": 0.2, "size": (28, 30)},
+    "the rest": {"pad": 2, "cutout": 7, "jitter": 0.1},
+}
 
 
 @pytest.mark.parametrize("options", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
@@ -179,18 +230,35 @@ def test_augmentation_is_the_cpus_for_the_same_draws(same_draws, options):
     images[::2] = smooth.permute(0, 2, 3, 1).byte()
     ours, level = Augmentation(mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2), **options), 1 / 255 / 0.2
     for seed in range(3):
-        found, expected = (ours(images.to(device), DrawnOnTheCPU(device, seed)).cpu() for device in (DEVICE, CPU))
+        found, expected = (
+            ours(images.to(device), DrawnOnTheCPU(device, seed)).cpu() for device in (DEVICE, CPU)
+        )
         difference = (found - expected).abs() / level
         jumps = (difference > 1.5).float().mean()
-        print(f"{difference.mean():.2g} of 255 levels apart on average, {100 * jumps:.2g} % of the values over 1.5")
+        print(
+            f"{difference.mean():.2g} of 255 levels apart on average, {100 * jumps:.2g} % of the values over 1.5"
+        )
         assert difference.mean() < 0.02 and jumps < 1e-3
 
 
-# ---- whole runs -------------------------------------------------------------------------------------------------------
+# ---- whole runs ---------------------------------------------------------------------------------
 
-RUN = [*NARROW[:NARROW.index("--device")], "--precision", "fp32", "--no-compile", "--overlay-every", "0", "--epochs", "2",
-       "--set", "crop_pad=0", "--set", "flip=false",    # each device draws numbers of its own
-       "--lr", "0.003"]     # at the recipe's rate rounding changes the loss of such a run by a tenth
+RUN = [
+    *NARROW[: NARROW.index("--device")],
+    "--precision",
+    "fp32",
+    "--no-compile",
+    "--overlay-every",
+    "0",
+    "--epochs",
+    "2",
+    "--set",
+    "crop_pad=0",
+    "--set",
+    "flip=false",  # each device draws numbers of its own
+    "--lr",
+    "0.003",
+]  # at the recipe's rate rounding changes the loss of such a run by a tenth
 
 
 @pytest.mark.parametrize("first, second", [(GPU, GPU), ("cpu", GPU), (GPU, "cpu")])
@@ -205,7 +273,12 @@ def test_a_run_that_is_stopped_goes_on_on_either_device(cli, monkeypatch, tmp_pa
     assert status == 0, err
     whole, hurt = (read_metrics(tmp_path / name / "metrics.csv") for name in ("whole", "hurt"))
     for expected, found in zip(whole, hurt, strict=True):
-        print({name: (found[name], expected[name]) for name in ("train_loss", "eval_loss", "train_top1")})
+        print(
+            {
+                name: (found[name], expected[name])
+                for name in ("train_loss", "eval_loss", "train_top1")
+            }
+        )
         assert found["lr"] == expected["lr"] and found["epoch"] == expected["epoch"]
         for name in ("train_loss", "eval_loss"):
             assert found[name] == pytest.approx(expected[name], rel=0.01)
@@ -219,7 +292,7 @@ def test_a_resumed_run_starts_from_every_bit_of_the_one_before(small_task):
     after.trainer.load_state(state)
     assert_equal(on_disk(after.trainer.state()), state)
     batches = [next(each.trainer.batches.epoch(1)) for each in (before, after)]
-    assert torch.equal(batches[0][0], batches[1][0])    # the same draws
+    assert torch.equal(batches[0][0], batches[1][0])  # the same draws
     for each, batch in zip((before, after), batches):
         each.trainer.step(*batch)
     states = [dict(each.trainer.model.named_parameters()) for each in (before, after)]
@@ -239,20 +312,39 @@ def run_of(task, *words) -> Run:
     return Run(task, config, Path("."), *task.sample(config))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])     # fp16's scaler asks whether the gradients are finite
+# fp16's scaler asks whether the gradients are finite
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recipe", ["fast", "paper"])
-@pytest.mark.parametrize("task, words", [(CIFAR100, ["--batch-size", 64]),
-                                         (CUB, ["--image-size", 64, "--batch-size", 16, "--init-from", "none"])],
-                         ids=["cifar100", "cub"])
+@pytest.mark.parametrize(
+    "task, words",
+    [
+        (CIFAR100, ["--batch-size", 64]),
+        (CUB, ["--image-size", 64, "--batch-size", 16, "--init-from", "none"]),
+    ],
+    ids=["cifar100", "cub"],
+)
 def test_nothing_in_a_step_waits_for_the_device(task, words, recipe, precision):
-    trainer = run_of(task, "--sample", "--width", 0.0625, "--device", GPU, "--precision", precision, "--no-compile",
-                     "--recipe", recipe, *words).trainer
-    for epoch in range(4):  # what is kept from step to step is there from now on, for any order of the operations
+    trainer = run_of(
+        task,
+        "--sample",
+        "--width",
+        0.0625,
+        "--device",
+        GPU,
+        "--precision",
+        precision,
+        "--no-compile",
+        "--recipe",
+        recipe,
+        *words,
+    ).trainer
+    # what is kept from step to step is there from now on, for any order of the operations
+    for epoch in range(4):
         for batch in trainer.batches.epoch(epoch):
             if epoch == 0:
                 trainer.step(*batch)
     batches, before = trainer.batches.epoch(0), trainer.summed
-    next(batches)   # an epoch's order of images is copied to the device once
+    next(batches)  # an epoch's order of images is copied to the device once
     with no_waiting():
         for batch in batches:
             trainer.step(*batch)
@@ -271,9 +363,9 @@ def no_waiting():
             torch.cuda.set_sync_debug_mode("default")
 
 
-# ---- memory -----------------------------------------------------------------------------------------------------------
+# ---- memory -------------------------------------------------------------------------------------
 
-BATCH = 256     # images, so that activations are most of what is needed
+BATCH = 256  # images, so that activations are most of what is needed
 
 
 def gradients_of(ours: Trainer) -> dict:
@@ -283,7 +375,8 @@ def gradients_of(ours: Trainer) -> dict:
 
 
 def peak_of(work) -> tuple[object, float]:
-    """What ``work`` gives, and the most MiB that were in use beyond what was so before (nan on a CPU)."""
+    """What ``work`` gives, and the most MiB that were in use beyond what was so before (nan on a
+    CPU)."""
     if not ON_CARD:
         return work(), math.nan
     torch.cuda.empty_cache()
@@ -294,9 +387,19 @@ def peak_of(work) -> tuple[object, float]:
 
 
 def test_out_of_memory_halves_the_micro_batch_and_loses_nothing_of_the_batch(capsys):
-    new = functools.partial(make_trainer, Batches(BATCH, DEVICE), DEVICE, model="vgg-att3-concat-pc", width=1 / 4, muon=0.0)
-    gradients_of(new())     # libraries take memory of their own
-    whole, half = (peak_of(lambda: gradients_of(new(micro_batch=micro_batch)))[1] for micro_batch in ("auto", BATCH // 2))
+    new = functools.partial(
+        make_trainer,
+        Batches(BATCH, DEVICE),
+        DEVICE,
+        model="vgg-att3-concat-pc",
+        width=1 / 4,
+        muon=0.0,
+    )
+    gradients_of(new())  # libraries take memory of their own
+    whole, half = (
+        peak_of(lambda: gradients_of(new(micro_batch=micro_batch)))[1]
+        for micro_batch in ("auto", BATCH // 2)
+    )
     ours, expected = new(), new(micro_batch=BATCH // 2)
     with only_room_for(ours, (whole + half) / 2):
         ours.step(*ours.batches.all[0])
@@ -318,6 +421,7 @@ def only_room_for(ours: Trainer, mib: float):
             if len(images) > BATCH // 2:
                 raise torch.OutOfMemoryError("out of memory")
             return model(images)
+
         ours.run_model = scarce
         yield
         return
@@ -326,7 +430,7 @@ def only_room_for(ours: Trainer, mib: float):
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + mib * 2**20) / total)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("common.errors.gpu_is_half_full", lambda: True)   # it asks the whole card
+            patch.setattr("common.errors.gpu_is_half_full", lambda: True)  # it asks the whole card
             yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -336,19 +440,35 @@ def only_room_for(ours: Trainer, mib: float):
 def test_checkpointed_activations_cost_no_accuracy_and_less_memory(precision):
     found = {}
     for checkpointed in (False, True):
-        ours = make_trainer(Batches(BATCH, DEVICE), DEVICE, precision, model="vgg-att3-concat-gate", width=1 / 4,
-                       checkpoint_activations=checkpointed)
+        ours = make_trainer(
+            Batches(BATCH, DEVICE),
+            DEVICE,
+            precision,
+            model="vgg-att3-concat-gate",
+            width=1 / 4,
+            checkpoint_activations=checkpointed,
+        )
         found[checkpointed] = peak_of(lambda: gradients_of(ours))
     distance = far(found[True][0], found[False][0])
-    print(f"peak {found[False][1]:.0f} MiB, checkpointed {found[True][1]:.0f} MiB; gradients {distance:.2g} apart")
+    print(
+        f"peak {found[False][1]:.0f} MiB, checkpointed {found[True][1]:.0f} MiB; gradients {distance:.2g} apart"
+    )
     assert distance < FLOOR_OF_SUMS
     assert not ON_CARD or found[True][1] < 0.8 * found[False][1]
 
 
-# ---- maps -------------------------------------------------------------------------------------------------------------
+# ---- maps ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("method, model", [(attention_maps, "vgg-att3-concat-gate"), (attention_maps, "vgg-pan"),
-                                           (class_activation_map, "vgg-gap"), (grad_cam, "vgg-att3-concat-dp")])
+
+@pytest.mark.parametrize(
+    "method, model",
+    [
+        (attention_maps, "vgg-att3-concat-gate"),
+        (attention_maps, "vgg-pan"),
+        (class_activation_map, "vgg-gap"),
+        (grad_cam, "vgg-att3-concat-dp"),
+    ],
+)
 def test_maps_are_the_cpus(method, model):
     ours = make_trainer(model=model, width=1 / 8)
     for batch in ours.batches.all:
@@ -364,12 +484,17 @@ def test_maps_are_the_cpus(method, model):
         torch.testing.assert_close(found[1][level].cpu(), expected, atol=2e-3, rtol=0)
 
 
-# ---- the scripts ------------------------------------------------------------------------------------------------------
+# ---- the scripts --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("task, words", [(CIFAR100, ["--batch-size", 32]), (CUB, ["--image-size", 64, "--batch-size", 8])],
-                         ids=["cifar100", "cub"])
+
+@pytest.mark.parametrize(
+    "task, words",
+    [(CIFAR100, ["--batch-size", 32]), (CUB, ["--image-size", 64, "--batch-size", 8])],
+    ids=["cifar100", "cub"],
+)
 def test_sanity_and_benchmark(cli, monkeypatch, tmp_path, task, words):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))     # ImageNet's weights do not fit so narrow a network
+    # ImageNet's weights do not fit so narrow a network
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     words = ["--sample", "--width", 0.0625, "--device", GPU, "--no-compile", *words]
     status, out, err = cli("--sanity", *words, task=task)
     print(out)
@@ -379,7 +504,9 @@ def test_sanity_and_benchmark(cli, monkeypatch, tmp_path, task, words):
     assert status == 0 and "images/s" in out, err
 
 
-def test_evaluation_and_cam_of_a_checkpoint_on_either_device(cli, small_task, monkeypatch, tmp_path):
+def test_evaluation_and_cam_of_a_checkpoint_on_either_device(
+    cli, small_task, monkeypatch, tmp_path
+):
     monkeypatch.setitem(cam.SOURCES, "cifar100", small_task.data)
     assert cli(*RUN, "--device", GPU, "--run-dir", "run")[0] == 0
     shown, maps = [], []
@@ -387,13 +514,31 @@ def test_evaluation_and_cam_of_a_checkpoint_on_either_device(cli, small_task, mo
         status, out, err = cli("--evaluate", "run/last.pt", "--device", device)
         assert status == 0, err
         shown.append([float(found) for found in re.findall(r"(?:loss|top-1|top-5) ([0-9.]+)", out)])
-        assert cam.main(["--checkpoint", "run/last.pt", "--dataset", "sample", "--index", "0-3", "--raw", "--target", "1",
-                         "--out", str(number), "--device", device]) == 0
+        assert (
+            cam.main(
+                [
+                    "--checkpoint",
+                    "run/last.pt",
+                    "--dataset",
+                    "sample",
+                    "--index",
+                    "0-3",
+                    "--raw",
+                    "--target",
+                    "1",
+                    "--out",
+                    str(number),
+                    "--device",
+                    device,
+                ]
+            )
+            == 0
+        )
         maps.append({path.name: np.load(path) for path in sorted(Path(str(number)).rglob("*.npy"))})
     print(shown)
     (loss, *tops), (found, *others) = shown
     assert found == pytest.approx(loss, rel=0.01)
-    assert others == pytest.approx(tops, abs=100 / 32 + 0.1)    # an image may change sides
-    assert len(maps[0]) == 4 * 4 and maps[0].keys() == maps[1].keys()     # three levels and Grad-CAM
+    assert others == pytest.approx(tops, abs=100 / 32 + 0.1)  # an image may change sides
+    assert len(maps[0]) == 4 * 4 and maps[0].keys() == maps[1].keys()  # three levels and Grad-CAM
     for name, expected in maps[0].items():
         np.testing.assert_allclose(maps[1][name], expected, atol=5e-3)

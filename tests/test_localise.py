@@ -1,4 +1,5 @@
 """training/localise.py: the measures by hand and against brute force."""
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -49,18 +50,19 @@ def test_component_boxes_of_long_winding_parts():
     snake[::2] = True
     snake[1::4, -1] = snake[3::4, 0] = True
     for ring in range(0, 20, 2):
-        spiral[ring, ring:41 - ring] = spiral[40 - ring, ring:41 - ring] = True
-        spiral[ring:41 - ring, ring] = spiral[ring:41 - ring, 40 - ring] = True
+        spiral[ring, ring : 41 - ring] = spiral[40 - ring, ring : 41 - ring] = True
+        spiral[ring : 41 - ring, ring] = spiral[ring : 41 - ring, 40 - ring] = True
     for mask in (snake, spiral):
         assert sorted(map(tuple, component_boxes(mask[None])[0].tolist())) == flood_boxes(mask)
 
 
 def test_measures_by_hand():
     maps = np.zeros((3, 8, 10))
-    maps[0, 2, 3] = maps[0, 7, 9] = 1       # two peaks, one in the box
-    maps[1, 4:6, 1:4] = 1                   # the box, and a little one outside of it
+    maps[0, 2, 3] = maps[0, 7, 9] = 1  # two peaks, one in the box
+    maps[1, 4:6, 1:4] = 1  # the box, and a little one outside of it
     maps[1, 0, 9] = 1
-    boxes = np.array([[2, 1, 5, 4], [1, 4, 4, 6], [0, 0, 5, 4]], float)     # the third map is empty: a uniform one
+    # the third map is empty: a uniform one
+    boxes = np.array([[2, 1, 5, 4], [1, 4, 4, 6], [0, 0, 5, 4]], float)
     assert pointing_game(maps, boxes) == pytest.approx([0.5, 6 / 7, 0.25])
     assert energy_in_box(maps, boxes) == pytest.approx([0.5, 6 / 7, 0.25])
     ious = best_ious(maps, boxes, [0.0, 0.5])
@@ -69,10 +71,20 @@ def test_measures_by_hand():
 
 def test_max_box_acc_v2_against_brute_force():
     random = np.random.default_rng(3)
-    maps = np.stack([np.asarray(Image.fromarray(random.random((4, 4)).astype(np.float32)).resize((12, 10), 2))
-                     for _ in range(6)])
+    maps = np.stack(
+        [
+            np.asarray(
+                Image.fromarray(random.random((4, 4)).astype(np.float32)).resize((12, 10), 2)
+            )
+            for _ in range(6)
+        ]
+    )
     peak = np.array([divmod(each.argmax(), 12)[::-1] for each in maps])
-    boxes = np.concatenate([peak - 2, peak + random.integers(1, 4, (6, 2))], 1).clip(0, (12, 10, 12, 10)).astype(float)
+    boxes = (
+        np.concatenate([peak - 2, peak + random.integers(1, 4, (6, 2))], 1)
+        .clip(0, (12, 10, 12, 10))
+        .astype(float)
+    )
     measures = Measures()
     for some in (slice(0, 4), slice(4, 6)):
         measures.add({"random": maps[some]}, boxes[some], None)
@@ -85,7 +97,7 @@ def test_max_box_acc_v2_against_brute_force():
             for values, box in zip(maps.astype(float), boxes):
                 values = (values - values.min()) / (values.max() - values.min())
                 filled = np.zeros((10, 12), int)
-                filled[int(box[1]):int(box[3]), int(box[0]):int(box[2])] = 1
+                filled[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])] = 1
                 best = 0
                 for x0, y0, x1, y1 in flood_boxes(values >= threshold):
                     found = np.zeros((10, 12), int)
@@ -96,7 +108,10 @@ def test_max_box_acc_v2_against_brute_force():
         assert row[f"box_acc_iou_{least}"] == pytest.approx(max(accuracy))
         assert accuracy[list(THRESHOLDS).index(row[f"threshold_iou_{least}"])] == max(accuracy)
         expected.append(max(accuracy))
-    assert row["max_box_acc_v2"] == pytest.approx(np.mean(expected)) and 0.1 < row["max_box_acc_v2"] < 1
+    assert (
+        row["max_box_acc_v2"] == pytest.approx(np.mean(expected))
+        and 0.1 < row["max_box_acc_v2"] < 1
+    )
 
 
 def test_chance_is_the_boxs_share_of_the_area_and_parts_share_the_picture():
@@ -106,11 +121,18 @@ def test_chance_is_the_boxs_share_of_the_area_and_parts_share_the_picture():
     peak[0, 4, 7] = peak[1, 0, 0] = 1
     measures.add({"peak": peak}, boxes, parts)
     rows = {row["map"]: row for row in measures.table()}
-    assert rows[UNIFORM]["pointing_game"] == rows[UNIFORM]["energy_in_box"] == pytest.approx((0.25 + 0.5) / 2)
-    assert rows[CENTRE]["pointing_game"] == pytest.approx((1 + 0.5) / 2)      # of the four pixels in the middle
+    assert (
+        rows[UNIFORM]["pointing_game"]
+        == rows[UNIFORM]["energy_in_box"]
+        == pytest.approx((0.25 + 0.5) / 2)
+    )
+    # of the four pixels in the middle
+    assert rows[CENTRE]["pointing_game"] == pytest.approx((1 + 0.5) / 2)
     assert rows["peak"]["images"] == 2
-    shares = {row["map"]: [row[name] for name in ("left", "right", "middle")]
-              for row in measures.part_table(("left", "right", "middle"))}
+    shares = {
+        row["map"]: [row[name] for name in ("left", "right", "middle")]
+        for row in measures.part_table(("left", "right", "middle"))
+    }
     assert shares["peak"] == [0, 0.5, 0.5] and shares[UNIFORM] == pytest.approx([0.25, 0.25, 0.5])
     blind = nearest_parts(np.ones((1, 8, 10)), np.zeros((1, 3, 3)))
     assert not np.any(blind)

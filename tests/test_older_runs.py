@@ -6,6 +6,7 @@ Its expected.json says what is to come out, and with which PyTorch and on which 
 There all numbers are equal to the last bit. Other CPUs round otherwise, which training magnifies:
 hence the tolerances. (So do other numbers of threads: hence one.)
 """
+
 import json
 import re
 import shutil
@@ -69,8 +70,13 @@ def test_the_network_gives_the_logits_that_it_gave(name, run_dir):
     content = checkpoint.read_checkpoint(run_dir / "last.pt")
     model = checkpoint.load_model(content)
     _, test = TASKS[name].data.sample(content["config"] | {"num_workers": 0})
-    [(images, _)] = eval_batches(test.subset(range(4)), torch.device("cpu"), content["mean"],
-                                 content["std"], content["input_size"])
+    [(images, _)] = eval_batches(
+        test.subset(range(4)),
+        torch.device("cpu"),
+        content["mean"],
+        content["std"],
+        content["input_size"],
+    )
     with torch.no_grad():
         logits = model(images)
     expected = torch.tensor(EXPECTED[name]["logits"])
@@ -85,7 +91,7 @@ def test_resume_finishes_the_run(name, run_dir, capsys):
     out, err = capsys.readouterr()
     assert status == 0, out + err
     after = (run_dir / "metrics.csv").read_bytes()
-    assert before.count(b"\n") == 2 and after.count(b"\n") == 3     # the header is one of them
+    assert before.count(b"\n") == 2 and after.count(b"\n") == 3  # the header is one of them
     assert after.startswith(before)
     row, expected = read_metrics(run_dir / "metrics.csv")[-1], EXPECTED[name]["next_epoch"]
     assert_near(name, {column: row[column] for column in expected}, expected)
@@ -98,13 +104,27 @@ def test_evaluate_prints_the_accuracy(name, run_dir, capsys):
     assert status == 0, out + err
     found = re.search(r"^loss (\S+)   top-1 (\S+) %   top-5 (\S+) %$", out, re.MULTILINE)
     columns = ("eval_loss", "eval_top1", "eval_top5")
-    assert_near(name, dict(zip(columns, map(float, found.groups()), strict=True)),
-                EXPECTED[name]["evaluated"])
+    assert_near(
+        name,
+        dict(zip(columns, map(float, found.groups()), strict=True)),
+        EXPECTED[name]["evaluated"],
+    )
 
 
 def test_cam_draws_where_the_network_looks(name, run_dir, tmp_path, capsys):
-    status = cam.main(["--checkpoint", str(run_dir / "last.pt"), "--dataset", "sample", "--index",
-                       "0", "--out", str(tmp_path / "maps"), *HERE])
+    status = cam.main(
+        [
+            "--checkpoint",
+            str(run_dir / "last.pt"),
+            "--dataset",
+            "sample",
+            "--index",
+            "0",
+            "--out",
+            str(tmp_path / "maps"),
+            *HERE,
+        ]
+    )
     out, err = capsys.readouterr()
     assert status == 0, out + err
     pictures = sorted((tmp_path / "maps").glob("*.png"))

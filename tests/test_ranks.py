@@ -1,4 +1,6 @@
-"""Several processes on the CPU (gloo): the mathematics of one process, one writer, and ranks that stop or die."""
+"""Several processes on the CPU (gloo): the mathematics of one process, one writer, and ranks that
+stop or die."""
+
 import multiprocessing
 import os
 import signal
@@ -15,16 +17,42 @@ from training import commands
 from training.ranks import Ranks, ranks_from_environment
 from training.report import read_metrics
 
-RUN = ["--sample", "--width", "0.0625", "--batch-size", "16", "--device", "cpu", "--precision", "fp32", "--epochs", "2",
-       "--overlay-every", "0", "--model", "vgg-att3-concat-pc", "--set", "progressive=none"]
+RUN = [
+    "--sample",
+    "--width",
+    "0.0625",
+    "--batch-size",
+    "16",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--epochs",
+    "2",
+    "--overlay-every",
+    "0",
+    "--model",
+    "vgg-att3-concat-pc",
+    "--set",
+    "progressive=none",
+]
 
 
-def rank_process(folder: str, rank: int, count: int, port: int, words: list[str], hurt: tuple[int, int] | None) -> None:
-    """A rank's whole life, as torchrun starts it. ``hurt``: (signal, after how many steps) for this rank."""
+def rank_process(
+    folder: str, rank: int, count: int, port: int, words: list[str], hurt: tuple[int, int] | None
+) -> None:
+    """A rank's whole life, as torchrun starts it. ``hurt``: (signal, after how many steps) for this
+    rank."""
     from data import cifar_sample
+
     os.chdir(folder)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     sys.stderr = open(f"stderr-{rank}", "w", buffering=1)
     sys.stdout = open(f"stdout-{rank}", "w", buffering=1)
     torch.set_num_threads(1)
@@ -39,22 +67,37 @@ def rank_process(folder: str, rank: int, count: int, port: int, words: list[str]
 def ranks(tmp_path):
     """ranks(words, count=2, hurt={}) -> exit codes, of processes that share a new folder."""
     fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(["tests.test_ranks", "torch._dynamo", "torch.utils.tensorboard.summary"])
+    fork.set_forkserver_preload(
+        ["tests.test_ranks", "torch._dynamo", "torch.utils.tensorboard.summary"]
+    )
 
     def call(*words, count=2, hurt=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        processes = [fork.Process(target=rank_process, args=(str(tmp_path), rank, count, port, [str(w) for w in words],
-                                                             (hurt or {}).get(rank))) for rank in range(count)]
+        processes = [
+            fork.Process(
+                target=rank_process,
+                args=(
+                    str(tmp_path),
+                    rank,
+                    count,
+                    port,
+                    [str(w) for w in words],
+                    (hurt or {}).get(rank),
+                ),
+            )
+            for rank in range(count)
+        ]
         for process in processes:
             process.start()
         for process in processes:
             process.join(300)
-            if process.is_alive():      # it would keep pytest from ending
+            if process.is_alive():  # it would keep pytest from ending
                 process.kill()
                 process.join()
         return [process.exitcode for process in processes]
+
     return call
 
 
@@ -65,12 +108,18 @@ def test_two_ranks_are_one_process_with_halves_as_micro_batches(ranks, tmp_path)
     two, one = content_of(tmp_path / "two"), content_of(tmp_path / "one")
     for weights in ("model", "ema"):
         for name, value in one[weights].items():
-            if not name.endswith(("running_mean", "running_var", "tracked")):  # of rank 0's halves there, of all halves here
-                torch.testing.assert_close(two[weights][name], value, atol=1e-5, rtol=1e-5, msg=name)
-    assert list(two["model"]) == list(one["model"])     # no "module." in front
+            # of rank 0's halves there, of all halves here
+            if not name.endswith(("running_mean", "running_var", "tracked")):
+                torch.testing.assert_close(
+                    two[weights][name], value, atol=1e-5, rtol=1e-5, msg=name
+                )
+    assert list(two["model"]) == list(one["model"])  # no "module." in front
     rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("two", "one")]
     for a, b in zip(*rows, strict=True):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5) and a["train_top1"] == b["train_top1"]
+        assert (
+            a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+            and a["train_top1"] == b["train_top1"]
+        )
         assert a["eval_loss"] > 0 and a["lr"] == b["lr"]
     assert [step for step, _ in scalars_of(tmp_path / "two")["loss/train"]] == [1, 2]
     assert len(list((tmp_path / "two").glob("*tfevents*"))) == 1
@@ -81,9 +130,11 @@ def test_a_signal_to_one_rank_stops_all_and_another_number_of_ranks_goes_on(rank
     assert ranks(*RUN, "--run-dir", "r", hurt={1: (signal.SIGTERM, 4)}) == [143, 143]
     content = content_of(tmp_path / "r")
     assert (content["position"]["epoch"], content["position"]["step"]) == (0, 4)
-    assert content["position"]["sums"][2] == 4 * 16     # of both ranks
+    assert content["position"]["sums"][2] == 4 * 16  # of both ranks
     assert "--resume r" in (tmp_path / "stdout-0").read_text()
-    assert ranks("--resume", "r", "--device", "cpu", count=1, hurt={0: (signal.SIGTERM, 5)}) == [143]
+    assert ranks("--resume", "r", "--device", "cpu", count=1, hurt={0: (signal.SIGTERM, 5)}) == [
+        143
+    ]
     assert ranks("--resume", "r", "--device", "cpu") == [0, 0]
     rows = read_metrics(tmp_path / "r" / "metrics.csv")
     assert [row["epoch"] for row in rows] == [1, 2] and content_of(tmp_path / "r")["finished"]
@@ -93,19 +144,24 @@ def test_a_rank_that_dies_ends_the_run_with_a_checkpoint(ranks, tmp_path):
     first, second = ranks(*RUN, "--run-dir", "r", hurt={1: (signal.SIGKILL, 3)})
     assert (first, second) == (1, -signal.SIGKILL)
     said = (tmp_path / "stderr-0").read_text()
-    assert "rank 0 lost the others" in said and "step 3 is saved" in said and "Traceback" not in said
+    assert (
+        "rank 0 lost the others" in said and "step 3 is saved" in said and "Traceback" not in said
+    )
     assert content_of(tmp_path / "r")["position"]["step"] == 3
     assert ranks("--resume", "r", "--device", "cpu", count=1) == [0]
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: SyncBatchNorm has no CPU code, NCCL a GPU a rank")
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2,
+    reason="needs two GPUs: SyncBatchNorm has no CPU code, NCCL a GPU a rank",
+)
 def test_two_gpus_are_one_that_sees_the_whole_batch(ranks, tmp_path):
     words = [*RUN, "--device", "cuda", "--no-compile"]
     assert ranks(*words, "--run-dir", "two") == [0, 0]
     assert ranks(*words, "--run-dir", "one", count=1) == [0]
     two, one = content_of(tmp_path / "two")["model"], content_of(tmp_path / "one")["model"]
-    for name, value in one.items():     # the running statistics, too
+    for name, value in one.items():  # the running statistics, too
         torch.testing.assert_close(two[name], value, atol=1e-3, rtol=1e-3, msg=name)
 
 
@@ -119,29 +175,55 @@ def test_shares_are_those_of_tensor_split():
 def test_variables_that_were_left_over(monkeypatch, capsys, tmp_path):
     """From another program, or from a shell that once was torchrun's."""
     monkeypatch.chdir(tmp_path)
-    whole = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    whole = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
 
     def environment(**change):
         for name in whole:
             monkeypatch.delenv(name, raising=False)
         for name, value in change.items():
             monkeypatch.setenv(name, value)
-    for alone in ({}, dict.fromkeys(whole, ""), {"RANK": "3"}, {"WORLD_SIZE": "1", "RANK": "0"}, {"LOCAL_RANK": "x"}):
+
+    for alone in (
+        {},
+        dict.fromkeys(whole, ""),
+        {"RANK": "3"},
+        {"WORLD_SIZE": "1", "RANK": "0"},
+        {"LOCAL_RANK": "x"},
+    ):
         environment(**alone)
         assert ranks_from_environment() == Ranks(0, 1, 0)
     environment(**whole)
     assert ranks_from_environment() == Ranks(0, 2, 0)
-    for change, said in (({"MASTER_ADDR": ""}, "says RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=29500 without MASTER_ADDR, as"),
-                         ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "without MASTER_ADDR, MASTER_PORT, as"),
-                         ({"RANK": "", "LOCAL_RANK": ""}, "without RANK, LOCAL_RANK, as"), ({"RANK": "2"}, "says RANK=2"),
-                         ({"RANK": "-1"}, "says RANK=-1"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
-                         ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE=9999"), ({"MASTER_PORT": "http"}, "MASTER_PORT=http"),
-                         ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999"), ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK=1.5")):
+    for change, said in (
+        (
+            {"MASTER_ADDR": ""},
+            "says RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=29500 without MASTER_ADDR, as",
+        ),
+        ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "without MASTER_ADDR, MASTER_PORT, as"),
+        ({"RANK": "", "LOCAL_RANK": ""}, "without RANK, LOCAL_RANK, as"),
+        ({"RANK": "2"}, "says RANK=2"),
+        ({"RANK": "-1"}, "says RANK=-1"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE=9999"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+        ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK=1.5"),
+    ):
         environment(**whole | change)
         assert commands.main(train_cifar100.TASK, RUN) == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
-        assert "start with torchrun, or without it unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT" in error
+        assert (
+            "start with torchrun, or without it unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT"
+            in error
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -153,12 +235,23 @@ def test_others_that_never_come(monkeypatch, capsys, tmp_path, rank):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+    for name, value in (
+        ("RANK", rank),
+        ("WORLD_SIZE", "2"),
+        ("LOCAL_RANK", rank),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", port),
+    ):
         monkeypatch.setenv(name, value)
     assert commands.main(train_cifar100.TASK, RUN) == 1
     out, error = capsys.readouterr()
-    assert f"error: rank {rank} has not met the 1 others at 127.0.0.1:{port} (" in error and "unset RANK" in error
-    assert (rank == "0") == (f"Waiting for 2 ranks to meet at 127.0.0.1:{port}, as RANK, WORLD_SIZE" in out)
+    assert (
+        f"error: rank {rank} has not met the 1 others at 127.0.0.1:{port} (" in error
+        and "unset RANK" in error
+    )
+    assert (rank == "0") == (
+        f"Waiting for 2 ranks to meet at 127.0.0.1:{port}, as RANK, WORLD_SIZE" in out
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -176,8 +269,13 @@ def test_wrong_use(monkeypatch, capsys, tmp_path):
         monkeypatch.delenv(name, raising=False)
     assert ranks_from_environment() == Ranks(0, 1, 0)
     monkeypatch.chdir(tmp_path)
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "127.0.0.1"),
-                        ("MASTER_PORT", "29500")):
+    for name, value in (
+        ("RANK", "1"),
+        ("WORLD_SIZE", "2"),
+        ("LOCAL_RANK", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "29500"),
+    ):
         monkeypatch.setenv(name, value)
     assert ranks_from_environment() == Ranks(1, 2, 1)
     assert commands.main(train_cifar100.TASK, ["--sanity"]) == 2

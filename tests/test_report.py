@@ -23,18 +23,30 @@ def _row(epoch, evaluated=True):
 
 
 def _health(value):
-    return {"conv7": LevelHealth(value, 2 * value, 0.5, 3 * value), "conv13": LevelHealth(value, value, 0.25, None)}
+    return {
+        "conv7": LevelHealth(value, 2 * value, 0.5, 3 * value),
+        "conv13": LevelHealth(value, value, 0.25, None),
+    }
 
 
 def _sheet(epoch):
     """Blocks of 10x10 pixels of one colour each, as an enlarged image has."""
-    return np.random.default_rng(epoch).integers(0, 256, (4, 6, 3), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
+    return (
+        np.random.default_rng(epoch)
+        .integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        .repeat(10, 0)
+        .repeat(10, 1)
+    )
 
 
 def _run(run_dir, epochs, *, start=True, finish=False):
     report = Report(run_dir)
     if start:
-        report.start("python train_cifar100.py --lr 0.1", {"lr": 0.1, "mean": [0.5, 0.4], "note": "a|b"}, HPARAMS)
+        report.start(
+            "python train_cifar100.py --lr 0.1",
+            {"lr": 0.1, "mean": [0.5, 0.4], "note": "a|b"},
+            HPARAMS,
+        )
     for epoch in epochs:
         report.epoch(_row(epoch, evaluated=epoch % 2 == 0))
         report.health(epoch, _health(float(epoch)))
@@ -46,14 +58,27 @@ def _run(run_dir, epochs, *, start=True, finish=False):
 
 
 def _events(run_dir, purge=False):
-    """{tag: [step, ...]} of everything in the event files (`purge`: of what TensorBoard would show of them)."""
+    """{tag: [step, ...]} of everything in the event files (`purge`: of what TensorBoard would show
+    of them)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    accumulator = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "images": 0, "tensors": 0},
-                                   purge_orphaned_data=purge)
+
+    accumulator = EventAccumulator(
+        str(run_dir),
+        size_guidance={"scalars": 0, "images": 0, "tensors": 0},
+        purge_orphaned_data=purge,
+    )
     accumulator.Reload()
-    steps = {tag: [each.step for each in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
-    steps |= {tag: [each.step for each in accumulator.Images(tag)] for tag in accumulator.Tags()["images"]}
-    steps |= {tag: [each.step for each in accumulator.Tensors(tag)] for tag in accumulator.Tags()["tensors"]}
+    steps = {
+        tag: [each.step for each in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["scalars"]
+    }
+    steps |= {
+        tag: [each.step for each in accumulator.Images(tag)] for tag in accumulator.Tags()["images"]
+    }
+    steps |= {
+        tag: [each.step for each in accumulator.Tensors(tag)]
+        for tag in accumulator.Tags()["tensors"]
+    }
     return steps | {tag: [0] for tag in accumulator.summary_metadata if tag.startswith("_hparams_")}
 
 
@@ -67,16 +92,32 @@ def test_tensorboard_shows_a_finished_run_over_http(tmp_path):
     with tensorboard_over(tmp_path) as board:
         assert board.runs() == ["one", "stopped"]  # hparams made no run of their own
         tags = set(board.tags("scalars")["one"])
-        assert tags >= {"loss/train", "loss/test", "top1/train", "top1/test", "top5/test", "learning_rate",
-                        "images_per_second", "peak_memory_mib", "attention/conv7/score_sd", "attention/conv7/entropy",
-                        "attention/conv7/gate_gradient", "attention/conv13/entropy", "final/top1"}
+        assert tags >= {
+            "loss/train",
+            "loss/test",
+            "top1/train",
+            "top1/test",
+            "top5/test",
+            "learning_rate",
+            "images_per_second",
+            "peak_memory_mib",
+            "attention/conv7/score_sd",
+            "attention/conv7/entropy",
+            "attention/conv7/gate_gradient",
+            "attention/conv13/entropy",
+            "final/top1",
+        }
         assert "attention/conv13/gate_gradient" not in tags
         field = METRIC_FIELDS.index
         assert board.scalars("one", "loss/train") == [
-            (epoch, pytest.approx(epoch + field("train_loss") / 7)) for epoch in range(1, 5)]
+            (epoch, pytest.approx(epoch + field("train_loss") / 7)) for epoch in range(1, 5)
+        ]
         assert board.scalars("one", "top1/test") == [
-            (epoch, pytest.approx(epoch + field("eval_top1") / 7)) for epoch in (2, 4)]
-        assert board.scalars("one", "attention/conv7/gate_gradient") == [(e, 3.0 * e) for e in range(1, 5)]
+            (epoch, pytest.approx(epoch + field("eval_top1") / 7)) for epoch in (2, 4)
+        ]
+        assert board.scalars("one", "attention/conv7/gate_gradient") == [
+            (e, 3.0 * e) for e in range(1, 5)
+        ]
 
         images = board.images("one", "attention/test images")
         assert [step for step, _ in images] == [1, 2, 3, 4]
@@ -87,15 +128,25 @@ def test_tensorboard_shows_a_finished_run_over_http(tmp_path):
 
         assert "python train_cifar100.py --lr 0.1" in board.text("one", "command/text_summary")
         assert "<td>[0.5, 0.4]</td>" in board.text("one", "configuration/text_summary")
-        assert '<td>"a|b"</td>' in board.text("one", "configuration/text_summary").replace("&#124;", "|")
+        assert '<td>"a|b"</td>' in board.text("one", "configuration/text_summary").replace(
+            "&#124;", "|"
+        )
 
         groups = {group["name"]: group for group in board.hparams()}
-        assert groups["one"]["hparams"] == {"model": "vgg-gap", "lr": 0.1, "batch_size": 128.0, "compile": "False",
-                                            "micro_batch": "None"}
+        assert groups["one"]["hparams"] == {
+            "model": "vgg-gap",
+            "lr": 0.1,
+            "batch_size": 128.0,
+            "compile": "False",
+            "micro_batch": "None",
+        }
         metrics = {each["name"]["tag"]: each["value"] for each in groups["one"]["metricValues"]}
-        assert metrics["final/top1"] == 77.5 and metrics["top1/test"] == pytest.approx(4 + field("eval_top1") / 7)
+        assert metrics["final/top1"] == 77.5 and metrics["top1/test"] == pytest.approx(
+            4 + field("eval_top1") / 7
+        )
         assert groups["one"]["sessions"][0]["status"] == "STATUS_SUCCESS"
-        assert groups["stopped"]["sessions"][0]["status"] == "STATUS_UNKNOWN"  # in the table before it is finished
+        # in the table before it is finished
+        assert groups["stopped"]["sessions"][0]["status"] == "STATUS_UNKNOWN"
 
 
 def test_a_val_split_is_called_so(tmp_path):
@@ -121,7 +172,10 @@ def test_metrics_come_back_exactly(tmp_path):
 
 def test_numpy_and_tensor_numbers_are_welcome(tmp_path):
     report = Report(tmp_path)
-    report.epoch(_row(1) | {"lr": np.float64(0.1), "train_loss": torch.tensor(0.5), "train_top1": np.float32(0.25)})
+    report.epoch(
+        _row(1)
+        | {"lr": np.float64(0.1), "train_loss": torch.tensor(0.5), "train_top1": np.float32(0.25)}
+    )
     row = read_metrics(tmp_path / "metrics.csv")[0]
     assert (row["lr"], row["train_loss"], row["train_top1"]) == (0.1, 0.5, 0.25)
     with pytest.raises(ValueError, match="eval_top5"):
@@ -146,7 +200,9 @@ def test_cut_back_then_on_has_neither_gaps_nor_doubles(tmp_path):
     _run(tmp_path / "hurt", range(4, 7), start=False, finish=True)
     assert _events(tmp_path / "hurt") == _events(tmp_path / "unhurt")
     assert _events(tmp_path / "hurt")["loss/train"] == [1, 2, 3, 4, 5, 6]
-    assert (tmp_path / "hurt" / "metrics.csv").read_text() == (tmp_path / "unhurt" / "metrics.csv").read_text()
+    assert (tmp_path / "hurt" / "metrics.csv").read_text() == (
+        tmp_path / "unhurt" / "metrics.csv"
+    ).read_text()
 
 
 def test_a_finished_run_can_be_made_longer(tmp_path):
@@ -157,7 +213,9 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
     assert "final/top1" not in events and "_hparams_/session_end_info" not in events
     assert "_hparams_/session_start_info" in events
     _run(tmp_path, [4], start=False, finish=True)
-    assert _events(tmp_path)["final/top1"] == [4] and "_hparams_/session_end_info" in _events(tmp_path)
+    assert _events(tmp_path)["final/top1"] == [4] and "_hparams_/session_end_info" in _events(
+        tmp_path
+    )
 
 
 def test_cut_back_after_a_kill_in_mid_write_and_twice(tmp_path):
@@ -168,7 +226,11 @@ def test_cut_back_after_a_kill_in_mid_write_and_twice(tmp_path):
         file.write("4,0.1,0.")
     truncate_after(tmp_path, 3)
     once = _events(tmp_path), (tmp_path / "metrics.csv").read_bytes()
-    assert once[0]["attention/test images"] == [1, 2] and once[0]["attention/conv7/entropy"] == [1, 2, 3]
+    assert once[0]["attention/test images"] == [1, 2] and once[0]["attention/conv7/entropy"] == [
+        1,
+        2,
+        3,
+    ]
     assert once[1].count(b"\n") == 4 and once[1].endswith(b"\n")
     truncate_after(tmp_path, 3)
     assert (_events(tmp_path), (tmp_path / "metrics.csv").read_bytes()) == once
@@ -181,7 +243,8 @@ def test_a_crash_before_the_old_files_are_removed_is_healed(tmp_path):
     truncate_after(tmp_path, 2)
     (tmp_path / "copy").rename(old)  # as if we had been killed between the renaming and the removal
     assert _events(tmp_path)["loss/train"] == [1, 2, 3, 1, 2]
-    assert _events(tmp_path, purge=True)["loss/train"] == [1, 2]  # TensorBoard shows no doubles meanwhile
+    # TensorBoard shows no doubles meanwhile
+    assert _events(tmp_path, purge=True)["loss/train"] == [1, 2]
     truncate_after(tmp_path, 2)
     assert _events(tmp_path)["loss/train"] == [1, 2] and not old.exists()
 
@@ -217,7 +280,8 @@ def test_cut_back_where_nothing_was_written_yet(tmp_path):
 
 
 def test_event_files_sort_in_the_order_they_were_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(report_module.time, "time", lambda: 1700000000.0)  # a clock that stands still
+    # a clock that stands still
+    monkeypatch.setattr(report_module.time, "time", lambda: 1700000000.0)
     made = [_run(tmp_path, [epoch], start=False).events_path for epoch in range(1, 13)]
     assert made == sorted(set(made))
     assert _events(tmp_path)["loss/train"] == list(range(1, 13))
@@ -230,7 +294,8 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_spoils_nothing(tmp_path
     report = Report(tmp_path)
     report.epoch(_row(3))
     kept = report.events_path.read_bytes()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) + 1000, limits[1]))  # no file may grow past this
+    # no file may grow past this
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) + 1000, limits[1]))
     try:
         with pytest.raises(OSError) as caught:
             report.overlays(3, _sheet(3))
@@ -267,7 +332,9 @@ def test_health_against_a_few_lines_of_numpy():
         p = weights / weights.sum(axis=1, keepdims=True)
         assert health[level].score_sd == pytest.approx(flat.std(axis=1).mean(), rel=1e-12)
         assert health[level].score_sd_max == pytest.approx(flat.std(axis=1).max(), rel=1e-12)
-        assert health[level].entropy == pytest.approx((-p * np.log(p)).sum(axis=1).mean() / np.log(48), rel=1e-12)
+        assert health[level].entropy == pytest.approx(
+            (-p * np.log(p)).sum(axis=1).mean() / np.log(48), rel=1e-12
+        )
     assert health["conv7"].gate_gradient == 0.5 and health["conv10"].gate_gradient is None
 
 
@@ -282,11 +349,27 @@ def test_health_at_the_extremes():
 def test_warnings_name_the_level_and_say_what_is_wrong():
     well = LevelHealth(0.5, 0.7, 0.9, 0.1)
     assert health_warnings({"conv7": well, "conv10": LevelHealth(0.5, 0.7, 0.9, None)}) == []
-    dead, uniform, one, still, broken = (health_warnings({"conv7": well, "conv10": each}) for each in (
-        LevelHealth(8e-9, 9e-9, 1.0, 0.1), LevelHealth(1e-9, 1e-3, 0.9999, 0.1), LevelHealth(9.0, 9.0, 0.001, 0.1),
-        LevelHealth(0.5, 0.5, 0.5, 0.0), LevelHealth(float("nan"), float("nan"), float("nan"), 0.1)))
-    for found, words in ((dead, "is dead"), (uniform, "nearly uniform"), (one, "one position only"),
-                         (still, "zero gate gradient"), (broken, "non-finite")):
-        (key, text), = found
-        assert key.startswith("conv10/") and text.startswith("attention level conv10") and words in text
+    dead, uniform, one, still, broken = (
+        health_warnings({"conv7": well, "conv10": each})
+        for each in (
+            LevelHealth(8e-9, 9e-9, 1.0, 0.1),
+            LevelHealth(1e-9, 1e-3, 0.9999, 0.1),
+            LevelHealth(9.0, 9.0, 0.001, 0.1),
+            LevelHealth(0.5, 0.5, 0.5, 0.0),
+            LevelHealth(float("nan"), float("nan"), float("nan"), 0.1),
+        )
+    )
+    for found, words in (
+        (dead, "is dead"),
+        (uniform, "nearly uniform"),
+        (one, "one position only"),
+        (still, "zero gate gradient"),
+        (broken, "non-finite"),
+    ):
+        ((key, text),) = found
+        assert (
+            key.startswith("conv10/")
+            and text.startswith("attention level conv10")
+            and words in text
+        )
     assert "9.0e-09 < 1e-06" in dead[0][1]

@@ -1,4 +1,5 @@
 """The loop, the optimizer's side and the checkpoints, against independent few-line references."""
+
 import errno
 import math
 import os
@@ -30,7 +31,8 @@ from training.evaluation import evaluate
 from training.ranks import Ranks
 from training.trainer import split_micro_batches
 
-# ---- precision --------------------------------------------------------------------------------------------------------
+# ---- precision ----------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("has_bf16, expected", [(True, "bf16"), (False, "fp32")])
 def test_auto_precision_on_a_cpu(monkeypatch, has_bf16, expected):
@@ -40,13 +42,23 @@ def test_auto_precision_on_a_cpu(monkeypatch, has_bf16, expected):
         choose_precision("fp16", CPU)
 
 
-@pytest.mark.parametrize("name, native, expected", [
-    ("NVIDIA H100 80GB HBM3", True, "bf16"), ("NVIDIA GeForce RTX 2080 Ti", False, "fp16"),
-    ("NVIDIA GeForce GTX 1080 Ti", False, "fp16"), ("NVIDIA GeForce GTX 1660 Ti", False, "fp32")])
+@pytest.mark.parametrize(
+    "name, native, expected",
+    [
+        ("NVIDIA H100 80GB HBM3", True, "bf16"),
+        ("NVIDIA GeForce RTX 2080 Ti", False, "fp16"),
+        ("NVIDIA GeForce GTX 1080 Ti", False, "fp16"),
+        ("NVIDIA GeForce GTX 1660 Ti", False, "fp32"),
+    ],
+)
 def test_auto_precision_on_a_gpu(monkeypatch, name, native, expected):
     """Turing and older emulate bf16: emulation must not count. GTX 16xx give NaN in fp16."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     assert choose_precision("auto", torch.device("cuda")) == expected
 
@@ -73,7 +85,8 @@ def test_compiling_and_checkpointing_where_the_statistics_would_be_wrong(monkeyp
         choose_compile(True, CPU, True)
 
 
-# ---- micro-batches ----------------------------------------------------------------------------------------------------
+# ---- micro-batches ------------------------------------------------------------------------------
+
 
 def test_where_compiled_code_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -82,19 +95,28 @@ def test_where_compiled_code_is_kept(monkeypatch, tmp_path):
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     persist_compile_cache()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "learn-to-pay-attention")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(
+        tmp_path / "cache" / "learn-to-pay-attention"
+    )
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))    # no folder can be made there
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no folder can be made there
     persist_compile_cache()
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or tuple(map(int, platform.libc_ver()[1].split("."))) < (2, 35),
-                    reason="asks glibc's malloc, which took no such setting before 2.35")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc"
+    or tuple(map(int, platform.libc_ver()[1].split("."))) < (2, 35),
+    reason="asks glibc's malloc, which took no such setting before 2.35",
+)
 def test_large_blocks_are_kept_from_one_step_to_the_next():
     """In a process of its own: what is free in this one's heap by now would count."""
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent("""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent("""
         import ctypes, torch
         from common.device import tune_malloc
         libc = ctypes.CDLL(None)
@@ -113,25 +135,48 @@ def test_large_blocks_are_kept_from_one_step_to_the_next():
         assert libc.mallinfo2().hblks == mapped and heap >= 240 * 2**20
         del blocks
         assert libc.mallinfo2().arena >= heap
-        """)], capture_output=True, text=True)
+        """),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_parts_are_near_equal_and_none_is_a_single_image_unless_asked_for():
     for count in range(2, 40):
         for micro_batch in [None, *range(1, 45)]:
-            parts = [len(p) for p, _ in split_micro_batches(torch.arange(count), torch.arange(count), micro_batch)]
+            parts = [
+                len(p)
+                for p, _ in split_micro_batches(
+                    torch.arange(count), torch.arange(count), micro_batch
+                )
+            ]
             assert sum(parts) == count and max(parts) - min(parts) <= 1
             assert min(parts) >= (1 if micro_batch == 1 else 2)
-            assert max(parts) <= (1 if micro_batch == 1 else max(micro_batch or count, 3))  # 3: an odd batch by twos
+            # 3: an odd batch by twos
+            assert max(parts) <= (1 if micro_batch == 1 else max(micro_batch or count, 3))
 
 
-@pytest.mark.parametrize("batch, ranks, micro_batch", [(128, 3, 14), (128, 3, 43), (10, 4, 1), (10, 4, 2), (9, 2, 3)])
+@pytest.mark.parametrize(
+    "batch, ranks, micro_batch", [(128, 3, 14), (128, 3, 43), (10, 4, 1), (10, 4, 2), (9, 2, 3)]
+)
 def test_every_rank_makes_as_many_parts(batch, ranks, micro_batch):
-    """Where shares are uneven too: a rank that made a part more would wait in its SyncBatchNorm for ever."""
+    """Where shares are uneven too: a rank that made a part more would wait in its SyncBatchNorm for
+    ever."""
     sizes = [len(range(batch)[Ranks(rank, ranks, rank).share(batch)]) for rank in range(ranks)]
-    parts = [[len(part) for part, _ in split_micro_batches(torch.arange(size), torch.arange(size), micro_batch,
-                                                (batch // ranks, -(-batch // ranks)))] for size in sizes]
+    parts = [
+        [
+            len(part)
+            for part, _ in split_micro_batches(
+                torch.arange(size),
+                torch.arange(size),
+                micro_batch,
+                (batch // ranks, -(-batch // ranks)),
+            )
+        ]
+        for size in sizes
+    ]
     assert sum(sizes) == batch and len(set(map(len, parts))) == 1 and min(map(min, parts)) > 0
 
 
@@ -140,19 +185,25 @@ def test_a_compiler_that_fails_does_not_end_the_run(capsys):
 
     def broken(images):
         raise ImportError("Python.h: no such file")
+
     ours.run_model, ours.compile_is_optional = broken, True
     for each in (ours, reference):
         each.step(*each.batches.all[0])
     assert ours.run_model is ours.parallel
-    assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), reference.model.parameters()))
-    assert capsys.readouterr().out.startswith("torch.compile failed (Python.h: no such file): training without it")
-    ours.run_model = broken     # asked for by --compile
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.model.parameters(), reference.model.parameters())
+    )
+    assert capsys.readouterr().out.startswith(
+        "torch.compile failed (Python.h: no such file): training without it"
+    )
+    ours.run_model = broken  # asked for by --compile
     with pytest.raises(ImportError):
         ours.step(*ours.batches.all[0])
 
 
 def test_micro_batches_give_the_gradient_of_the_batch():
-    """With batch norm in evaluation mode every image stands for itself, so the sums must agree to rounding."""
+    """With batch norm in evaluation mode every image stands for itself, so the sums must agree to
+    rounding."""
     gradients = []
     for micro_batch in (None, 3):
         ours = make_trainer(model="vgg-gap")
@@ -166,10 +217,17 @@ def test_micro_batches_give_the_gradient_of_the_batch():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)  # the loss itself is in float32
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError("no room"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError("no room"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+        ),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_out_of_memory_halves_the_micro_batch_and_repeats_the_whole_step(capsys, error):
     ours, reference = make_trainer(dropout=0.0), make_trainer(dropout=0.0, micro_batch=2)
     sizes = []
@@ -179,6 +237,7 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_whole_step(capsys,
         if len(images) > 2:
             raise error
         return ours.model(images)
+
     ours.run_model = scarce
     for each in (ours, reference):
         each.model.train()
@@ -189,12 +248,16 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_whole_step(capsys,
     assert "continuing with --micro-batch 2" in capsys.readouterr().out
     assert ours.state()["micro_batch"] == 2
     ours.run_model = lambda images: (_ for _ in ()).throw(error)
-    with pytest.raises(UserError, match="out of memory at 1 image at once.*peak [0-9]+ MiB.*\nTry, in this order: "
-                                        "--checkpoint-activations, --set trunk=pooled, a smaller --image-size$"):
+    with pytest.raises(
+        UserError,
+        match="out of memory at 1 image at once.*peak [0-9]+ MiB.*\nTry, in this order: "
+        "--checkpoint-activations, --set trunk=pooled, a smaller --image-size$",
+    ):
         ours.step(*ours.batches.all[1])
 
 
-# ---- looks at the loss, evaluation ------------------------------------------------------------------------------------
+# ---- looks at the loss, evaluation --------------------------------------------------------------
+
 
 def test_what_may_be_out_of_memory_is_so_on_a_full_gpu_only(monkeypatch):
     vague = RuntimeError("GET was unable to find an engine to execute this computation")
@@ -202,14 +265,15 @@ def test_what_may_be_out_of_memory_is_so_on_a_full_gpu_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * 2**30, 11 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5 * 2**30)
-    for reserved, full in ((8 * 2**30, True), (9 * 2**30, False)):     # 5 and 6 of 11 GiB to be had
+    for reserved, full in ((8 * 2**30, True), (9 * 2**30, False)):  # 5 and 6 of 11 GiB to be had
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved)
         assert is_oom_error(vague) is full
         assert not is_oom_error(RuntimeError("a mistake of ours"))
 
 
 def test_when_the_loss_is_looked_at(monkeypatch):
-    """On a GPU once a second, as a look waits for it; several ranks at the same steps; on a CPU always."""
+    """On a GPU once a second, as a look waits for it; several ranks at the same steps; on a CPU
+    always."""
     ours, now = make_trainer(), [100.0]
     monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: now[0])
     assert ours.sync_due(1, looked=100.0)
@@ -225,13 +289,15 @@ def test_saving_is_not_counted_as_training(monkeypatch):
 
     def passes(seconds):
         clock[0] += seconds
+
     ours.step = lambda *batch: passes(2.0)
     ours.train_epoch(on_check=lambda step, loss: passes(100.0))
     assert ours.position.seconds == 3 * 2
 
 
 def test_a_resumed_micro_batch(capsys):
-    """The one that a run came to when memory ran out is kept; one that was asked for is not, when --micro-batch is auto."""
+    """The one that a run came to when memory ran out is kept; one that was asked for is not, when
+    --micro-batch is auto."""
     for before, now, kept in (("auto", "auto", 4), (4, "auto", None), ("auto", 2, 2), (4, 2, 2)):
         ours, state = make_trainer(micro_batch=now), make_trainer(micro_batch=before).state()
         ours.load_state(state | {"micro_batch": 4, "config": {"micro_batch": before}})
@@ -251,12 +317,15 @@ def test_evaluation_against_a_loop_over_images():
     torch.manual_seed(3)
     model = build_model("vgg-gap", 7, width=1 / 16).train()
     images, labels = torch.randn(11, 3, 32, 32), torch.randint(7, (11,))
-    batches = [(images[i:i + 4], labels[i:i + 4]) for i in range(0, 11, 4)]
+    batches = [(images[i : i + 4], labels[i : i + 4]) for i in range(0, 11, 4)]
     result = evaluate(model, batches, 7, Precision("fp32", CPU))
     assert model.training
     model.eval()
     with torch.no_grad():
-        ranks = [(model(x[None])[0].argsort(descending=True) == y).nonzero().item() for x, y in zip(images, labels)]
+        ranks = [
+            (model(x[None])[0].argsort(descending=True) == y).nonzero().item()
+            for x, y in zip(images, labels)
+        ]
         loss = sum(-model(x[None])[0].log_softmax(0)[y].item() for x, y in zip(images, labels)) / 11
     assert result.loss == pytest.approx(loss, rel=1e-5)
     assert result.top1 == pytest.approx(100 * sum(r == 0 for r in ranks) / 11)
@@ -266,28 +335,48 @@ def test_evaluation_against_a_loop_over_images():
 
 
 def test_a_short_training_learns_the_sample():
-    """Real training on the generated sample: far above chance (25 %), no level dead, maps that are not flat."""
+    """Real training on the generated sample: far above chance (25 %), no level dead, maps that are
+    not flat."""
     from data import Augmentation, TrainBatches
+
     train, test = cifar_sample(classes=4, train_per_class=100, test_per_class=25)
     mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-    batches = TrainBatches(train, 20, seed=0, augmentation=Augmentation(mean=mean, std=std, pad=2, flip=False), device="cpu")
+    batches = TrainBatches(
+        train,
+        20,
+        seed=0,
+        augmentation=Augmentation(mean=mean, std=std, pad=2, flip=False),
+        device="cpu",
+    )
     ours = make_trainer(batches, model="vgg-att2-concat-pc", width=0.125, epochs=3, lr=0.05)
     from data import eval_batches
+
     for _ in range(3):
         ours.train_epoch()
         ours.next_epoch()
-    result = evaluate(ours.eval_model, eval_batches(test, CPU, mean, std, (32, 32)), 4, ours.precision)
+    result = evaluate(
+        ours.eval_model, eval_batches(test, CPU, mean, std, (32, 32)), 4, ours.precision
+    )
     assert result.top1 > 50, result
 
 
-# ---- checkpoints ------------------------------------------------------------------------------------------------------
+# ---- checkpoints --------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def saved(tmp_path):
     """A run folder with two checkpoints, the content of the last, and its path."""
     ours = make_trainer()
-    content = {"format": FORMAT, **ours.state(), "config": CONFIG | {"trunk": ""}, "class_names": list("abcd"),
-               "input_size": [32, 32], "mean": [0.5] * 3, "std": [0.2] * 3, "rng": checkpoint.random_states()}
+    content = {
+        "format": FORMAT,
+        **ours.state(),
+        "config": CONFIG | {"trunk": ""},
+        "class_names": list("abcd"),
+        "input_size": [32, 32],
+        "mean": [0.5] * 3,
+        "std": [0.2] * 3,
+        "rng": checkpoint.random_states(),
+    }
     checkpoint.save_checkpoint(tmp_path, content | {"mark": "first"})
     checkpoint.save_checkpoint(tmp_path, content | {"mark": "second"})
     return tmp_path, content
@@ -303,17 +392,27 @@ def test_checkpoint_round_trip(saved):
     assert not [name for name in back["model"] if name.startswith(("module.", "_orig_mod."))]
     assert {p.name for p in folder.iterdir()} == {"last.pt", "last.prev.pt"}
     model = load_model(back)
-    assert not model.training and torch.equal(model.state_dict()["trunk.block1.0.conv.weight"],
-                                              content["ema"]["trunk.block1.0.conv.weight"])
+    assert not model.training and torch.equal(
+        model.state_dict()["trunk.block1.0.conv.weight"],
+        content["ema"]["trunk.block1.0.conv.weight"],
+    )
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda data: b"", "cut short"),
-    (lambda data: data[: len(data) // 2], "cut short"),
-    (lambda data: data[:5000] + bytes([data[5000] ^ 4]) + data[5001:], "damaged|could not be read|no checkpoint"),
-    (lambda data: b"not a checkpoint at all", "no checkpoint"),
-])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_takes_over(saved, capsys, damage, message):
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda data: b"", "cut short"),
+        (lambda data: data[: len(data) // 2], "cut short"),
+        (
+            lambda data: data[:5000] + bytes([data[5000] ^ 4]) + data[5001:],
+            "damaged|could not be read|no checkpoint",
+        ),
+        (lambda data: b"not a checkpoint at all", "no checkpoint"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_takes_over(
+    saved, capsys, damage, message
+):
     folder, _ = saved
     path = folder / "last.pt"
     path.write_bytes(damage(path.read_bytes()))
@@ -331,7 +430,7 @@ def test_every_flipped_byte_of_a_tensor_is_found(saved):
     with zipfile.ZipFile(path) as archive:
         record = max(archive.infolist(), key=lambda i: i.file_size)
     middle = record.header_offset + record.file_size // 2
-    path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:])
+    path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
     with pytest.raises(UserError, match="checksum"):
         read_checkpoint(path)
 
@@ -340,6 +439,7 @@ def test_code_in_a_checkpoint_is_refused_not_run(tmp_path):
     class Harmful:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "harm"),)
+
     torch.save({"model": Harmful()}, tmp_path / "a.pt")
     with open(tmp_path / "b.pt", "wb") as file:
         pickle.dump(Harmful(), file)
@@ -351,19 +451,33 @@ def test_code_in_a_checkpoint_is_refused_not_run(tmp_path):
 
 def test_what_is_not_ours_says_so(tmp_path, saved):
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="not a checkpoint of this project: it has no format, model"):
+    with pytest.raises(
+        UserError, match="not a checkpoint of this project: it has no format, model"
+    ):
         read_checkpoint(tmp_path / "other.pt")
     torch.save(saved[1] | {"format": 99}, tmp_path / "newer.pt")
     with pytest.raises(UserError, match="format 99, and this code reads format 2"):
         read_checkpoint(tmp_path / "newer.pt")
     new = {"zoom", "jitter", "transfer_lr", "freeze_epochs"}
-    older = saved[1] | {"format": 1, "config": {k: v for k, v in saved[1]["config"].items() if k not in new} | {
-        "init_from": None}}
+    older = saved[1] | {
+        "format": 1,
+        "config": {k: v for k, v in saved[1]["config"].items() if k not in new}
+        | {"init_from": None},
+    }
     del older["transferred"]
     torch.save(older, tmp_path / "older.pt")
     read = read_checkpoint(tmp_path / "older.pt")
-    assert read["config"] == saved[1]["config"] and read["transferred"] == [] and read["format"] == 2
-    was = {"muon": 0.0, "ema_share": 1.0, "progressive_from": 0, "trivial_augment": False, "lr_by_width": 0.0}  # what it did
+    assert (
+        read["config"] == saved[1]["config"] and read["transferred"] == [] and read["format"] == 2
+    )
+    # what it did
+    was = {
+        "muon": 0.0,
+        "ema_share": 1.0,
+        "progressive_from": 0,
+        "trivial_augment": False,
+        "lr_by_width": 0.0,
+    }
     before = saved[1] | {"config": {k: v for k, v in saved[1]["config"].items() if k not in was}}
     torch.save(before, tmp_path / "before.pt")
     assert read_checkpoint(tmp_path / "before.pt")["config"] == saved[1]["config"] | was
@@ -378,8 +492,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(saved, monkeypatch):
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="No space left on device. What was saved before is untouched"):
+    with pytest.raises(
+        UserError, match="No space left on device. What was saved before is untouched"
+    ):
         checkpoint.save_checkpoint(folder, content | {"mark": "third"})
     monkeypatch.undo()
     assert checkpoint.read_last(folder)["mark"] == "second"
@@ -391,7 +508,9 @@ def test_how_often_a_run_saves(monkeypatch, save_takes, due):
     """Every 50 seconds; where that would cost over 2 % of the time, as often as costs 2 %."""
     saved, clock = [], [0.0]
     monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
-    state = types.SimpleNamespace(saved_at=0.0, save_seconds=save_takes, save=lambda: saved.append(clock[0]))
+    state = types.SimpleNamespace(
+        saved_at=0.0, save_seconds=save_takes, save=lambda: saved.append(clock[0])
+    )
     for clock[0] in (0.0, due - 0.1, due):
         run.Run.save_when_due(state)
     assert saved == [due] and save_takes / due <= 0.02

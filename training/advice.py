@@ -1,4 +1,5 @@
 """What a user can do about a run that failed: memory that ran out, weights that diverged."""
+
 from __future__ import annotations
 
 import math
@@ -10,21 +11,38 @@ from common.device import peak_memory_mib
 from common.errors import UserError
 
 
-def out_of_memory(config: dict, model: Network, device: torch.device, precision: str, *, micro_batch: int, ranks: int,
-                  reason: str) -> UserError:
+def out_of_memory(
+    config: dict,
+    model: Network,
+    device: torch.device,
+    precision: str,
+    *,
+    micro_batch: int,
+    ranks: int,
+    reason: str,
+) -> UserError:
     """When a smaller micro-batch is not wanted, or not possible."""
     peak = f"peak {peak_memory_mib(device):.0f} MiB"
-    return UserError(f"out of memory at {micro_batch} image{'s' * (micro_batch > 1)} at once ({peak}): {reason}\n"
-                     f"Try, in this order: {', '.join(what_saves_memory(config, model, device, precision, micro_batch, ranks))}")
+    return UserError(
+        f"out of memory at {micro_batch} image{'s' * (micro_batch > 1)} at once ({peak}): {reason}\n"
+        f"Try, in this order: {', '.join(what_saves_memory(config, model, device, precision, micro_batch, ranks))}"
+    )
 
 
-def what_saves_memory(config: dict, model: Network, device: torch.device, precision: str, micro_batch: int | None,
-                      ranks: int) -> list[str]:
+def what_saves_memory(
+    config: dict,
+    model: Network,
+    device: torch.device,
+    precision: str,
+    micro_batch: int | None,
+    ranks: int,
+) -> list[str]:
     """Options that would help and aren't in use, the cheapest first."""
     now = micro_batch or math.ceil(config["batch_size"] / ranks)
     options = {
         "--micro-batch auto": ranks == 1 and config["micro_batch"] != "auto",
-        f"--micro-batch {max(1, now // 2)}": ranks > 1,     # ranks cannot agree on it in the middle of a step
+        # ranks cannot agree on it in the middle of a step
+        f"--micro-batch {max(1, now // 2)}": ranks > 1,
         "--checkpoint-activations": not config["checkpoint_activations"],
         "--precision auto": precision == "fp32" and device.type == "cuda",
         "--set trunk=pooled": not model.is_pooled,
@@ -41,4 +59,5 @@ def diverged(what: str, *, epoch: int, step: int, steps: int, precision: str) ->
     return UserError(
         f"{what} is not finite at epoch {epoch}, step {step} of {steps}: the training diverged. The last good checkpoint is "
         f"kept.\nStart a new run with, in this order: a lower --lr, a longer warm-up (--set warmup=0.3){exact}. --resume keeps a "
-        f"run's settings; --init-from RUN_DIR/last.pt takes its weights along")
+        f"run's settings; --init-from RUN_DIR/last.pt takes its weights along"
+    )

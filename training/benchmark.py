@@ -1,4 +1,6 @@
-"""--benchmark: how fast the real training step is, where its time goes, and what the plain way of writing it takes."""
+"""--benchmark: how fast the real training step is, where its time goes, and what the plain way of
+writing it takes."""
+
 from __future__ import annotations
 
 import copy
@@ -25,30 +27,55 @@ from training.sanity import cpu_batch
 from training.task import Task
 from training.trainer import Trainer
 
-WINDOWS = 5             # of steps; the median of their rates is reported
-WARM_UP = 3             # steps that are not counted: kernels are chosen, graphs compiled
-MATRIX = {"cpu": 2048, "cuda": 8192}    # side of the matrices whose product tells what the device can reach
+WINDOWS = 5  # of steps; the median of their rates is reported
+WARM_UP = 3  # steps that are not counted: kernels are chosen, graphs compiled
+# side of the matrices whose product tells what the device can reach
+MATRIX = {"cpu": 2048, "cuda": 8192}
 PARTS = ("data", "forward", "backward", "optimizer")
 
 
 def benchmark(task: Task, config: dict, steps: int, json_path: str | None, command: str) -> int:
-    """Measure, print the table, write it to ``json_path`` if one is given. Nothing is downloaded or trained for good."""
+    """Measure, print the table, write it to ``json_path`` if one is given. Nothing is downloaded or
+    trained for good."""
     if json_path:
         check_json(Path(json_path))
     if config["init_from"] != "none":
-        print(f"--benchmark starts from nothing, not from {config['init_from'] or 'a checkpoint'}: the speed is the same.")
+        print(
+            f"--benchmark starts from nothing, not from {config['init_from'] or 'a checkpoint'}: the speed is the same."
+        )
     *sets, sample = task.data.sets_or_sample(config)
     train, evaluation = split(config, *sets)
     device = choose_device(config["device"])
     asked = config["batch_size"]
     batch = min(asked if device.type == "cuda" else cpu_batch(config, train), len(train))
-    run = Run(task, config | {"sample": sample, "progressive": "none", "init_from": "none", "freeze_epochs": 0.0,
-                              "batch_size": batch}, Path("."), train, evaluation)
+    run = Run(
+        task,
+        config
+        | {
+            "sample": sample,
+            "progressive": "none",
+            "init_from": "none",
+            "freeze_epochs": 0.0,
+            "batch_size": batch,
+        },
+        Path("."),
+        train,
+        evaluation,
+    )
     trainer, config = run.trainer, run.config
-    result = {"command": command, "device": device_name(device), "torch": torch.__version__,
-              "precision": config["precision"], "model": config["model"], "width": config["width"],
-              "input_size": config["input_size"], "batch_size": config["batch_size"], "compiled": run.compiled,
-              "checkpoint_activations": config["checkpoint_activations"], "images": train.source}
+    result = {
+        "command": command,
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "precision": config["precision"],
+        "model": config["model"],
+        "width": config["width"],
+        "input_size": config["input_size"],
+        "batch_size": config["batch_size"],
+        "compiled": run.compiled,
+        "checkpoint_activations": config["checkpoint_activations"],
+        "images": train.source,
+    }
     result |= measure_step(trainer, steps)
     result["flop_an_image"] = flops_per_image(trainer)
     result["flop_per_second"] = result["flop_an_image"] * result["images_per_second"]
@@ -59,7 +86,7 @@ def benchmark(task: Task, config: dict, steps: int, json_path: str | None, comma
     except (RuntimeError, MemoryError) as error:
         if not is_oom_error(error):
             raise
-        plain = None    # where ours fits, that way need not
+        plain = None  # where ours fits, that way need not
     result["baseline_images_per_second"] = plain
     result["ratio"] = plain and result["images_per_second"] / plain
     print_table(result, asked)
@@ -71,35 +98,52 @@ def benchmark(task: Task, config: dict, steps: int, json_path: str | None, comma
 
 
 def check_json(path: Path) -> None:
-    """Before the minutes that measuring takes. Raises UserError where the result could not be written, or would replace a
-    file that is not an earlier one."""
+    """Before the minutes that measuring takes. Raises UserError where the result could not be
+    written, or would replace a file that is not an earlier one."""
     if not path.parent.is_dir():
         raise UserError(f"--json {path}: there is no folder {path.parent}", 2)
     if os.path.lexists(path):
         try:
-            ours = json.loads(path.read_text("utf-8-sig")).keys() >= {"command", "images_per_second", "parts_ms"}
+            ours = json.loads(path.read_text("utf-8-sig")).keys() >= {
+                "command",
+                "images_per_second",
+                "parts_ms",
+            }
         except (OSError, ValueError, AttributeError):
             ours = False
         if not ours:
-            raise UserError(f"--json {path} is there already, and not written by --benchmark: give another name", 2)
+            raise UserError(
+                f"--json {path} is there already, and not written by --benchmark: give another name",
+                2,
+            )
 
 
-# ---- our step ---------------------------------------------------------------------------------------------------------
+# ---- our step -----------------------------------------------------------------------------------
+
 
 def measure_step(trainer: Trainer, steps: int) -> dict:
-    """Images a second (median of WINDOWS windows of the real loop), and the parts of a step in ms, from as many steps
-    again in which the device is waited for after each part."""
+    """Images a second (median of WINDOWS windows of the real loop), and the parts of a step in ms,
+    from as many steps again in which the device is waited for after each part."""
     batches = cycle(map(trainer.batches.epoch, itertools.count()))
     for _ in range(WARM_UP):
         trainer.step(*next(batches))
-    rates = rates_of(lambda: trainer.step(*next(batches)), trainer.device, steps, trainer.config["batch_size"])
+    rates = rates_of(
+        lambda: trainer.step(*next(batches)), trainer.device, steps, trainer.config["batch_size"]
+    )
     peak = peak_memory_mib(trainer.device)
-    return {"images_per_second": statistics.median(rates), "slowest_window": min(rates), "fastest_window": max(rates),
-            "step_ms": 1000 * trainer.config["batch_size"] / statistics.median(rates),
-            "parts_ms": parts(trainer, batches, max(2, steps // WINDOWS)), "peak_memory_mib": peak}
+    return {
+        "images_per_second": statistics.median(rates),
+        "slowest_window": min(rates),
+        "fastest_window": max(rates),
+        "step_ms": 1000 * trainer.config["batch_size"] / statistics.median(rates),
+        "parts_ms": parts(trainer, batches, max(2, steps // WINDOWS)),
+        "peak_memory_mib": peak,
+    }
 
 
-def rates_of(step: Callable[[], object], device: torch.device, steps: int, images: int) -> list[float]:
+def rates_of(
+    step: Callable[[], object], device: torch.device, steps: int, images: int
+) -> list[float]:
     """Images a second of each of WINDOWS windows, ``steps`` steps together (at least one a window)."""
     each = max(1, steps // WINDOWS)
     rates = []
@@ -112,8 +156,8 @@ def rates_of(step: Callable[[], object], device: torch.device, steps: int, image
 
 
 def parts(trainer: Trainer, batches: Iterator, steps: int) -> dict[str, float]:
-    """Milliseconds a step of PARTS: the batch's preparation; the forward pass; the loss and the backward pass; and the
-    optimizer with the moving average."""
+    """Milliseconds a step of PARTS: the batch's preparation; the forward pass; the loss and the
+    backward pass; and the optimizer with the moving average."""
     seconds = dict.fromkeys(PARTS, 0.0)
     forward, gradients = trainer.run_model, trainer.gradients
 
@@ -123,7 +167,9 @@ def parts(trainer: Trainer, batches: Iterator, steps: int) -> dict[str, float]:
             result = work(*args)
             seconds[part] += synced_time(trainer.device) - started
             return result
+
         return call
+
     trainer.run_model, trainer.gradients = timed("forward", forward), timed("backward", gradients)
     try:
         for _ in range(steps):
@@ -131,14 +177,15 @@ def parts(trainer: Trainer, batches: Iterator, steps: int) -> dict[str, float]:
             timed("optimizer", trainer.step)(*batch)
     finally:
         trainer.run_model, trainer.gradients = forward, gradients
-    seconds["optimizer"] -= seconds["backward"]     # step holds gradients, which holds the forward pass
+    # step holds gradients, which holds the forward pass
+    seconds["optimizer"] -= seconds["backward"]
     seconds["backward"] -= seconds["forward"]
     return {part: 1000 * value / steps for part, value in seconds.items()}
 
 
 def flops_per_image(trainer: Trainer) -> int:
-    """Floating-point operations of one image's forward and backward pass, two for a multiply-add: counted on the network
-    as it runs without recomputation."""
+    """Floating-point operations of one image's forward and backward pass, two for a multiply-add:
+    counted on the network as it runs without recomputation."""
     model = copy.deepcopy(trainer.model).train()
     model.checkpoint_activations = False
     images = torch.randn(2, 3, *trainer.config["input_size"], device=trainer.device)
@@ -151,24 +198,31 @@ def flops_per_image(trainer: Trainer) -> int:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product in this precision: what the device can reach. In fp32
-    a GPU's convolutions may use TF32, so the product may too."""
+    """Floating-point operations a second of a large matrix product in this precision: what the
+    device can reach. In fp32 a GPU's convolutions may use TF32, so the product may too."""
     side, before = MATRIX[device.type], torch.backends.cuda.matmul.allow_tf32
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     try:
-        return statistics.median(2 * side**2 * rate for rate in rates_of(lambda: a @ b, device, 2 * WINDOWS, side))
+        return statistics.median(
+            2 * side**2 * rate for rate in rates_of(lambda: a @ b, device, 2 * WINDOWS, side)
+        )
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-# ---- the plain way ----------------------------------------------------------------------------------------------------
+# ---- the plain way ------------------------------------------------------------------------------
+
 
 class PlainImages(Dataset):
     """Images one by one, through torchvision's transforms."""
 
     def __init__(self, images: ImageSet, transform: Callable):
-        self.images, self.labels, self.transform = images.images.cpu().numpy(), images.labels.tolist(), transform
+        self.images, self.labels, self.transform = (
+            images.images.cpu().numpy(),
+            images.labels.tolist(),
+            transform,
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -177,24 +231,55 @@ class PlainImages(Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-def baseline(trainer: Trainer, train: ImageSet, config: dict, steps: int, mean: Sequence[float],
-             std: Sequence[float]) -> float:
-    """Images a second of the same network and batch in fp32 and NCHW, with a DataLoader of two workers (fewer by
-    --num-workers) and torchvision's transforms for each image, torch's SGD, and the loss read at every step."""
+def baseline(
+    trainer: Trainer,
+    train: ImageSet,
+    config: dict,
+    steps: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> float:
+    """Images a second of the same network and batch in fp32 and NCHW, with a DataLoader of two
+    workers (fewer by --num-workers) and torchvision's transforms for each image, torch's SGD, and
+    the loss read at every step."""
     from torchvision import transforms
 
     height, width = config["input_size"]
-    crop = (transforms.RandomResizedCrop((height, width), (config["zoom"], 1.0)) if config["zoom"] else
-            transforms.RandomCrop((height, width), padding=config["crop_pad"] or None, padding_mode="reflect"))
+    crop = (
+        transforms.RandomResizedCrop((height, width), (config["zoom"], 1.0))
+        if config["zoom"]
+        else transforms.RandomCrop(
+            (height, width), padding=config["crop_pad"] or None, padding_mode="reflect"
+        )
+    )
     changes = [transforms.TrivialAugmentWide()] if config["trivial_augment"] else []
-    transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *changes, transforms.ToTensor(),
-                                    transforms.Normalize(mean, std)])
-    loader = DataLoader(PlainImages(train, transform), config["batch_size"], shuffle=True, drop_last=True,
-                        num_workers=min(2, config["num_workers"]), pin_memory=trainer.device.type == "cuda")
-    model: nn.Module = copy.deepcopy(trainer.model).to(memory_format=torch.contiguous_format).train()
+    transform = transforms.Compose(
+        [
+            crop,
+            transforms.RandomHorizontalFlip(),
+            *changes,
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+    loader = DataLoader(
+        PlainImages(train, transform),
+        config["batch_size"],
+        shuffle=True,
+        drop_last=True,
+        num_workers=min(2, config["num_workers"]),
+        pin_memory=trainer.device.type == "cuda",
+    )
+    model: nn.Module = (
+        copy.deepcopy(trainer.model).to(memory_format=torch.contiguous_format).train()
+    )
     model.checkpoint_activations = False
-    optimizer = torch.optim.SGD(model.parameters(), config["lr"], momentum=config["momentum"],
-                                weight_decay=config["weight_decay"])
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        config["lr"],
+        momentum=config["momentum"],
+        weight_decay=config["weight_decay"],
+    )
     total, batches = 0.0, cycle(itertools.repeat(loader))
 
     def step() -> None:
@@ -205,6 +290,7 @@ def baseline(trainer: Trainer, train: ImageSet, config: dict, steps: int, mean: 
         loss.backward()
         optimizer.step()
         total += loss.item()
+
     for _ in range(WARM_UP):
         step()
     return statistics.median(rates_of(step, trainer.device, steps, config["batch_size"]))
@@ -216,25 +302,51 @@ def cycle(epochs: Iterable[Iterable]) -> Iterator:
         yield from epoch
 
 
-# ---- report -----------------------------------------------------------------------------------------------------------
+# ---- report -------------------------------------------------------------------------------------
+
 
 def print_table(result: dict, asked: int) -> None:
     height, width = result["input_size"]
     cut = f" (cut from {asked})" if result["batch_size"] != asked else ""
-    in_use = [result["precision"], "channels_last"] + [name for name in ("compiled", "checkpoint_activations") if result[name]]
-    print(f"\n{result['model']}, width {result['width']:g}, {height}x{width} px, batches of {result['batch_size']}{cut}\n"
-          f"{result['device']}, PyTorch {result['torch']}; {result['images']}\n")
+    in_use = [result["precision"], "channels_last"] + [
+        name for name in ("compiled", "checkpoint_activations") if result[name]
+    ]
+    print(
+        f"\n{result['model']}, width {result['width']:g}, {height}x{width} px, batches of {result['batch_size']}{cut}\n"
+        f"{result['device']}, PyTorch {result['torch']}; {result['images']}\n"
+    )
     share, plain = 100 / sum(result["parts_ms"].values()), result["baseline_images_per_second"]
-    rows = [("training step", f"{result['images_per_second']:,.1f} images/s", f"median of {WINDOWS} windows, "
-             f"{result['slowest_window']:,.1f} to {result['fastest_window']:,.1f}; {', '.join(in_use)}"),
-            ("one step", f"{result['step_ms']:,.1f} ms", "")]
-    rows += [(f"  {part}", f"{ms:,.1f} ms", f"{ms * share:.1f} %") for part, ms in result["parts_ms"].items()]
-    rows += [("arithmetic", f"{result['flop_an_image'] / 1e9:,.2f} GFLOP/image", "forward and backward, counted"),
-             ("achieved", f"{result['flop_per_second'] / 1e9:,.1f} GFLOP/s",
-              f"{result['share_of_matrix_rate']:.2f} of a large matrix product's {result['matrix_flop_per_second'] / 1e9:,.1f}"),
-             ("peak memory", f"{result['peak_memory_mib']:,.0f} MiB", ""),
-             ("the plain way", f"{plain:,.1f} images/s" if plain else "out of memory",
-              "fp32, NCHW, DataLoader with torchvision's transforms, loss read at every step"),
-             ("ratio", f"{result['ratio']:.2f}" if plain else "", "")]
+    rows = [
+        (
+            "training step",
+            f"{result['images_per_second']:,.1f} images/s",
+            f"median of {WINDOWS} windows, "
+            f"{result['slowest_window']:,.1f} to {result['fastest_window']:,.1f}; {', '.join(in_use)}",
+        ),
+        ("one step", f"{result['step_ms']:,.1f} ms", ""),
+    ]
+    rows += [
+        (f"  {part}", f"{ms:,.1f} ms", f"{ms * share:.1f} %")
+        for part, ms in result["parts_ms"].items()
+    ]
+    rows += [
+        (
+            "arithmetic",
+            f"{result['flop_an_image'] / 1e9:,.2f} GFLOP/image",
+            "forward and backward, counted",
+        ),
+        (
+            "achieved",
+            f"{result['flop_per_second'] / 1e9:,.1f} GFLOP/s",
+            f"{result['share_of_matrix_rate']:.2f} of a large matrix product's {result['matrix_flop_per_second'] / 1e9:,.1f}",
+        ),
+        ("peak memory", f"{result['peak_memory_mib']:,.0f} MiB", ""),
+        (
+            "the plain way",
+            f"{plain:,.1f} images/s" if plain else "out of memory",
+            "fp32, NCHW, DataLoader with torchvision's transforms, loss read at every step",
+        ),
+        ("ratio", f"{result['ratio']:.2f}" if plain else "", ""),
+    ]
     for name, value, note in rows:
         print(f"{name:<15} {value:>18}   {note}".rstrip())

@@ -1,7 +1,10 @@
-"""Checkpoints: written so that a crash at any moment leaves a whole one, verified when read, never executed.
+"""Checkpoints: written so that a crash at any moment leaves a whole one, verified when read, never
+executed.
 
-A checkpoint is one plain dict (see Trainer.state and run.checkpoint_of) that ``torch.load(weights_only=True)`` reads.
+A checkpoint is one plain dict (see Trainer.state and run.checkpoint_of) that
+``torch.load(weights_only=True)`` reads.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -33,24 +36,34 @@ from common.process import quoted
 from training.options import MAY_CHANGE
 
 BEST_NAME = "best.pt"
-# What a run writes besides TensorBoard's event files. In the folder of a new run none of it may be there.
+# What a run writes besides TensorBoard's event files. In the folder of a new run none of it may be
+# there.
 RUN_FILES = ("config.json", "metrics.csv", CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME)
 
 
 def save_file(path: Path, content: dict, previous: Path | None = None) -> None:
-    """Save to ``path``, whole or not at all; what it held stays under the name ``previous``, if one is given.
+    """Save to ``path``, whole or not at all; what it held stays under the name ``previous``, if one
+    is given.
 
     Raises UserError when there is no room, or no way to write there."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # a run folder that was moved away must not lose the run
+        # a run folder that was moved away must not lose the run
+        path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, functools.partial(torch.save, content), previous=previous)
-    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of its own out of a full disk
+    # torch makes a RuntimeError of its own out of a full disk
+    except (OSError, RuntimeError) as error:
         cause = error
         while not isinstance(cause, OSError) and cause.__context__:
             cause = cause.__context__
-        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
-        raise UserError(f"{path} could not be written: {reason}. What was saved before is untouched: make room there, "
-                        f"then --resume {quoted(path.parent)}") from error
+        reason = (
+            cause.strerror
+            if isinstance(cause, OSError) and cause.strerror
+            else str(error).splitlines()[0]
+        )
+        raise UserError(
+            f"{path} could not be written: {reason}. What was saved before is untouched: make room there, "
+            f"then --resume {quoted(path.parent)}"
+        ) from error
 
 
 def save_checkpoint(run_dir: Path, content: dict) -> None:
@@ -59,7 +72,8 @@ def save_checkpoint(run_dir: Path, content: dict) -> None:
 
 
 def read_last(run_dir: Path) -> dict | None:
-    """The newest checkpoint of a run that can be read; None when there is none yet. Says when it is the one before."""
+    """The newest checkpoint of a run that can be read; None when there is none yet. Says when it is
+    the one before."""
     last, previous = run_dir / CHECKPOINT_NAME, run_dir / PREVIOUS_NAME
     if not last.exists() and not previous.exists():
         return None
@@ -74,60 +88,79 @@ def read_last(run_dir: Path) -> dict | None:
 
 
 def prepare_to_write(run_dir: Path, config: dict) -> None:
-    """Before a resumed run with these settings writes: what has a name of ours and is not this run's would go with the next
-    save, so it gets another name; of a last.pt that cannot be used, the one before takes the place. What a killed process
-    left half-written is removed."""
+    """Before a resumed run with these settings writes: what has a name of ours and is not this
+    run's would go with the next save, so it gets another name; of a last.pt that cannot be used,
+    the one before takes the place. What a killed process left half-written is removed."""
+
     def is_ours(path: Path) -> bool:
         try:
             return not differences(read_checkpoint(path)["config"], config)
         except UserError:
             return False
+
     last, previous, best = (run_dir / name for name in (CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME))
     for path in (last, previous, best) if config["val_fraction"] else (last, previous):
         if os.path.lexists(path) and not is_ours(path):
             set_aside(path, "is damaged, or not this run's")
-    if previous.exists() and not last.exists():     # else the first save would have none to keep
+    if previous.exists() and not last.exists():  # else the first save would have none to keep
         os.replace(previous, last)
     if os.path.lexists(run_dir / "config.json"):
         try:
             read_settings(run_dir)
-        except (FileNotFoundError, IsADirectoryError, ValueError):  # FileNotFoundError: a link that leads nowhere
+        # FileNotFoundError: a link that leads nowhere
+        except (FileNotFoundError, IsADirectoryError, ValueError):
             set_aside(run_dir / "config.json", "is damaged, or not this run's")
     remove_leftovers(run_dir, age=0)
 
 
 def check_own(run_dir: Path, path: Path, content: dict) -> dict:
-    """The content, unless the settings in config.json say that it is another run's: then a UserError."""
+    """The content, unless the settings in config.json say that it is another run's: then a
+    UserError."""
     try:
         settings = upgrade_config(read_settings(run_dir))
-    except (OSError, ValueError):   # lost or damaged: the checkpoint holds all of it
+    except (OSError, ValueError):  # lost or damaged: the checkpoint holds all of it
         return content
     for name in differences(content["config"], settings):
-        raise UserError(f"{path} belongs to another run: {name} is {content['config'][name]} in it, and {settings[name]} in "
-                        f"{run_dir / 'config.json'}")
+        raise UserError(
+            f"{path} belongs to another run: {name} is {content['config'][name]} in it, and {settings[name]} in "
+            f"{run_dir / 'config.json'}"
+        )
     return content
 
 
 def differences(config: dict, settings: dict) -> list[str]:
-    """The settings that one run has in two ways. Values as JSON has them, which a config.json went through."""
-    return [name for name in sorted((config.keys() & settings.keys()) - set(MAY_CHANGE))
-            if json.loads(json.dumps(config[name])) != json.loads(json.dumps(settings[name]))]
+    """The settings that one run has in two ways. Values as JSON has them, which a config.json went
+    through."""
+    return [
+        name
+        for name in sorted((config.keys() & settings.keys()) - set(MAY_CHANGE))
+        if json.loads(json.dumps(config[name])) != json.loads(json.dumps(settings[name]))
+    ]
 
 
 def newest_unfinished(runs: Path) -> Path:
-    """The run of ``runs`` that was written to last, has not finished and is not being trained; sanity passes do not count.
-    Raises UserError."""
+    """The run of ``runs`` that was written to last, has not finished and is not being trained;
+    sanity passes do not count. Raises UserError."""
     found = []
     for config_path in runs.glob("*/config.json"):
         with contextlib.suppress(OSError, ValueError):
-            read_settings(config_path.parent)   # anybody may have a config.json
+            read_settings(config_path.parent)  # anybody may have a config.json
             config = read_config(config_path.parent)
             if not config.get("sanity") and not config.get("finished"):
-                found.append((max(p.lstat().st_mtime for p in config_path.parent.iterdir()), config_path.parent))
+                found.append(
+                    (
+                        max(p.lstat().st_mtime for p in config_path.parent.iterdir()),
+                        config_path.parent,
+                    )
+                )
     for _, run_dir in sorted(found, reverse=True):
         with contextlib.suppress(UserError), lock(run_dir):
             return run_dir
-    which = f"every unfinished run in {runs} is being trained" if found else f"there is no unfinished run in {runs}"
+    which = (
+        f"every unfinished run in {runs} is being trained"
+        if found
+        else f"there is no unfinished run in {runs}"
+    )
     raise UserError(f"--resume: {which}; name the run's folder", 2)
 
 
@@ -141,7 +174,8 @@ def read_config(run_dir: Path) -> dict:
 
 
 def read_settings(run_dir: Path) -> dict:
-    """The settings in a run's config.json. Raises OSError, or ValueError for any other file of that name."""
+    """The settings in a run's config.json. Raises OSError, or ValueError for any other file of that
+    name."""
     try:
         settings = read_config(run_dir)["config"]
         if all(isinstance(settings[name], str) for name in ("model", "recipe", "dataset")):
@@ -159,12 +193,14 @@ def earlier_commands(run_dir: Path) -> list[str]:
         return []
 
 
-# ---- folders ----------------------------------------------------------------------------------------------------------
+# ---- folders ------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def new_folder(candidates: Iterator[Path]) -> Iterator[Path]:
-    """The folder of a new run, made and locked: the first of ``candidates`` that is not there yet, or the last of them. At
-    its end it goes again, with the parents that were made for it, if nothing came into it.
+    """The folder of a new run, made and locked: the first of ``candidates`` that is not there yet,
+    or the last of them. At its end it goes again, with the parents that were made for it, if
+    nothing came into it.
 
     Raises UserError for a folder that holds what a run would write."""
     with contextlib.ExitStack() as stack:
@@ -173,27 +209,36 @@ def new_folder(candidates: Iterator[Path]) -> Iterator[Path]:
             if run_dir in made:
                 break
         stack.enter_context(lock(run_dir))
-        stack.callback(remove_made, made)   # before the lock is given up: nobody else's folder, and nobody in it
+        # before the lock is given up: nobody else's folder, and nobody in it
+        stack.callback(remove_made, made)
         check_new(run_dir)
         yield run_dir
 
 
 def check_new(run_dir: Path) -> None:
-    """Raises UserError where a new run in this folder would write over something, or mix its curves with others."""
+    """Raises UserError where a new run in this folder would write over something, or mix its curves
+    with others."""
     found = [name for name in RUN_FILES if os.path.lexists(run_dir / name)]
     found += sorted(path.name for path in run_dir.iterdir() if "tfevents" in path.name)
     if "config.json" in found or CHECKPOINT_NAME in found:
-        raise UserError(f"{run_dir} holds a run already: go on with it by --resume {quoted(run_dir)}, or name another "
-                        f"--run-dir", 2)
+        raise UserError(
+            f"{run_dir} holds a run already: go on with it by --resume {quoted(run_dir)}, or name another "
+            f"--run-dir",
+            2,
+        )
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise UserError(f"{run_dir} holds {', '.join(found[:3])}{more}, which a run writes too: name another --run-dir, or "
-                        f"move them away", 2)
+        raise UserError(
+            f"{run_dir} holds {', '.join(found[:3])}{more}, which a run writes too: name another --run-dir, or "
+            f"move them away",
+            2,
+        )
 
 
 @contextlib.contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
-    """One process a run directory. The lock is on the folder itself and ends with the process, however it ends."""
+    """One process a run directory. The lock is on the folder itself and ends with the process,
+    however it ends."""
     in_use = UserError(f"{run_dir} is in use by another process: wait for it, or stop it first")
     try:
         import fcntl
@@ -212,16 +257,18 @@ def lock(run_dir: Path) -> Iterator[None]:
         except OSError:  # some network file systems lock no folders
             pass
         if identity(run_dir) != identity(descriptor):
-            raise in_use    # it had made the folder, and has just taken it away again
+            raise in_use  # it had made the folder, and has just taken it away again
         yield
     finally:
         os.close(descriptor)
 
 
-# ---- random states ----------------------------------------------------------------------------------------------------
+# ---- random states ------------------------------------------------------------------------------
+
 
 def random_states() -> dict:
-    """torch's (dropout, initialisation), each GPU's and Python's; the order and augmentation need none."""
+    """torch's (dropout, initialisation), each GPU's and Python's; the order and augmentation need
+    none."""
     states = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()
@@ -232,10 +279,12 @@ def restore_random_states(states: dict) -> None:
     torch.set_rng_state(states["torch"].cpu())
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
-    if "cuda" in states and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+    if (
+        "cuda" in states
+        and torch.cuda.is_available()
+        and len(states["cuda"]) == torch.cuda.device_count()
+    ):
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
-# ---- networks from checkpoints ----------------------------------------------------------------------------------------
-
-
+# ---- networks from checkpoints ------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Checks of a config, before a folder is made or an image read. Each raises UserError."""
+
 from __future__ import annotations
 
 import torch
@@ -14,8 +15,11 @@ from training.ranks import Ranks
 
 def check_batch(config: dict, ranks: Ranks) -> None:
     if config["batch_size"] < 2 * ranks.world_size:
-        raise UserError(f"--batch-size {config['batch_size']} is too small for {ranks.world_size} ranks: 2 images each are "
-                        f"the least", 2)
+        raise UserError(
+            f"--batch-size {config['batch_size']} is too small for {ranks.world_size} ranks: 2 images each are "
+            f"the least",
+            2,
+        )
 
 
 def check_recipe(config: dict) -> None:
@@ -32,8 +36,17 @@ def check_recipe(config: dict) -> None:
     for name in choices.keys() & config.keys():
         if config[name] not in choices[name]:
             raise UserError(f"--set {name}={config[name]}: choose {' or '.join(choices[name])}", 2)
-    below = {"momentum": 1, "label_smoothing": 1, "ema_decay": 1, "warmup": 1, "crop_pad": 16, "zoom": 1, "jitter": 1,
-             "cutout": 4096, "pool4": 4096}
+    below = {
+        "momentum": 1,
+        "label_smoothing": 1,
+        "ema_decay": 1,
+        "warmup": 1,
+        "crop_pad": 16,
+        "zoom": 1,
+        "jitter": 1,
+        "cutout": 4096,
+        "pool4": 4096,
+    }
     for name, limit in below.items():
         if config[name] >= limit:
             raise UserError(f"--set {name}={config[name]}: expected a number below {limit}", 2)
@@ -42,20 +55,32 @@ def check_recipe(config: dict) -> None:
     if config["halve_every"] < 1:
         raise UserError("--set halve_every=0: expected 1 epoch or more", 2)
     if config["freeze_epochs"] >= config["epochs"]:
-        raise UserError(f"--freeze-epochs {config['freeze_epochs']:g}: fewer than the {config['epochs']} epochs of the run "
-                        f"are needed, or the trunk would never train", 2)
+        raise UserError(
+            f"--freeze-epochs {config['freeze_epochs']:g}: fewer than the {config['epochs']} epochs of the run "
+            f"are needed, or the trunk would never train",
+            2,
+        )
 
 
 def check_start(config: dict) -> None:
     """--init-from of a new run, before an image is read. Raises UserError."""
     if not config["init_from"]:
-        raise UserError("this recipe starts from a CIFAR-100 network, which train_cifar100.py trains: give --init-from "
-                        "RUN_DIR/last.pt. Else --init-from imagenet (--set trunk=pooled), or --init-from none", 2)
+        raise UserError(
+            "this recipe starts from a CIFAR-100 network, which train_cifar100.py trains: give --init-from "
+            "RUN_DIR/last.pt. Else --init-from imagenet (--set trunk=pooled), or --init-from none",
+            2,
+        )
     if config["init_from"] == "none" and config["freeze_epochs"]:
-        raise UserError("--freeze-epochs keeps a transferred trunk as it is, and --init-from none transfers none: leave one "
-                        "of them out", 2)
+        raise UserError(
+            "--freeze-epochs keeps a transferred trunk as it is, and --init-from none transfers none: leave one "
+            "of them out",
+            2,
+        )
     if config["init_from"] == "imagenet" and scaled(64, config["width"]) != 64:
-        raise UserError(f"ImageNet weights fit --width 1, not {config['width']:g}: give --init-from none, or a checkpoint of "
-                        f"that width", 2)
+        raise UserError(
+            f"ImageNet weights fit --width 1, not {config['width']:g}: give --init-from none, or a checkpoint of "
+            f"that width",
+            2,
+        )
     if config["init_from"] not in ("none", "imagenet"):
         read_checkpoint(config["init_from"])

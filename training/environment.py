@@ -1,4 +1,5 @@
 """What a run ran on: versions, device, threads, git commit, command line."""
+
 from __future__ import annotations
 
 import functools
@@ -17,20 +18,32 @@ from common.device import device_name
 def environment(device: torch.device) -> dict:
     """What a run ran on, for config.json: versions, device, threads, git commit."""
     others = {name: version(name) for name in ("torchvision", "numpy", "tensorboard", "pillow")}
-    return {"python": platform.python_version(), "torch": torch.__version__, **others,
-            "cuda": torch.version.cuda if device.type == "cuda" else None,
-            "device": device_name(device), "threads": torch.get_num_threads(), "git_commit": git_commit()}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **others,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "git_commit": git_commit(),
+    }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def git_commit() -> str | None:
-    """The commit that this code was at when the run began, with "+changes" when files differ from it; None outside a
-    checkout."""
+    """The commit that this code was at when the run began, with "+changes" when files differ from
+    it; None outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
+
         def git(*words: str) -> str:
-            return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
-        return git("rev-parse", "HEAD").strip() + ("+changes" if git("status", "--porcelain", "-uno").strip() else "")
+            return subprocess.run(
+                ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
+            ).stdout
+
+        return git("rev-parse", "HEAD").strip() + (
+            "+changes" if git("status", "--porcelain", "-uno").strip() else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 

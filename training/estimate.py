@@ -1,4 +1,6 @@
-"""What a run takes: time, memory, and its learning rate in words. All is measured on copies; the run is left untouched."""
+"""What a run takes: time, memory, and its learning rate in words. All is measured on copies; the
+run is left untouched."""
+
 from __future__ import annotations
 
 import copy
@@ -16,15 +18,19 @@ from training.optim import lr_at, stages, width_factor
 from training.run import Run, recalibration_count
 from training.trainer import Trainer
 
-MOST_TRIED = 1024       # images at once, when the largest micro-batch is looked for
+MOST_TRIED = 1024  # images at once, when the largest micro-batch is looked for
 
 
 def rate_in_words(trainer: Trainer) -> str:
-    """The peak learning rate, for an image too: what a step does to the weights depends on both rate and batch."""
+    """The peak learning rate, for an image too: what a step does to the weights depends on both
+    rate and batch."""
     config, steps = trainer.config, len(trainer.batches)
     total, rising = config["epochs"] * steps, int(config["warmup"] * config["epochs"] * steps)
-    # Where a schedule turns: around the warm-up's end, and at the first epochs at which the rate is doubled or halved.
-    turns = [rising + more for more in (-2, -1, 0, 1)] + [number * config["halve_every"] * steps for number in range(4)]
+    # Where a schedule turns: around the warm-up's end, and at the first epochs at which the rate is
+    # doubled or halved.
+    turns = [rising + more for more in (-2, -1, 0, 1)] + [
+        number * config["halve_every"] * steps for number in range(4)
+    ]
     at_full_width = max(lr_at(config, min(max(0, step), total - 1), steps) for step in turns)
     peak = at_full_width * width_factor(config)
     words = f"Peak learning rate {peak:.3g} for batches of {config['batch_size']}: {peak / config['batch_size']:.2g} an image"
@@ -47,8 +53,8 @@ def seconds_left(run: Run) -> float:
 
 
 def measure(trainer: Trainer, images: int) -> tuple[float, float]:
-    """Seconds an image of a training step and of an evaluation, at full input size. The run is left untouched: it works
-    on a copy of the network and puts the random states back."""
+    """Seconds an image of a training step and of an evaluation, at full input size. The run is left
+    untouched: it works on a copy of the network and puts the random states back."""
     states = random_states()
     model = copy.deepcopy(trainer.model)
     compiled = trainer.run_model is not trainer.model
@@ -65,7 +71,7 @@ def measure(trainer: Trainer, images: int) -> tuple[float, float]:
 
     net = torch.compile(model, dynamic=False) if compiled else model
     net.train()
-    if images == 1:     # as in the run: BatchNormPolicy
+    if images == 1:  # as in the run: BatchNormPolicy
         norms_to_eval(model)
     step()  # the first step also sets up kernels, and takes several times what the next ones do
     training = timed(step, trainer.device)
@@ -78,11 +84,11 @@ def measure(trainer: Trainer, images: int) -> tuple[float, float]:
 
 
 def most_that_fit(trainer: Trainer, start: int) -> int:
-    """Images whose forward and backward pass fit in memory at once, found by doubling (or halving) ``start`` up to
-    MOST_TRIED; 0 when not even one fits. On a copy of the network, not compiled."""
+    """Images whose forward and backward pass fit in memory at once, found by doubling (or halving)
+    ``start`` up to MOST_TRIED; 0 when not even one fits. On a copy of the network, not compiled."""
     states = random_states()
     model = copy.deepcopy(trainer.model).train()
-    norms_to_eval(model)    # so that a single image can be tried
+    norms_to_eval(model)  # so that a single image can be tried
     count, most = start, 0
     while 0 < count <= MOST_TRIED:
         if fits_in_memory(trainer, model, count):
@@ -128,9 +134,11 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return (synced_time(device) - started) / calls
 
 
-def run_seconds(config: dict, cost: tuple[float, float], train_images: int, test_images: int, begun: float = 0.0) -> float:
-    """Seconds of what is left of a run, evaluations included, when ``begun`` (0 to 1) of it is done; a progressively
-    resized image costs its share of pixels."""
+def run_seconds(
+    config: dict, cost: tuple[float, float], train_images: int, test_images: int, begun: float = 0.0
+) -> float:
+    """Seconds of what is left of a run, evaluations included, when ``begun`` (0 to 1) of it is
+    done; a progressively resized image costs its share of pixels."""
     share, done, steps_per_epoch = 0.0, begun, max(1, train_images // config["batch_size"])
     for scale, until in [*stages(config, steps_per_epoch), (1.0, 1.0)]:
         share, done = share + max(0.0, until - done) * scale**2, max(done, until)

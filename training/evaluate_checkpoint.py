@@ -1,4 +1,5 @@
 """--evaluate: loss, top-1, top-5 and the accuracy of each class, from a checkpoint alone."""
+
 from __future__ import annotations
 
 import argparse
@@ -16,20 +17,27 @@ from training.task import Task
 
 
 def evaluate_checkpoint(task: Task, args: argparse.Namespace, argv: list[str]) -> int:
-    """Loss, top-1, top-5 and each class, from the checkpoint alone; where the images are may be told."""
+    """Loss, top-1, top-5 and each class, from the checkpoint alone; where the images are may be
+    told."""
     taken = ("data_dir", "num_workers", "device", "precision", "evaluate")
     ignored = [name for name in vars(args) if was_given(name, argv) and name not in taken]
     if ignored:
-        raise UserError(f"--evaluate takes the run's settings from the checkpoint: leave out "
-                        f"{', '.join('--' + name.replace('_', '-') for name in ignored)}", 2)
+        raise UserError(
+            f"--evaluate takes the run's settings from the checkpoint: leave out "
+            f"{', '.join('--' + name.replace('_', '-') for name in ignored)}",
+            2,
+        )
     saved = read_checkpoint(args.evaluate)
-    config = saved["config"] | {name: getattr(args, name) for name in ("data_dir", "num_workers")
-                                  if was_given(name, argv)}
+    config = saved["config"] | {
+        name: getattr(args, name) for name in ("data_dir", "num_workers") if was_given(name, argv)
+    }
     if config["dataset"] != task.dataset:
         raise UserError(f"{args.evaluate} is a checkpoint of train_{config['dataset']}.py", 2)
     device = choose_device(args.device)
-    torch.backends.cudnn.benchmark = True   # as in training
-    precision = choose_precision(getattr(args, "precision", precision_here(config["precision"], device)), device)
+    torch.backends.cudnn.benchmark = True  # as in training
+    precision = choose_precision(
+        getattr(args, "precision", precision_here(config["precision"], device)), device
+    )
     model = load_model(saved).to(device, memory_format=torch.channels_last)
     _, test = task.data.sets(config, download=False)
     if tuple(saved["class_names"]) != test.class_names:
@@ -38,20 +46,30 @@ def evaluate_checkpoint(task: Task, args: argparse.Namespace, argv: list[str]) -
     batches = eval_batches(test, device, saved["mean"], saved["std"], saved["input_size"])
     result = evaluate(model, batches, len(test.class_names), Precision(precision, device))
     seconds = time.perf_counter() - started
-    print(f"{args.evaluate}: {config['model']}, width {config['width']:g}, after epoch {saved['position']['epoch']} of "
-          f"{config['epochs']}" + (", moving average of the weights" if saved["ema"] else ""))
+    print(
+        f"{args.evaluate}: {config['model']}, width {config['width']:g}, after epoch {saved['position']['epoch']} of "
+        f"{config['epochs']}" + (", moving average of the weights" if saved["ema"] else "")
+    )
     if saved["position"]["step"]:
-        print("It was saved in the middle of an epoch, so batch norm's statistics are not taken anew yet: --resume to the epoch's "
-              "end gives its accuracy.")
-    print(f"{len(test):,} test images ({test.source}), {device_name(device)}, {precision}, {seconds:.1f} s")
+        print(
+            "It was saved in the middle of an epoch, so batch norm's statistics are not taken anew yet: --resume to the epoch's "
+            "end gives its accuracy."
+        )
+    print(
+        f"{len(test):,} test images ({test.source}), {device_name(device)}, {precision}, {seconds:.1f} s"
+    )
     print(f"loss {result.loss:.4f}   top-1 {result.top1:.2f} %   top-5 {result.top5:.2f} %\n")
     print_classes(test.class_names, result.class_counts, result.class_correct)
     return 0
 
 
 def precision_here(trained_in: str, device: torch.device) -> str:
-    """The precision of a run, where this device has it; else "auto": emulated bf16 would seem to hang."""
-    native = trained_in in ("fp32", choose_precision("auto", device)) or (trained_in, device.type) == ("fp16", "cuda")
+    """The precision of a run, where this device has it; else "auto": emulated bf16 would seem to
+    hang."""
+    native = trained_in in ("fp32", choose_precision("auto", device)) or (
+        trained_in,
+        device.type,
+    ) == ("fp16", "cuda")
     return trained_in if native else "auto"
 
 
@@ -60,8 +78,11 @@ def print_classes(names: tuple[str, ...], counts: list[int], correct: list[int])
     names = tuple(map(printable, names))
     column = max(len(name) for name in names) + 16
     order = sorted(range(len(names)), key=lambda i: (correct[i] / max(1, counts[i]), names[i]))
-    cells = [f"{names[i]:<{column - 16}} {100 * correct[i] / max(1, counts[i]):5.1f} % {f'of {counts[i]}':<7}" for i in order]
+    cells = [
+        f"{names[i]:<{column - 16}} {100 * correct[i] / max(1, counts[i]):5.1f} % {f'of {counts[i]}':<7}"
+        for i in order
+    ]
     columns = max(1, 100 // column)
     print("top-1 of each class, worst first")
     for first in range(0, len(cells), columns):
-        print("  ".join(cells[first:first + columns]).rstrip())
+        print("  ".join(cells[first : first + columns]).rstrip())

@@ -1,4 +1,5 @@
 """Evaluation: loss and accuracy of a network on a set of images."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -16,7 +17,9 @@ from training.ranks import Ranks
 
 @dataclasses.dataclass
 class Evaluation:
-    """Loss (cross-entropy in nats), top-1 and top-5 in percent; images and correct ones of each class."""
+    """Loss (cross-entropy in nats), top-1 and top-5 in percent; images and correct ones of each
+    class."""
+
     loss: float
     top1: float
     top5: float
@@ -25,9 +28,16 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: Network, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, precision: Precision,
-             should_stop: Callable[[], bool] = lambda: False, ranks: Ranks = Ranks()) -> Evaluation:
-    """The network on every batch (images (N, 3, H, W), labels (N,)), in evaluation mode; its mode is restored.
+def evaluate(
+    model: Network,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    precision: Precision,
+    should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = Ranks(),
+) -> Evaluation:
+    """The network on every batch (images (N, 3, H, W), labels (N,)), in evaluation mode; its mode
+    is restored.
 
     With several ranks, each has its batches, and all get the result of all. Raises Interrupted."""
     was_training, device = model.training, precision.device
@@ -35,7 +45,9 @@ def evaluate(model: Network, batches: Iterable[tuple[Tensor, Tensor]], num_class
     network = fuse_conv_bn(model) if device.type == "cpu" else model
     try:
         sums = torch.zeros(3, dtype=torch.float64, device=device)
-        counts, right = (torch.zeros(num_classes, dtype=torch.int64, device=device) for _ in range(2))
+        counts, right = (
+            torch.zeros(num_classes, dtype=torch.int64, device=device) for _ in range(2)
+        )
         for images, labels in batches:
             if ranks.world_size == 1 and should_stop():
                 raise Interrupted
@@ -44,7 +56,9 @@ def evaluate(model: Network, batches: Iterable[tuple[Tensor, Tensor]], num_class
             logits = logits.float()
             hits = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([loss.double(), hits[:, 0].sum().double(), hits.any(1).sum().double()])
+            sums += torch.stack(
+                [loss.double(), hits[:, 0].sum().double(), hits.any(1).sum().double()]
+            )
             counts.index_add_(0, labels, torch.ones_like(labels))
             right.index_add_(0, labels, hits[:, 0].long())
     finally:

@@ -1,7 +1,9 @@
-"""The optimizer's side of a run: parameter groups, learning rate, precision, moving average of the weights.
+"""The optimizer's side of a run: parameter groups, learning rate, precision, moving average of the
+weights.
 
 Every number comes from the run's config (the dicts at the top of each script).
 """
+
 from __future__ import annotations
 
 import copy
@@ -16,23 +18,29 @@ from common.device import DTYPES
 
 
 def width_factor(config: dict) -> float:
-    """What all but Muon's filters learn at, in units of the schedule's rate, which is that of full width: 1 / width, at most
-    ``lr_by_width`` (0: 1 at every width). Scores and logits are sums over channels, and a step moves each summand alike, so
-    wide networks want smaller steps (the idea of arXiv 2203.03466, not its exact rules)."""
+    """What all but Muon's filters learn at, in units of the schedule's rate, which is that of full
+    width: 1 / width, at most ``lr_by_width`` (0: 1 at every width). Scores and logits are sums over
+    channels, and a step moves each summand alike, so wide networks want smaller steps (the idea of
+    arXiv 2203.03466, not its exact rules)."""
     return min(config["lr_by_width"], 1 / config["width"]) if config["lr_by_width"] else 1.0
 
 
-def parameter_groups(model: Network, config: dict, transferred: frozenset[str] = frozenset()) -> list[dict]:
+def parameter_groups(
+    model: Network, config: dict, transferred: frozenset[str] = frozenset()
+) -> list[dict]:
     """The parameters and options that torch.optim takes, one dict for each kind of parameter.
 
-    Weight decay is on everything (the paper's), or on the matrices and filters alone: not on biases, batch norms, nor on a
-    gate's vector u, which decay pulls towards a uniform map. With ``muon`` the 3x3 filters have groups of their own, whose rate
-    is that many times the schedule's ("scale"). So have the weights named in ``transferred``, with ``transfer_lr``; those of the
-    trunk apart from the others, as all weights of a group must get their first gradient in the same step (the fused SGD asks
-    for that)."""
+    Weight decay is on everything (the paper's), or on the matrices and filters alone: not on
+    biases, batch norms, nor on a gate's vector u, which decay pulls towards a uniform map. With
+    ``muon`` the 3x3 filters have groups of their own, whose rate is that many times the schedule's
+    ("scale"). So have the weights named in ``transferred``, with ``transfer_lr``; those of the
+    trunk apart from the others, as all weights of a group must get their first gradient in the same
+    step (the fused SGD asks for that)."""
     in_trunk = set(map(id, model.trunk.parameters()))
     gate_vectors = set(map(id, model.gate_vectors()))
-    filters = {id(conv.weight) for conv in model.normalized_convs()} if config["muon"] > 0 else set()
+    filters = (
+        {id(conv.weight) for conv in model.normalized_convs()} if config["muon"] > 0 else set()
+    )
 
     def kind(name: str, p: nn.Parameter) -> tuple[str, bool, bool]:
         origin = "new" if name not in transferred else "trunk" if id(p) in in_trunk else "other"
@@ -42,42 +50,61 @@ def parameter_groups(model: Network, config: dict, transferred: frozenset[str] =
     groups = []
     for origin in ("new", "trunk", "other"):
         for decays, by_muon in ((True, True), (True, False), (False, False)):
-            params = [p for name, p in model.named_parameters()
-                      if p.requires_grad and kind(name, p) == (origin, decays, by_muon)]
-            group = {"params": params, "weight_decay": config["weight_decay"] if decays else 0.0,
-                     "scale": 1.0 if origin == "new" else config["transfer_lr"]}
-            if by_muon:     # which has a momentum of its own, and keeps the norm
-                group |= {"filter_momentum": config["momentum"], "momentum": 0.0, "nesterov": False, "weight_decay": 0.0,
-                          "scale": group["scale"] * config["muon"]}
+            params = [
+                p
+                for name, p in model.named_parameters()
+                if p.requires_grad and kind(name, p) == (origin, decays, by_muon)
+            ]
+            group = {
+                "params": params,
+                "weight_decay": config["weight_decay"] if decays else 0.0,
+                "scale": 1.0 if origin == "new" else config["transfer_lr"],
+            }
+            if by_muon:  # which has a momentum of its own, and keeps the norm
+                group |= {
+                    "filter_momentum": config["momentum"],
+                    "momentum": 0.0,
+                    "nesterov": False,
+                    "weight_decay": 0.0,
+                    "scale": group["scale"] * config["muon"],
+                }
             else:
                 group["scale"] *= width_factor(config)
             groups.append(group)
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: Network, config: dict, precision: str,
-                   transferred: frozenset[str] = frozenset()) -> torch.optim.SGD:
-    """SGD, with Muon for the 3x3 filters where the config asks for it; the learning rate is set at every step by the
-    schedule.
+def make_optimizer(
+    model: Network, config: dict, precision: str, transferred: frozenset[str] = frozenset()
+) -> torch.optim.SGD:
+    """SGD, with Muon for the 3x3 filters where the config asks for it; the learning rate is set at
+    every step by the schedule.
 
-    The fused kernel makes one pass over the weights instead of one for each operation. Not with fp16: when the loss
-    scaler skips the very first step, it leaves a momentum that was never written."""
+    The fused kernel makes one pass over the weights instead of one for each operation. Not with
+    fp16: when the loss scaler skips the very first step, it leaves a momentum that was never
+    written."""
     groups = parameter_groups(model, config, transferred)
-    options = {"lr": config["lr"], "momentum": config["momentum"], "nesterov": config["nesterov"],
-               "fused": precision != "fp16" or None}    # None: PyTorch's choice, on a GPU the foreach loop
+    options = {
+        "lr": config["lr"],
+        "momentum": config["momentum"],
+        "nesterov": config["nesterov"],
+        # None: PyTorch's choice, on a GPU the foreach loop
+        "fused": precision != "fp16" or None,
+    }
     if not config["muon"]:
         return torch.optim.SGD(groups, **options)
     return Muon(groups, DTYPES[precision], **options)
 
 
 class Muon(torch.optim.SGD):
-    """Muon (Keller Jordan, kellerjordan.github.io/posts/muon) for the groups that have a ``filter_momentum``: 3x3 filters
-    in front of a batch norm. SGD for the others.
+    """Muon (Keller Jordan, kellerjordan.github.io/posts/muon) for the groups that have a
+    ``filter_momentum``: 3x3 filters in front of a batch norm. SGD for the others.
 
-    A layer's filters (C', C, 3, 3) count as a matrix C' x 9C. Its Nesterov momentum is replaced by the nearest matrix whose
-    singular values are all equal, so that every direction of it learns at the same speed, not the loudest alone. The
-    filters keep the norm that they began with, as the batch norm does not see it: the learning rate is their relative
-    change in a step, and they need no decay. (torch.optim.Muon, from PyTorch 2.9 on, takes matrices only.)
+    A layer's filters (C', C, 3, 3) count as a matrix C' x 9C. Its Nesterov momentum is replaced by
+    the nearest matrix whose singular values are all equal, so that every direction of it learns at
+    the same speed, not the loudest alone. The filters keep the norm that they began with, as the
+    batch norm does not see it: the learning rate is their relative change in a step, and they need
+    no decay. (torch.optim.Muon, from PyTorch 2.9 on, takes matrices only.)
 
     ``dtype``: what the products are calculated in."""
 
@@ -90,60 +117,84 @@ class Muon(torch.optim.SGD):
         for group in self.param_groups:
             if "filter_momentum" in group:
                 filters = [p for p in group["params"] if p.grad is not None]
-                if filters:     # a frozen trunk has no gradients
+                if filters:  # a frozen trunk has no gradients
                     self.prepare(filters, group["filter_momentum"])
         return super().step(closure)
 
     def prepare(self, filters: list[nn.Parameter], decay: float) -> None:
-        """Renormalize the filters (C', C, 3, 3) and replace each gradient with its orthogonalized update, of the same shape.
-        ``decay``: the momentum, 0 to 1."""
+        """Renormalize the filters (C', C, 3, 3) and replace each gradient with its orthogonalized
+        update, of the same shape. ``decay``: the momentum, 0 to 1."""
         for p in filters:
             if "filter_norm" not in self.state[p]:
                 self.state[p] |= {"filter_norm": p.norm(), "filter_momentum": torch.zeros_like(p)}
-        norms, momenta = ([self.state[p][name] for p in filters] for name in ("filter_norm", "filter_momentum"))
+        norms, momenta = (
+            [self.state[p][name] for p in filters] for name in ("filter_norm", "filter_momentum")
+        )
         # Nesterov's momentum, but for a factor that newton_schulz() takes away.
         gradients = [p.grad for p in filters]
         torch._foreach_lerp_(momenta, gradients, 1 - decay)
         ahead = torch._foreach_lerp(gradients, momenta, decay)
         torch._foreach_mul_(filters, torch._foreach_div(norms, torch._foreach_norm(filters)))
-        # Input channels last, as channels_last has them in memory: the order of a matrix's columns does not matter.
+        # Input channels last, as channels_last has them in memory: the order of a matrix's columns
+        # does not matter.
         rows = [each.permute(0, 2, 3, 1).flatten(1) for each in ahead]
-        steps = [step.view_as(p.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-                 for step, p in zip(newton_schulz(rows, self.dtype), filters)]
+        steps = [
+            step.view_as(p.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            for step, p in zip(newton_schulz(rows, self.dtype), filters)
+        ]
         # All singular values 1: the norm is the root of their number.
         sizes = torch._foreach_div(norms, [math.sqrt(min(each.shape)) for each in rows])
-        for p in filters:   # the fused SGD goes through memory in order: weight and gradient must lie in the same one
+        # the fused SGD goes through memory in order: weight and gradient must lie in the same one
+        for p in filters:
             if p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p)
         gradients = [p.grad for p in filters]
-        torch._foreach_copy_(gradients, steps)      # in float32 again
+        torch._foreach_copy_(gradients, steps)  # in float32 again
         torch._foreach_mul_(gradients, sizes)
 
 
-NEWTON_SCHULZ = 3   # iterations; five, calculated as below, overshoot in bfloat16 (singular values up to 4)
-SMALLEST_GRAM = 64  # smaller matrices are filled up with zeros: few large products are sooner done than many small ones
+# iterations; five, calculated as below, overshoot in bfloat16 (singular values up to 4)
+NEWTON_SCHULZ = 3
+# smaller matrices are filled up with zeros: few large products are sooner done than many small ones
+SMALLEST_GRAM = 64
 
 
 def newton_schulz(matrices: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Matrices (R, C) in float32, of any shapes -> the nearest ones whose singular values are 1, roughly (most end between
-    0.5 and 1.2), calculated in ``dtype``: Newton-Schulz iterations x <- (a + b x x^T + c (x x^T)^2) x, whose polynomial
-    (Jordan's) lifts small singular values fast.
+    """Matrices (R, C) in float32, of any shapes -> the nearest ones whose singular values are 1,
+    roughly (most end between 0.5 and 1.2), calculated in ``dtype``: Newton-Schulz iterations x <-
+    (a + b x x^T + c (x x^T)^2) x, whose polynomial (Jordan's) lifts small singular values fast.
 
-    The factors are polynomials of the Gram matrix g = x x^T, so they are multiplied up there, R x R, and x is only needed
-    at the beginning and at the end: for R = 512, C = 4608 that is half of the arithmetic. Matrices of one shape are
-    calculated together, and Gram matrices of one size multiplied up together: fewer, larger products."""
-    order = sorted(range(len(matrices)), key=lambda number: (gram_side(matrices[number]), matrices[number].shape))
+    The factors are polynomials of the Gram matrix g = x x^T, so they are multiplied up there, R x
+    R, and x is only needed at the beginning and at the end: for R = 512, C = 4608 that is half of
+    the arithmetic. Matrices of one shape are calculated together, and Gram matrices of one size
+    multiplied up together: fewer, larger products."""
+    order = sorted(
+        range(len(matrices)),
+        key=lambda number: (gram_side(matrices[number]), matrices[number].shape),
+    )
     matrices = [matrices[number] for number in order]
     lengths = torch._foreach_norm(matrices)
     torch._foreach_add_(lengths, 1e-20)
-    stacks = [matrices[0].new_empty(len(list(alike)), *shape, dtype=dtype)
-              for shape, alike in itertools.groupby(matrix.shape for matrix in matrices)]
-    torch._foreach_copy_([x for stack in stacks for x in stack], torch._foreach_div(matrices, lengths))
+    stacks = [
+        matrices[0].new_empty(len(list(alike)), *shape, dtype=dtype)
+        for shape, alike in itertools.groupby(matrix.shape for matrix in matrices)
+    ]
+    torch._foreach_copy_(
+        [x for stack in stacks for x in stack], torch._foreach_div(matrices, lengths)
+    )
     wide = [x if x.shape[1] <= x.shape[2] else x.mT for x in stacks]
     groups = [list(alike) for _, alike in itertools.groupby(wide, gram_side)]
     products = products_of_factors([gram_matrices(group) for group in groups])
-    results = [factor @ x for group, product in zip(groups, products) for factor, x in zip(corners(product, group), group)]
-    steps = [step for result, stack in zip(results, stacks) for step in (result if result.shape == stack.shape else result.mT)]
+    results = [
+        factor @ x
+        for group, product in zip(groups, products)
+        for factor, x in zip(corners(product, group), group)
+    ]
+    steps = [
+        step
+        for result, stack in zip(results, stacks)
+        for step in (result if result.shape == stack.shape else result.mT)
+    ]
     return [steps[order.index(number)] for number in range(len(order))]
 
 
@@ -153,7 +204,8 @@ def gram_side(x: torch.Tensor) -> int:
 
 
 def gram_matrices(stacks: list[torch.Tensor]) -> torch.Tensor:
-    """x x^T of stacks x (B, R, C), R <= C, with one gram_side S, filled up with zeros: (sum of B, S, S)."""
+    """x x^T of stacks x (B, R, C), R <= C, with one gram_side S, filled up with zeros: (sum of B,
+    S, S)."""
     side = gram_side(stacks[0])
     make = stacks[0].new_empty if all(x.shape[1] == side for x in stacks) else stacks[0].new_zeros
     grams = make(sum(map(len, stacks)), side, side)
@@ -165,17 +217,20 @@ def gram_matrices(stacks: list[torch.Tensor]) -> torch.Tensor:
 def corners(filled_up: torch.Tensor, stacks: list[torch.Tensor]) -> list[torch.Tensor]:
     """The part (B, R, R) of each stack (B, R, C) in matrices (sum of B, S, S)."""
     parts = filled_up.split([len(x) for x in stacks])
-    return [part[:, :x.shape[1], :x.shape[1]] for part, x in zip(parts, stacks)]
+    return [part[:, : x.shape[1], : x.shape[1]] for part, x in zip(parts, stacks)]
 
 
 def products_of_factors(grams: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Gram matrices of some x, each (B, S, S) -> the products of the iterations' factors, to be multiplied with x."""
+    """Gram matrices of some x, each (B, S, S) -> the products of the iterations' factors, to be
+    multiplied with x."""
     a, b, c = 3.4445, -4.7750, 2.0315
     products = None
     for number in range(NEWTON_SCHULZ):
         factors = [torch.baddbmm(g, g, g, beta=b, alpha=c) for g in grams]
         torch._foreach_add_([factor.diagonal(dim1=1, dim2=2) for factor in factors], a)
-        products = factors if products is None else [f @ product for f, product in zip(factors, products)]
+        products = (
+            factors if products is None else [f @ product for f, product in zip(factors, products)]
+        )
         if number < NEWTON_SCHULZ - 1:
             grams = [f @ g @ f for f, g in zip(factors, grams)]
     return products
@@ -191,8 +246,8 @@ def lr_at(config: dict, step: int, steps_per_epoch: int) -> float:
 
     "linear": after the warm-up linearly down to 0 at the end of the run.
     "halve": the paper's for CIFAR, ``lr`` halved every ``halve_every`` epochs.
-    "double-halve": the authors' for CUB, ``lr`` doubled after ``halve_every`` epochs and after twice as many, from then on
-    halved every ``halve_every``.
+    "double-halve": the authors' for CUB, ``lr`` doubled after ``halve_every`` epochs and after
+    twice as many, from then on halved every ``halve_every``.
     """
     total = config["epochs"] * steps_per_epoch
     rising = config["warmup"] * total
@@ -200,58 +255,74 @@ def lr_at(config: dict, step: int, steps_per_epoch: int) -> float:
         return config["lr"] * (step + 1) / rising
     periods = step // steps_per_epoch // config["halve_every"]
     if config["schedule"] == "halve":
-        return config["lr"] * 0.5 ** periods
+        return config["lr"] * 0.5**periods
     if config["schedule"] == "double-halve":
         return config["lr"] * 2.0 ** (periods if periods <= 2 else 4 - periods)
     return config["lr"] * (total - step) / max(1.0, total - rising + 1)
 
 
 def stages(config: dict, steps_per_epoch: int) -> list[tuple[float, float]]:
-    """Progressive resizing: (factor on the side, share of the run until which it holds) of each stage before the full size.
+    """Progressive resizing: (factor on the side, share of the run until which it holds) of each
+    stage before the full size.
 
-    ``progressive`` = "0.5:0.6 0.75:0.8" reads: half the side for the first 0.6 of the run, three quarters until 0.8.
-    The small images carry most of what the early steps learn, at a quarter of the cost. A run of fewer steps than
-    ``progressive_from`` has no such stages: too few steps would be left at full size."""
+    ``progressive`` = "0.5:0.6 0.75:0.8" reads: half the side for the first 0.6 of the run, three
+    quarters until 0.8. The small images carry most of what the early steps learn, at a quarter of
+    the cost. A run of fewer steps than ``progressive_from`` has no such stages: too few steps would
+    be left at full size."""
     if config["epochs"] * steps_per_epoch < config["progressive_from"]:
         return []
     return parse_progressive(config["progressive"])
 
 
 def input_size_at(config: dict, step: int, steps_per_epoch: int) -> tuple[int, int] | None:
-    """Height and width to train at in optimizer step ``step`` (from 0, over the whole run); None: the full ones."""
+    """Height and width to train at in optimizer step ``step`` (from 0, over the whole run); None:
+    the full ones."""
     for scale, until in stages(config, steps_per_epoch):
         if step / (config["epochs"] * steps_per_epoch) < until:
-            height, width = (max(SMALLEST_IMAGE, round(side * scale)) for side in config["input_size"])
+            height, width = (
+                max(SMALLEST_IMAGE, round(side * scale)) for side in config["input_size"]
+            )
             return height, width
     return None
 
 
 def parse_progressive(text: str) -> list[tuple[float, float]]:
-    """"0.5:0.6 0.75:0.8" -> [(0.5, 0.6), (0.75, 0.8)]; "none" or "" -> []. Raises ValueError for anything else."""
+    """ "0.5:0.6 0.75:0.8" -> [(0.5, 0.6), (0.75, 0.8)]; "none" or "" -> []. Raises ValueError for
+    anything else."""
     try:
-        stages = [tuple(float(number) for number in stage.split(":")) for stage in text.split() if stage != "none"]
+        stages = [
+            tuple(float(number) for number in stage.split(":"))
+            for stage in text.split()
+            if stage != "none"
+        ]
     except ValueError:
         stages = [()]
-    if any(len(s) != 2 or not 0 < s[0] <= 1 or not 0 < s[1] <= 1 for s in stages) or stages != sorted(
-            stages, key=lambda s: s[-1]):
-        raise ValueError(f"progressive '{text}': expected SCALE:UNTIL pairs, both above 0 and at most 1, in order")
+    if any(
+        len(s) != 2 or not 0 < s[0] <= 1 or not 0 < s[1] <= 1 for s in stages
+    ) or stages != sorted(stages, key=lambda s: s[-1]):
+        raise ValueError(
+            f"progressive '{text}': expected SCALE:UNTIL pairs, both above 0 and at most 1, in order"
+        )
     return stages
 
 
 class EMA:
-    """Exponential moving average of the weights, with their batch-norm buffers: what is evaluated and used.
+    """Exponential moving average of the weights, with their batch-norm buffers: what is evaluated
+    and used.
 
-    The average looks back over 1 / (1 - ``decay``) steps, but over no more than ``share`` of the run: in a short run, whose
-    weights move fast, a longer one lags behind them. Early on it is taken over few steps (decay (1 + t) / (10 + t)), so that
-    it is never of the first, random weights."""
+    The average looks back over 1 / (1 - ``decay``) steps, but over no more than ``share`` of the
+    run: in a short run, whose weights move fast, a longer one lags behind them. Early on it is
+    taken over few steps (decay (1 + t) / (10 + t)), so that it is never of the first, random
+    weights."""
 
     def __init__(self, model: nn.Module, decay: float, share: float = 1.0):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.share = decay, share
-        # Collected once: the tensors stay the same ones, optimizer steps and load_state_dict write into them.
+        # Collected once: the tensors stay the same ones, optimizer steps and load_state_dict write
+        # into them.
         pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
         self.averages, self.values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
-        counters = [pair for pair in pairs if not pair[0].is_floating_point()]      # of batch norm
+        counters = [pair for pair in pairs if not pair[0].is_floating_point()]  # of batch norm
         self.counters, self.counted = ([pair[i] for pair in counters] for i in (0, 1))
 
     @torch.no_grad()
@@ -264,7 +335,8 @@ class EMA:
 
 
 def grad_norm(parameters: list[nn.Parameter]) -> float | None:
-    """Euclidean norm of the gradients; None where there are none. Reads the device: not for the inner loop."""
+    """Euclidean norm of the gradients; None where there are none. Reads the device: not for the
+    inner loop."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return None

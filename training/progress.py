@@ -1,4 +1,5 @@
 """How far a run is, on the screen and in log files."""
+
 from __future__ import annotations
 
 import sys
@@ -12,16 +13,27 @@ from training.trainer import Trainer
 
 
 class Progress:
-    """The progress of the epoch under way: a bar in a terminal or a notebook; in a log file a line a minute."""
+    """The progress of the epoch under way: a bar in a terminal or a notebook; in a log file a line
+    a minute."""
 
     def __init__(self, trainer: Trainer, epochs: int):
         self.title = f"epoch {trainer.position.epoch + 1}/{epochs}"
         self.steps, self.start = len(trainer.batches), trainer.position.step
         self.batch_size = trainer.batches.images_per_step
         self.said_at = self.began = time.monotonic()
-        self.live = (sys.stderr.isatty() or "ipykernel" in sys.modules) and ranks_from_environment().is_main
-        self.bar = tqdm(total=self.steps * self.batch_size, initial=self.start * self.batch_size, desc=self.title,
-                        unit=" images", leave=False, disable=not self.live, unit_scale=True, dynamic_ncols=True)
+        self.live = (
+            sys.stderr.isatty() or "ipykernel" in sys.modules
+        ) and ranks_from_environment().is_main
+        self.bar = tqdm(
+            total=self.steps * self.batch_size,
+            initial=self.start * self.batch_size,
+            desc=self.title,
+            unit=" images",
+            leave=False,
+            disable=not self.live,
+            unit_scale=True,
+            dynamic_ncols=True,
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -38,20 +50,33 @@ class Progress:
             self.said_at = now
             rate = (step - self.start) / (now - self.began)
             left = format_duration((self.steps - step) / rate)
-            print(f"{self.title}  step {step}/{self.steps}  loss {loss:.3f}  {rate * self.batch_size:.0f} images/s  "
-                  f"{left} left in this epoch", flush=True)
+            print(
+                f"{self.title}  step {step}/{self.steps}  loss {loss:.3f}  {rate * self.batch_size:.0f} images/s  "
+                f"{left} left in this epoch",
+                flush=True,
+            )
 
 
-def epoch_line(row: Mapping[str, float], epochs: int, eval_name: str, trained_at: Sequence[tuple[int, int]],
-               full_size: tuple[int, int], *, averaged: bool) -> str:
-    """What is printed after an epoch. ``row``: its line of metrics.csv. ``trained_at``: (height, width) of the images in its
-    first and last step. ``averaged``: the moving average was evaluated."""
+def epoch_line(
+    row: Mapping[str, float],
+    epochs: int,
+    eval_name: str,
+    trained_at: Sequence[tuple[int, int]],
+    full_size: tuple[int, int],
+    *,
+    averaged: bool,
+) -> str:
+    """What is printed after an epoch. ``row``: its line of metrics.csv. ``trained_at``: (height,
+    width) of the images in its first and last step. ``averaged``: the moving average was evaluated.
+    """
     trained = " to ".join(dict.fromkeys(map(in_pixels, trained_at)))
     average = ", moving average" if averaged else ""
     lags = " (lags while training images are smaller)" if trained_at[1] != full_size else ""
-    return (f"epoch {row['epoch']}/{epochs}  train ({trained}) loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f} %  "
-            f"{eval_name} ({in_pixels(full_size)}{average}) loss {row['eval_loss']:.4f}, top-1 {row['eval_top1']:.2f} %, "
-            f"top-5 {row['eval_top5']:.2f} %{lags}  {row['images_per_second']:.0f} images/s, {row['seconds']:.1f} s")
+    return (
+        f"epoch {row['epoch']}/{epochs}  train ({trained}) loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f} %  "
+        f"{eval_name} ({in_pixels(full_size)}{average}) loss {row['eval_loss']:.4f}, top-1 {row['eval_top1']:.2f} %, "
+        f"top-5 {row['eval_top5']:.2f} %{lags}  {row['images_per_second']:.0f} images/s, {row['seconds']:.1f} s"
+    )
 
 
 def in_pixels(size: tuple[int, int]) -> str:

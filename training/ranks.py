@@ -1,8 +1,11 @@
-"""Several processes, a GPU each, that train one network: torchrun --nproc-per-node=N train_cifar100.py.
+"""Several processes, a GPU each, that train one network: torchrun --nproc-per-node=N
+train_cifar100.py.
 
-Every rank takes its part of each batch and of the evaluation set; gradients, sums and counts are added up, so that all
-ranks hold the same numbers at every step. Rank 0 alone writes files and standard output.
+Every rank takes its part of each batch and of the evaluation set; gradients, sums and counts are
+added up, so that all ranks hold the same numbers at every step. Rank 0 alone writes files and
+standard output.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -19,13 +22,15 @@ from torch.distributed import rendezvous
 
 from common.errors import UserError, one_line, printable
 
-MEETING = timedelta(minutes=5)      # for all ranks to have started
-PATIENCE = timedelta(hours=2)       # of a rank with the others, once they have met
+MEETING = timedelta(minutes=5)  # for all ranks to have started
+PATIENCE = timedelta(hours=2)  # of a rank with the others, once they have met
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """This process among ``world_size``; ``local_rank`` is its number on this machine. Alone, every method does nothing."""
+    """This process among ``world_size``; ``local_rank`` is its number on this machine. Alone, every
+    method does nothing."""
+
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -35,7 +40,8 @@ class Ranks:
         return self.rank == 0
 
     def share(self, total: int) -> slice:
-        """This rank's part of so many things: near-equal parts in order, as Tensor.tensor_split makes them."""
+        """This rank's part of so many things: near-equal parts in order, as Tensor.tensor_split
+        makes them."""
         each, more = divmod(total, self.world_size)
         start = self.rank * each + min(self.rank, more)
         return slice(start, start + each + (self.rank < more))
@@ -69,13 +75,16 @@ class Ranks:
                 dist.broadcast(tensor, src=0)
 
     def is_peer_failure(self, error: RuntimeError) -> bool:
-        """Whether an error says that another rank has gone, in which case it is not this rank's own."""
-        return self.world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+        """Whether an error says that another rank has gone, in which case it is not this rank's
+        own."""
+        return self.world_size > 1 and (
+            isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        )
 
     @property
     def steps_are_whole(self) -> bool:
-        """Whether the weights may be saved when a rank has gone. NCCL's calls end before their sums are there: steps that
-        were under way then go on with sums that are not whole."""
+        """Whether the weights may be saved when a rank has gone. NCCL's calls end before their sums
+        are there: steps that were under way then go on with sums that are not whole."""
         return self.world_size == 1 or dist.get_backend() != "nccl"
 
     @contextlib.contextmanager
@@ -89,7 +98,11 @@ class Ranks:
 
 
 def device_of_this_rank(ranks: Ranks) -> torch.device:
-    return torch.device("cuda", ranks.local_rank) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return (
+        torch.device("cuda", ranks.local_rank)
+        if dist.get_backend() == "nccl"
+        else torch.device("cpu")
+    )
 
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -97,7 +110,8 @@ REMEDY = f"start with torchrun, or without it unset {' '.join(VARIABLES)}"
 
 
 def ranks_from_environment() -> Ranks:
-    """What torchrun tells its processes; alone without it, where a variable that is empty counts as not set.
+    """What torchrun tells its processes; alone without it, where a variable that is empty counts as
+    not set.
 
     Raises UserError where they were left over from something else."""
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
@@ -105,7 +119,9 @@ def ranks_from_environment() -> Ranks:
         return Ranks()
     missing = [name for name in VARIABLES if name not in given]
     try:
-        rank, world_size, local_rank, port = (int(given.get(name, 0)) for name in VARIABLES if name != "MASTER_ADDR")
+        rank, world_size, local_rank, port = (
+            int(given.get(name, 0)) for name in VARIABLES if name != "MASTER_ADDR"
+        )
         if not missing and 0 <= rank < world_size and local_rank >= 0 and 0 < port < 2**16:
             return Ranks(rank, world_size, local_rank)
     except ValueError:
@@ -117,8 +133,8 @@ def ranks_from_environment() -> Ranks:
 
 @contextlib.contextmanager
 def init_distributed(device: str) -> Iterator[Ranks]:
-    """Meet the other ranks (NCCL where every rank has a GPU, else gloo), and leave them at the end. On every rank but the
-    first, standard output is silent; errors are not.
+    """Meet the other ranks (NCCL where every rank has a GPU, else gloo), and leave them at the end.
+    On every rank but the first, standard output is silent; errors are not.
 
     Raises UserError where this machine has fewer GPUs than ranks."""
     ranks = ranks_from_environment()
@@ -127,34 +143,54 @@ def init_distributed(device: str) -> Iterator[Ranks]:
         return
     on_gpus = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
     if on_gpus and (":" in device or ranks.local_rank >= torch.cuda.device_count()):
-        raise UserError(f"torchrun started rank {ranks.local_rank} on a machine with {torch.cuda.device_count()} GPUs: give "
-                        f"--nproc-per-node at most that, and no number in --device (CUDA_VISIBLE_DEVICES chooses)", 2)
+        raise UserError(
+            f"torchrun started rank {ranks.local_rank} on a machine with {torch.cuda.device_count()} GPUs: give "
+            f"--nproc-per-node at most that, and no number in --device (CUDA_VISIBLE_DEVICES chooses)",
+            2,
+        )
     if on_gpus:
         torch.cuda.set_device(ranks.local_rank)
     where = {"device_id": torch.device("cuda", ranks.local_rank)} if on_gpus else {}
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if ranks.is_main:
-        print(f"Waiting for {ranks.world_size} ranks to meet at {place}, as RANK, WORLD_SIZE and MASTER_ADDR say.", flush=True)
+        print(
+            f"Waiting for {ranks.world_size} ranks to meet at {place}, as RANK, WORLD_SIZE and MASTER_ADDR say.",
+            flush=True,
+        )
     try:
         store, rank, count = next(rendezvous("env://", timeout=MEETING))
-    except (RuntimeError, ValueError, OSError) as error:     # DistError among them
-        raise UserError(f"rank {ranks.rank} has not met the {ranks.world_size - 1} others at {place} ({one_line(error)[:150]}). "
-                        f"Are they running, and can this machine reach MASTER_ADDR? Else {REMEDY}") from None
+    except (RuntimeError, ValueError, OSError) as error:  # DistError among them
+        raise UserError(
+            f"rank {ranks.rank} has not met the {ranks.world_size - 1} others at {place} ({one_line(error)[:150]}). "
+            f"Are they running, and can this machine reach MASTER_ADDR? Else {REMEDY}"
+        ) from None
     # The others wait while the first one downloads and decodes the data set.
     store.set_timeout(PATIENCE)
-    dist.init_process_group("nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE, **where)
+    dist.init_process_group(
+        "nccl" if on_gpus else "gloo",
+        store=store,
+        rank=rank,
+        world_size=count,
+        timeout=PATIENCE,
+        **where,
+    )
     ended_well = False
     try:
-        with contextlib.nullcontext() if ranks.is_main else contextlib.redirect_stdout(io.StringIO()):
+        with (
+            contextlib.nullcontext() if ranks.is_main else contextlib.redirect_stdout(io.StringIO())
+        ):
             yield ranks
         with contextlib.suppress(RuntimeError):
-            dist.barrier()  # rank 0 keeps the meeting place: it must not leave before the others are done
+            # rank 0 keeps the meeting place: it must not leave before the others are done
+            dist.barrier()
         ended_well = True
     finally:
-        # After an error on this rank alone, NCCL would wait here for the others, and they for this one: torchrun ends them
-        # as soon as this process has ended.
-        if not on_gpus:     # before 2.8 PyTorch holds the GIL while it waits for gloo's threads, which may need it once more
+        # After an error on this rank alone, NCCL would wait here for the others, and they for this
+        # one: torchrun ends them as soon as this process has ended.
+        # before 2.8 PyTorch holds the GIL while it waits for gloo's threads, which may need it once
+        # more
+        if not on_gpus:
             time.sleep(0.2)
         if ended_well or not on_gpus:
-            with contextlib.suppress(RuntimeError):     # a rank that died is missing here too
+            with contextlib.suppress(RuntimeError):  # a rank that died is missing here too
                 dist.destroy_process_group()

@@ -1,4 +1,6 @@
-"""One run: data, network, trainer, report and checkpoints together. Both scripts, the sanity pass and a resumed run use it."""
+"""One run: data, network, trainer, report and checkpoints together. Both scripts, the sanity pass
+and a resumed run use it."""
+
 from __future__ import annotations
 
 import functools
@@ -39,100 +41,173 @@ from training.signals import Signals
 from training.task import Task
 from training.trainer import Trainer, split_micro_batches
 
-SAVE_EVERY = 50.0       # seconds; with a step and the save itself about a minute of work is at risk
-SAVE_SHARE = 0.02       # of the run's time may go into saving: where a save takes over a second, there are fewer
-# For recalibrating batch norm: a twelfth of the training images (3 % of a full-size epoch), at least 512 and at most 1,024.
-# With 256 images the accuracy is 0.2 to 0.5 points below that with 1,024 (README).
+SAVE_EVERY = 50.0  # seconds; with a step and the save itself about a minute of work is at risk
+# of the run's time may go into saving: where a save takes over a second, there are fewer
+SAVE_SHARE = 0.02
+# For recalibrating batch norm: a twelfth of the training images (3 % of a full-size epoch), at
+# least 512 and at most 1,024. With 256 images the accuracy is 0.2 to 0.5 points below that with
+# 1,024 (README).
 RECALIBRATION_IMAGES = 512, 1024
 
 
 class Run:
-    """A run in ``run_dir`` on a training and an evaluation set (see data.split), new, or resumed from the checkpoint ``saved``.
+    """A run in ``run_dir`` on a training and an evaluation set (see data.split), new, or resumed
+    from the checkpoint ``saved``.
 
-    ``config`` of the run is the given one with what this machine and these images make of it: precision and input_size."""
+    ``config`` of the run is the given one with what this machine and these images make of it:
+    precision and input_size."""
 
-    def __init__(self, task: Task, config: dict, run_dir: Path, train: ImageSet, evaluation: ImageSet, *,
-                 saved: dict | None = None, sanity: bool = False, ranks: Ranks = Ranks()):
-        self.task, self.run_dir, self.sanity, self.ranks, self.resumed = task, run_dir, sanity, ranks, saved is not None
+    def __init__(
+        self,
+        task: Task,
+        config: dict,
+        run_dir: Path,
+        train: ImageSet,
+        evaluation: ImageSet,
+        *,
+        saved: dict | None = None,
+        sanity: bool = False,
+        ranks: Ranks = Ranks(),
+    ):
+        self.task, self.run_dir, self.sanity, self.ranks, self.resumed = (
+            task,
+            run_dir,
+            sanity,
+            ranks,
+            saved is not None,
+        )
         self.device = choose_device(config["device"])
-        self.config = config | {"precision": choose_precision(config["precision"], self.device),
-                                "input_size": input_size(config, train)}
-        self.compiled = choose_compile(config["compile"], self.device, config["checkpoint_activations"], ranks.world_size)
+        self.config = config | {
+            "precision": choose_precision(config["precision"], self.device),
+            "input_size": input_size(config, train),
+        }
+        self.compiled = choose_compile(
+            config["compile"], self.device, config["checkpoint_activations"], ranks.world_size
+        )
         self.class_names = train.class_names
         self.eval_name = "val" if config["val_fraction"] else "test"
         self.labels = [fingerprint(train), fingerprint(evaluation)]
         self.check_data(saved)
-        self.train_set, self.eval_set = place_on(train, self.device), place_on(evaluation, self.device)
+        self.train_set, self.eval_set = (
+            place_on(train, self.device),
+            place_on(evaluation, self.device),
+        )
 
         torch.backends.cudnn.benchmark = True  # the shapes of a run are few and fixed
         random.seed(config["seed"])
         torch.manual_seed(config["seed"])
         model = build_from_config(config, len(self.class_names))
         if saved:
-            self.mean, self.std, transferred = saved["mean"], saved["std"], frozenset(saved["transferred"])
+            self.mean, self.std, transferred = (
+                saved["mean"],
+                saved["std"],
+                frozenset(saved["transferred"]),
+            )
         else:
             self.mean, self.std, transferred = self.weights_and_statistics(model, train)
-        self.trainer = Trainer(self.config, model, self.training_batches(), self.device, precision=self.config["precision"],
-                               compiled=self.compiled, transferred=transferred, ranks=ranks)
+        self.trainer = Trainer(
+            self.config,
+            model,
+            self.training_batches(),
+            self.device,
+            precision=self.config["precision"],
+            compiled=self.compiled,
+            transferred=transferred,
+            ranks=ranks,
+        )
         self.best: dict | None = None
         self.finished = False
         if saved:
             self.trainer.load_state(saved)
             checkpoint.restore_random_states(saved["rng"])
             self.best = saved["best"]
-        if not ranks.is_main:   # dropout must differ between ranks; rank 0 is as a process alone
+        if not ranks.is_main:  # dropout must differ between ranks; rank 0 is as a process alone
             position = self.trainer.position
-            torch.manual_seed(stable_seed("rank", config["seed"], ranks.rank, position.epoch, position.step))
-        self.report: report.Report | None = None    # rank 0's
-        self.attention = AttentionMonitor(self.eval_set, self.device, self.mean, self.std, self.config["input_size"])
+            torch.manual_seed(
+                stable_seed("rank", config["seed"], ranks.rank, position.epoch, position.step)
+            )
+        self.report: report.Report | None = None  # rank 0's
+        self.attention = AttentionMonitor(
+            self.eval_set, self.device, self.mean, self.std, self.config["input_size"]
+        )
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
 
     def training_batches(self) -> TrainBatches:
         config = self.config
-        augmentation = Augmentation(mean=self.mean, std=self.std, pad=config["crop_pad"], flip=config["flip"],
-                                    cutout=config["cutout"], zoom=config["zoom"], jitter=config["jitter"],
-                                    trivial_augment=config["trivial_augment"], size=config["input_size"])
-        return TrainBatches(self.train_set, config["batch_size"], seed=config["seed"], augmentation=augmentation,
-                            device=self.device, share=self.ranks.share)
+        augmentation = Augmentation(
+            mean=self.mean,
+            std=self.std,
+            pad=config["crop_pad"],
+            flip=config["flip"],
+            cutout=config["cutout"],
+            zoom=config["zoom"],
+            jitter=config["jitter"],
+            trivial_augment=config["trivial_augment"],
+            size=config["input_size"],
+        )
+        return TrainBatches(
+            self.train_set,
+            config["batch_size"],
+            seed=config["seed"],
+            augmentation=augmentation,
+            device=self.device,
+            share=self.ranks.share,
+        )
 
-    def weights_and_statistics(self, model: Network, train: ImageSet) -> tuple[tuple, tuple, frozenset[str]]:
-        """Load what --init-from names. Returns the mean and std to normalize with, the source's where there is one (its
-        first layers know no other input), and the names of the weights that were loaded."""
-        with self.ranks.main_process_first():     # to download it, once
+    def weights_and_statistics(
+        self, model: Network, train: ImageSet
+    ) -> tuple[tuple, tuple, frozenset[str]]:
+        """Load what --init-from names. Returns the mean and std to normalize with, the source's
+        where there is one (its first layers know no other input), and the names of the weights that
+        were loaded."""
+        with self.ranks.main_process_first():  # to download it, once
             source = transfer.source_of(self.config["init_from"], model)
         if source:
             return source.mean, source.std, transfer.transfer(model, source, self.class_names)
         # A sanity pass without the weights takes the frozen stage all the same.
         pretended = self.sanity and self.config["freeze_epochs"] > 0
-        names = frozenset(model.trunk.state_dict(prefix=f"{model.TRUNK}.")) if pretended else frozenset()
+        names = (
+            frozenset(model.trunk.state_dict(prefix=f"{model.TRUNK}."))
+            if pretended
+            else frozenset()
+        )
         return *channel_statistics(train), names
 
     def check_data(self, saved: dict | None) -> None:
-        """Raises UserError when a checkpoint was made with other classes, another number of images of one of them, or
-        another image size than these."""
+        """Raises UserError when a checkpoint was made with other classes, another number of images
+        of one of them, or another image size than these."""
         if not saved:
             return
         if tuple(saved["class_names"]) != self.class_names:
-            raise UserError("the data set has changed since the run was stopped: its classes are not those of the "
-                            "checkpoint. Bring the old images back (--data-dir), or start a new run")
-        for name, before, now in zip(("training", self.eval_name), saved.get("labels", ()), self.labels):
+            raise UserError(
+                "the data set has changed since the run was stopped: its classes are not those of the "
+                "checkpoint. Bring the old images back (--data-dir), or start a new run"
+            )
+        for name, before, now in zip(
+            ("training", self.eval_name), saved.get("labels", ()), self.labels
+        ):
             if before != now:
-                raise UserError(f"the data set has changed since the run was stopped: it had {before[0]:,} {name} images and "
-                                f"has {now[0]:,}{' with other labels' if before[0] == now[0] else ''} now. Bring the old "
-                                f"images back (--data-dir), or start a new run")
+                raise UserError(
+                    f"the data set has changed since the run was stopped: it had {before[0]:,} {name} images and "
+                    f"has {now[0]:,}{' with other labels' if before[0] == now[0] else ''} now. Bring the old "
+                    f"images back (--data-dir), or start a new run"
+                )
         if list(saved["input_size"]) != self.config["input_size"]:
-            raise UserError(f"the images are {self.config['input_size']} px now and were {saved['input_size']} px "
-                            f"when the run was stopped: bring the old ones back, or start a new run")
+            raise UserError(
+                f"the images are {self.config['input_size']} px now and were {saved['input_size']} px "
+                f"when the run was stopped: bring the old ones back, or start a new run"
+            )
 
     # ---- the whole run ----
 
     def start(self, command: str, resumed: bool = False) -> None:
-        """Open the report; of a resumed run after cutting back to the checkpoint what an earlier process has written."""
+        """Open the report; of a resumed run after cutting back to the checkpoint what an earlier
+        process has written."""
         epoch = self.trainer.position.epoch
         if not self.ranks.is_main:
             return
         self.folder = identity(self.run_dir)
-        if resumed:     # and can be: a run that is refused keeps all as it is
+        if resumed:  # and can be: a run that is refused keeps all as it is
             checkpoint.prepare_to_write(self.run_dir, self.config)
             report.truncate_after(self.run_dir, epoch or -1)
         self.commands = checkpoint.earlier_commands(self.run_dir) + [command]
@@ -142,24 +217,41 @@ class Run:
             self.report.start(command, self.config, self.hparams())
 
     def hparams(self) -> dict:
-        """Few, as TensorBoard ticks the first five by the alphabet; the whole configuration is there as text."""
-        return {name: self.config[name] for name in ("batch_size", "epochs", "lr", "model", "recipe", "seed", "width")}
+        """Few, as TensorBoard ticks the first five by the alphabet; the whole configuration is
+        there as text."""
+        return {
+            name: self.config[name]
+            for name in ("batch_size", "epochs", "lr", "model", "recipe", "seed", "width")
+        }
 
     def write_config(self) -> None:
-        record = {"commands": self.commands, "config": self.config,
-                  "resolved": {"device": str(self.device), "compile": self.compiled, "ranks": self.ranks.world_size,
-                               "precision": self.config["precision"],
-                               "checkpoint_activations": self.config["checkpoint_activations"]},
-                  "environment": environment(self.device),
-                  "data": {"train": self.train_set.source, "images": len(self.train_set),
-                           f"{self.eval_name} images": len(self.eval_set), "classes": len(self.class_names)},
-                  "sanity": self.sanity, "finished": self.finished}
+        record = {
+            "commands": self.commands,
+            "config": self.config,
+            "resolved": {
+                "device": str(self.device),
+                "compile": self.compiled,
+                "ranks": self.ranks.world_size,
+                "precision": self.config["precision"],
+                "checkpoint_activations": self.config["checkpoint_activations"],
+            },
+            "environment": environment(self.device),
+            "data": {
+                "train": self.train_set.source,
+                "images": len(self.train_set),
+                f"{self.eval_name} images": len(self.eval_set),
+                "classes": len(self.class_names),
+            },
+            "sanity": self.sanity,
+            "finished": self.finished,
+        }
         checkpoint.write_config(self.run_dir, record)
 
     def train(self) -> Evaluation:
         """Every epoch from the position to the end. Returns the last evaluation.
 
-        Raises Interrupted after saving, when a signal came or when nobody reads what is printed any more."""
+        Raises Interrupted after saving, when a signal came or when nobody reads what is printed any
+        more."""
         trainer, epochs, last = self.trainer, self.config["epochs"], None
         with Signals() as signals:
             try:
@@ -169,21 +261,28 @@ class Run:
                     last = self.finish_epoch(signals)
             except Interrupted:
                 self.save()
-                raise Interrupted(signals.received or signal.SIGTERM) from None  # it may have come to another rank
+                # it may have come to another rank
+                raise Interrupted(signals.received or signal.SIGTERM) from None
             except BrokenPipeError:
-                if self.ranks.world_size > 1:   # the others are in the middle of a step
+                if self.ranks.world_size > 1:  # the others are in the middle of a step
                     raise
                 signals.nobody_reads()
                 self.save()
-                raise Interrupted(signals.received or getattr(signal, "SIGPIPE", signal.SIGTERM)) from None
+                raise Interrupted(
+                    signals.received or getattr(signal, "SIGPIPE", signal.SIGTERM)
+                ) from None
             except RuntimeError as error:
                 if self.ranks.is_peer_failure(error) and self.ranks.steps_are_whole:
-                    self.save()     # here, as torchrun sends a SIGTERM in a moment
+                    self.save()  # here, as torchrun sends a SIGTERM in a moment
                 raise
             last = last or self.evaluate()  # stopped between its last epoch and its end
             self.finished = True
             if self.ranks.is_main:
-                self.report.finish(epochs, self.hparams(), {"loss": last.loss, "top1": last.top1, "top5": last.top5})
+                self.report.finish(
+                    epochs,
+                    self.hparams(),
+                    {"loss": last.loss, "top1": last.top1, "top5": last.top5},
+                )
                 self.save()
                 self.write_config()
         return last
@@ -201,11 +300,26 @@ class Run:
         row |= {"eval_loss": result.loss, "eval_top1": result.top1, "eval_top5": result.top5}
         if self.ranks.is_main:
             every, last = self.config["overlay_every"], number == self.config["epochs"]
-            self.attention.look(trainer.eval_model, trainer.precision, trainer.position.gate_gradients, self.report, number,
-                                overlays=every > 0 and (number % every == 0 or last))
+            self.attention.look(
+                trainer.eval_model,
+                trainer.precision,
+                trainer.position.gate_gradients,
+                self.report,
+                number,
+                overlays=every > 0 and (number % every == 0 or last),
+            )
             self.report.epoch(row)
-        print(epoch_line(row, self.config["epochs"], self.eval_name, trainer.trained_at(), tuple(self.config["input_size"]),
-                         averaged=trainer.ema is not None), flush=True)
+        print(
+            epoch_line(
+                row,
+                self.config["epochs"],
+                self.eval_name,
+                trainer.trained_at(),
+                tuple(self.config["input_size"]),
+                averaged=trainer.ema is not None,
+            ),
+            flush=True,
+        )
         trainer.next_epoch()
         if self.config["val_fraction"] and result.top1 > (self.best or {"top1": -1.0})["top1"]:
             self.best = {"epoch": number, "top1": result.top1}
@@ -221,17 +335,31 @@ class Run:
     def evaluate(self, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
         """Loss and accuracy on the evaluation set, with batch-norm statistics that are taken anew."""
         self.trainer.recalibrate_batch_norm(self.recalibration_batches())
-        batches = eval_batches(self.eval_set, self.device, self.mean, self.std, self.config["input_size"],
-                               self.ranks.share(len(self.eval_set)))
-        return evaluate(self.trainer.eval_model, batches, len(self.class_names), self.trainer.precision, should_stop,
-                        self.ranks)
+        batches = eval_batches(
+            self.eval_set,
+            self.device,
+            self.mean,
+            self.std,
+            self.config["input_size"],
+            self.ranks.share(len(self.eval_set)),
+        )
+        return evaluate(
+            self.trainer.eval_model,
+            batches,
+            len(self.class_names),
+            self.trainer.precision,
+            should_stop,
+            self.ranks,
+        )
 
     def recalibration_batches(self) -> Iterator[Tensor]:
-        """Training images, evenly spread over the set and augmented as in training, the same ones every time."""
+        """Training images, evenly spread over the set and augmented as in training, the same ones
+        every time."""
         chosen = evenly_spread(recalibration_count(len(self.train_set)), len(self.train_set))
         generator = torch.Generator(self.device)
         chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
-        # No larger than in an evaluation, which has to fit anyway, and no single image: batch norm cannot take its variance.
+        # No larger than in an evaluation, which has to fit anyway, and no single image: batch norm
+        # cannot take its variance.
         batch_size = max(2, eval_batch_size(self.config["input_size"], self.device))
         for number, (part, _) in enumerate(split_micro_batches(chosen, chosen, batch_size)):
             generator.manual_seed(stable_seed("statistics", self.config["seed"], number))
@@ -242,11 +370,19 @@ class Run:
 
     def checkpoint_dict(self) -> dict:
         """All that resuming, --evaluate and cam.py need, as plain values."""
-        return {"format": FORMAT, **self.trainer.state(), "best": self.best, "config": dict(self.config),
-                "class_names": list(self.class_names), "labels": self.labels,
-                "input_size": list(self.config["input_size"]),
-                "mean": list(self.mean), "std": list(self.std), "rng": checkpoint.random_states(),
-                "finished": self.finished}
+        return {
+            "format": FORMAT,
+            **self.trainer.state(),
+            "best": self.best,
+            "config": dict(self.config),
+            "class_names": list(self.class_names),
+            "labels": self.labels,
+            "input_size": list(self.config["input_size"]),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "rng": checkpoint.random_states(),
+            "finished": self.finished,
+        }
 
     def save(self) -> None:
         """Write last.pt. Raises UserError where that fails, or where the weights have diverged."""
@@ -260,15 +396,17 @@ class Run:
         self.save_seconds = self.saved_at - started
 
     def check_folder(self) -> None:
-        """A run's folder that was moved away is made again, so that nothing is lost. Raises UserError where another one has
-        been put in its place: what is in there is somebody's."""
+        """A run's folder that was moved away is made again, so that nothing is lost. Raises
+        UserError where another one has been put in its place: what is in there is somebody's."""
         if identity(self.run_dir) not in (None, self.folder):
-            raise UserError(f"{self.run_dir} is another folder now than the one that this run began in, and nothing was "
-                            f"written there. Bring the run's folder back, then --resume it")
+            raise UserError(
+                f"{self.run_dir} is another folder now than the one that this run began in, and nothing was "
+                f"written there. Bring the run's folder back, then --resume it"
+            )
 
     def save_when_due(self) -> None:
-        """In mid-epoch too: about a minute of work is at risk, however long an epoch takes (or fifty times what a save
-        takes, on a slow disk)."""
+        """In mid-epoch too: about a minute of work is at risk, however long an epoch takes (or
+        fifty times what a save takes, on a slow disk)."""
         if time.monotonic() - self.saved_at >= max(SAVE_EVERY, self.save_seconds / SAVE_SHARE):
             self.save()
 

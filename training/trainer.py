@@ -1,8 +1,10 @@
-"""The training loop: one optimizer step, one epoch, and the state between them. Every run goes through here.
+"""The training loop: one optimizer step, one epoch, and the state between them. Every run goes
+through here.
 
-Nothing in the loop waits for the device (but fp16's loss scaler): sums stay there and are read about once a second and at the
-end of the epoch.
+Nothing in the loop waits for the device (but fp16's loss scaler): sums stay there and are read
+about once a second and at the end of the epoch.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -36,48 +38,73 @@ from training.ranks import Ranks
 @dataclasses.dataclass
 class TrainState:
     """Where a run is. ``step`` counts the optimizer steps of the epoch that is under way, from 0."""
-    epoch: int = 0          # epochs that are whole: trained, evaluated, reported
+
+    epoch: int = 0  # epochs that are whole: trained, evaluated, reported
     step: int = 0
-    seconds: float = 0.0    # of training in the epoch under way
-    gate_gradients: dict = dataclasses.field(default_factory=dict)  # of the epoch's last step, per attention level
+    seconds: float = 0.0  # of training in the epoch under way
+    # of the epoch's last step, per attention level
+    gate_gradients: dict = dataclasses.field(default_factory=dict)
 
 
 class Trainer:
     """A network, its optimizer and its moving average, and where the run is.
 
-    ``transferred`` names the weights that came from another network (see transfer.py): they train at a rate of their own,
-    and those of them in the trunk not before ``freeze_epochs``."""
+    ``transferred`` names the weights that came from another network (see transfer.py): they train
+    at a rate of their own, and those of them in the trunk not before ``freeze_epochs``."""
 
-    LOOK_EVERY = 1.0        # seconds between looks at the loss on a GPU: a look waits for it. A CPU's are free
-    RANKS_MEET_EVERY = 20   # steps between looks of several ranks, which must look at the same step
+    # seconds between looks at the loss on a GPU: a look waits for it. A CPU's are free
+    LOOK_EVERY = 1.0
+    RANKS_MEET_EVERY = 20  # steps between looks of several ranks, which must look at the same step
 
-    def __init__(self, config: dict, model: Network, batches: TrainBatches, device: torch.device, *, precision: str,
-                 compiled: bool = False, transferred: frozenset[str] = frozenset(), ranks: Ranks = Ranks()):
+    def __init__(
+        self,
+        config: dict,
+        model: Network,
+        batches: TrainBatches,
+        device: torch.device,
+        *,
+        precision: str,
+        compiled: bool = False,
+        transferred: frozenset[str] = frozenset(),
+        ranks: Ranks = Ranks(),
+    ):
         self.config, self.batches, self.device, self.ranks = config, batches, device, ranks
-        if ranks.world_size > 1 and device.type == "cuda":   # batch norm sees the whole batch, as on one GPU
+        # batch norm sees the whole batch, as on one GPU
+        if ranks.world_size > 1 and device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(device, memory_format=torch.channels_last)
         self.model.checkpoint_activations = config["checkpoint_activations"]
         self.parallel = self.model
-        if ranks.world_size > 1:     # some parameters have no gradient, by the mathematics (pc) or while they are frozen
+        # some parameters have no gradient, by the mathematics (pc) or while they are frozen
+        if ranks.world_size > 1:
             unused = bool(self.model.parameters_without_gradient() or config["freeze_epochs"])
             self.parallel = DistributedDataParallel(self.model, find_unused_parameters=unused)
-        if compiled:    # for each image size, part of a batch, and frozen or not
+        if compiled:  # for each image size, part of a batch, and frozen or not
             torch._dynamo.config.cache_size_limit = 64
         self.run_model = torch.compile(self.parallel, dynamic=False) if compiled else self.parallel
         self.compile_is_optional = compiled and config["compile"] == "auto"
         self.transferred = transferred
         self.optimizer = make_optimizer(self.model, config, precision, transferred)
         self.precision = Precision(precision, device)
-        self.ema = (EMA(self.model, config["ema_decay"], config["ema_share"]) if config["ema_decay"]
-                        else None)
+        self.ema = (
+            EMA(self.model, config["ema_decay"], config["ema_share"])
+            if config["ema_decay"]
+            else None
+        )
         self.position = TrainState()
-        # of the epoch so far: loss * images, correct, steps until the loss was not finite; and all steps, on the host
+        # of the epoch so far: loss * images, correct, steps until the loss was not finite; and all
+        # steps, on the host
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         self.summed = 0
         self.micro_batch = None if config["micro_batch"] == "auto" else config["micro_batch"]
-        self.batch_norm = BatchNormPolicy(self.model, transferred, freeze_steps=config["freeze_epochs"] * len(batches),
-                                          images_per_step=batches.images_per_step, device=device, ranks=ranks)
+        self.batch_norm = BatchNormPolicy(
+            self.model,
+            transferred,
+            freeze_steps=config["freeze_epochs"] * len(batches),
+            images_per_step=batches.images_per_step,
+            device=device,
+            ranks=ranks,
+        )
 
     @property
     def eval_model(self) -> Network:
@@ -88,11 +115,17 @@ class Trainer:
 
     def state(self) -> dict:
         """What a checkpoint needs to resume bit for bit. The model's keys have no wrapper's prefix."""
-        return {"model": self.model.state_dict(), "ema": self.ema.model.state_dict() if self.ema else None,
-                "optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict(),
-                "position": dataclasses.asdict(self.position) | {"sums": [*self.sums[:2].tolist(), self.images_summed]},
-                "schedule": {"epochs": self.config["epochs"], "steps_an_epoch": len(self.batches)},
-                "micro_batch": self.micro_batch, "transferred": sorted(self.transferred)}
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.model.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+            "position": dataclasses.asdict(self.position)
+            | {"sums": [*self.sums[:2].tolist(), self.images_summed]},
+            "schedule": {"epochs": self.config["epochs"], "steps_an_epoch": len(self.batches)},
+            "micro_batch": self.micro_batch,
+            "transferred": sorted(self.transferred),
+        }
 
     def load_state(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
@@ -105,22 +138,31 @@ class Trainer:
         loss, correct, _ = position.pop("sums")
         self.position = TrainState(**position)
         self.summed = self.position.step
-        self.sums = torch.tensor([loss, correct, self.summed], dtype=torch.float64, device=self.device)
+        self.sums = torch.tensor(
+            [loss, correct, self.summed], dtype=torch.float64, device=self.device
+        )
         if self.config["micro_batch"] == "auto" == state.get("config", self.config)["micro_batch"]:
-            self.micro_batch = state["micro_batch"]     # reduced after out-of-memory; not a number that was asked for
+            # reduced after out-of-memory; not a number that was asked for
+            self.micro_batch = state["micro_batch"]
         if state["schedule"]["steps_an_epoch"] != len(self.batches):
-            raise UserError(f"the data set has changed since the run was stopped: an epoch had "
-                            f"{state['schedule']['steps_an_epoch']} steps and has {len(self.batches)} now. Bring the old "
-                            f"images back, or start a new run")
+            raise UserError(
+                f"the data set has changed since the run was stopped: an epoch had "
+                f"{state['schedule']['steps_an_epoch']} steps and has {len(self.batches)} now. Bring the old "
+                f"images back, or start a new run"
+            )
 
     # ---- training ----
 
-    def train_epoch(self, should_stop: Callable[[], bool] = lambda: False,
-                    on_check: Callable[[int, float], None] = lambda step, loss: None) -> None:
-        """The rest of the epoch at ``position``. ``on_check(step, mean loss)`` is called when the loss has been
-        looked at and a checkpoint may be saved.
+    def train_epoch(
+        self,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_check: Callable[[int, float], None] = lambda step, loss: None,
+    ) -> None:
+        """The rest of the epoch at ``position``. ``on_check(step, mean loss)`` is called when the
+        loss has been looked at and a checkpoint may be saved.
 
-        Raises Interrupted (after a whole step), UserError for a non-finite loss or when memory runs out."""
+        Raises Interrupted (after a whole step), UserError for a non-finite loss or when memory runs
+        out."""
         position, steps = self.position, len(self.batches)
         self.batch_norm.mode = None
         started, before = time.perf_counter(), position.seconds
@@ -130,11 +172,18 @@ class Trainer:
             position.step += 1
             position.seconds = before + time.perf_counter() - started
             if position.step == steps:
-                position.gate_gradients = {level: grad_norm(parameters) for level, parameters
-                                           in self.model.gate_parameters().items()}
+                position.gate_gradients = {
+                    level: grad_norm(parameters)
+                    for level, parameters in self.model.gate_parameters().items()
+                }
             at_check = position.step == steps or self.sync_due(position.step, looked)
-            # Several ranks agree on the step to stop at; that waits for the device, so they ask at checks only.
-            stop = self.ranks.any_rank(should_stop()) if at_check or self.ranks.world_size == 1 else False
+            # Several ranks agree on the step to stop at; that waits for the device, so they ask at
+            # checks only.
+            stop = (
+                self.ranks.any_rank(should_stop())
+                if at_check or self.ranks.world_size == 1
+                else False
+            )
             if at_check or stop:
                 loss = self.checked_loss()
                 looked = time.perf_counter()
@@ -142,7 +191,7 @@ class Trainer:
                 if stop:
                     raise Interrupted
                 on_check(position.step, loss)
-                started += time.perf_counter() - looked     # a save is not training
+                started += time.perf_counter() - looked  # a save is not training
 
     def sync_due(self, step: int, looked: float) -> bool:
         """Whether to look at the loss after this step; the last look was at ``looked``."""
@@ -153,15 +202,18 @@ class Trainer:
         return time.perf_counter() - looked >= self.LOOK_EVERY
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """One optimizer step on a batch (N, 3, H, W), in parts of at most ``micro_batch`` images. When memory runs out,
-        the whole step is done again in smaller parts: the optimizer never sees half a batch."""
+        """One optimizer step on a batch (N, 3, H, W), in parts of at most ``micro_batch`` images.
+        When memory runs out, the whole step is done again in smaller parts: the optimizer never
+        sees half a batch."""
         config, steps = self.config, len(self.batches)
         done = self.done
         images = resize(images, input_size_at(config, done, steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(config, done, steps) * group.get("scale", 1.0)
         if done == math.ceil(config["freeze_epochs"] * steps) > 0:
-            print(f"The trunk trains from here on (epoch {self.position.epoch + 1}, step {self.position.step + 1}).")
+            print(
+                f"The trunk trains from here on (epoch {self.position.epoch + 1}, step {self.position.step + 1})."
+            )
         while True:
             self.batch_norm.set_train_mode(done, self.micro_batch)
             try:
@@ -174,11 +226,16 @@ class Trainer:
             # Outside the except, whose traceback holds the activations.
             if full:
                 self.halve_micro_batch(len(images), reason)
-            else:   # no C compiler, no Python.h, a card that Triton does not know: the night's run must not end on it
+            # no C compiler, no Python.h, a card that Triton does not know: the night's run must not
+            # end on it
+            else:
                 self.run_model, self.compile_is_optional = self.parallel, False
-                print(f"torch.compile failed ({reason}): training without it, slower (--no-compile avoids the attempt)")
+                print(
+                    f"torch.compile failed ({reason}): training without it, slower (--no-compile avoids the attempt)"
+                )
         if self.precision.scaler.is_enabled():
-            self.precision.scaler.unscale_(self.optimizer)  # here, so that the gates' gradient norms are the true ones
+            # here, so that the gates' gradient norms are the true ones
+            self.precision.scaler.unscale_(self.optimizer)
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
         if self.ema:
@@ -197,32 +254,44 @@ class Trainer:
     def trained_at(self) -> list[tuple[int, int]]:
         """(height, width) of the images in the epoch's first and last step so far."""
         steps = len(self.batches)
-        return [input_size_at(self.config, step, steps) or tuple(self.config["input_size"])
-                for step in (self.position.epoch * steps, max(0, self.done - 1))]
+        return [
+            input_size_at(self.config, step, steps) or tuple(self.config["input_size"])
+            for step in (self.position.epoch * steps, max(0, self.done - 1))
+        ]
 
     def gradients(self, images: Tensor, labels: Tensor) -> None:
-        """Fresh gradients of the mean loss of the batch on the parameters. Its sums are added when the whole batch is through."""
+        """Fresh gradients of the mean loss of the batch on the parameters. Its sums are added when
+        the whole batch is through."""
         self.optimizer.zero_grad(set_to_none=True)
         sums, alone = torch.zeros_like(self.sums), self.ranks.world_size == 1
         total = len(images) if alone else self.batches.images_per_step
         # Every rank must make as many parts: in each, SyncBatchNorm meets the others.
         shares = (total // self.ranks.world_size, math.ceil(total / self.ranks.world_size))
         parts = list(split_micro_batches(images, labels, self.micro_batch, shares))
-        with self.precision.context():  # around all parts, as autocast forgets its casts of the weights at the end
+        # around all parts, as autocast forgets its casts of the weights at the end
+        with self.precision.context():
             for number, (part, answers) in enumerate(parts, start=1):
                 # Ranks exchange gradients once a step, at its last part.
-                with contextlib.nullcontext() if alone or number == len(parts) else self.parallel.no_sync():
+                with (
+                    contextlib.nullcontext()
+                    if alone or number == len(parts)
+                    else self.parallel.no_sync()
+                ):
                     logits = self.run_model(part)
                     with self.precision.off():
-                        loss = F.cross_entropy(logits.float(), answers, label_smoothing=self.config["label_smoothing"])
+                        loss = F.cross_entropy(
+                            logits.float(), answers, label_smoothing=self.config["label_smoothing"]
+                        )
                         # DistributedDataParallel takes the mean over the ranks.
                         weight = len(answers) / total * self.ranks.world_size
-                        self.precision.scaler.scale(loss if weight == 1 else loss * weight).backward()
+                        self.precision.scaler.scale(
+                            loss if weight == 1 else loss * weight
+                        ).backward()
                         sums[0].add_(loss.detach(), alpha=len(answers))
                         sums[1].add_((logits.detach().argmax(1) == answers).sum())
         self.ranks.all_reduce(sums)
         self.sums += sums
-        self.sums[2].add_(self.sums[0] < math.inf)      # a sum that is not finite stays so
+        self.sums[2].add_(self.sums[0] < math.inf)  # a sum that is not finite stays so
         self.summed += 1
 
     def halve_micro_batch(self, batch: int, reason: str) -> None:
@@ -230,22 +299,34 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         now = min(self.micro_batch or batch, batch)
         if self.config["micro_batch"] != "auto" or now <= 1 or self.ranks.world_size > 1:
-            raise advice.out_of_memory(self.config, self.model, self.device, self.precision.name, micro_batch=now,
-                                       ranks=self.ranks.world_size, reason=reason)
+            raise advice.out_of_memory(
+                self.config,
+                self.model,
+                self.device,
+                self.precision.name,
+                micro_batch=now,
+                ranks=self.ranks.world_size,
+                reason=reason,
+            )
         self.micro_batch = now // 2
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        print(f"Out of memory with {now} images at once: continuing with --micro-batch {self.micro_batch} (the batch stays "
-              f"{batch}: gradients add up over the parts). {self.batch_norm.note(self.micro_batch)}")
+        print(
+            f"Out of memory with {now} images at once: continuing with --micro-batch {self.micro_batch} (the batch stays "
+            f"{batch}: gradients add up over the parts). {self.batch_norm.note(self.micro_batch)}"
+        )
 
     def recalibrate_batch_norm(self, images: Iterator[Tensor]) -> None:
-        """Take the statistics of the network that is evaluated anew from training images (N, 3, H, W), the same for all ranks;
-        what was frozen in the last step stays as it was used."""
-        self.batch_norm.recalibrate(self.eval_model, images, self.precision, max(0, self.done - 1), self.micro_batch)
+        """Take the statistics of the network that is evaluated anew from training images (N, 3, H,
+        W), the same for all ranks; what was frozen in the last step stays as it was used."""
+        self.batch_norm.recalibrate(
+            self.eval_model, images, self.precision, max(0, self.done - 1), self.micro_batch
+        )
         self.broadcast_buffers()
 
     def broadcast_buffers(self) -> None:
-        """Rank 0's batch-norm statistics for all, before they are used; each rank's are of its own part of the batches."""
+        """Rank 0's batch-norm statistics for all, before they are used; each rank's are of its own
+        part of the batches."""
         self.ranks.broadcast(self.model.buffers())
         if self.ema:
             self.ranks.broadcast(self.ema.model.buffers())
@@ -258,14 +339,20 @@ class Trainer:
         return loss_sum / self.images_summed if self.summed else math.nan
 
     def check_weights(self) -> None:
-        """Before anything is saved. Raises UserError when a weight is not finite, whatever the losses were."""
+        """Before anything is saved. Raises UserError when a weight is not finite, whatever the
+        losses were."""
         norms = torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()]))
         if not torch.isfinite(norms).all():
             raise self.diverged("a weight", self.position.step)
 
     def diverged(self, what: str, step: int) -> UserError:
-        return advice.diverged(what, epoch=self.position.epoch + 1, step=step, steps=len(self.batches),
-                               precision=self.precision.name)
+        return advice.diverged(
+            what,
+            epoch=self.position.epoch + 1,
+            step=step,
+            steps=len(self.batches),
+            precision=self.precision.name,
+        )
 
     def epoch_metrics(self) -> dict:
         """The training half of a metrics row, for the epoch that has just ended."""
@@ -273,10 +360,15 @@ class Trainer:
         images = self.images_summed
         epoch, steps = self.position.epoch, len(self.batches)
         rate = lr_at(self.config, epoch * steps + steps - 1, steps) * width_factor(self.config)
-        return {"epoch": epoch + 1, "lr": rate,
-                "train_loss": loss_sum / images, "train_top1": 100 * correct / images,
-                "images_per_second": images / max(self.position.seconds, 1e-9), "seconds": self.position.seconds,
-                "peak_memory_mib": peak_memory_mib(self.device)}
+        return {
+            "epoch": epoch + 1,
+            "lr": rate,
+            "train_loss": loss_sum / images,
+            "train_top1": 100 * correct / images,
+            "images_per_second": images / max(self.position.seconds, 1e-9),
+            "seconds": self.position.seconds,
+            "peak_memory_mib": peak_memory_mib(self.device),
+        }
 
     def next_epoch(self) -> None:
         """The epoch is whole: trained, evaluated, reported."""
@@ -285,14 +377,13 @@ class Trainer:
         self.summed = 0
 
 
-def split_micro_batches(images: Tensor, labels: Tensor, micro_batch: int | None,
-             shares: tuple[int, int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split a batch into near-equal parts of at most ``micro_batch`` images, none of a single one (batch norm cannot train on
-    it) unless the batch or ``micro_batch`` is. ``shares``: images of the rank with the fewest, and with the most; each
-    makes as many parts."""
+def split_micro_batches(
+    images: Tensor, labels: Tensor, micro_batch: int | None, shares: tuple[int, int] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split a batch into near-equal parts of at most ``micro_batch`` images, none of a single one
+    (batch norm cannot train on it) unless the batch or ``micro_batch`` is. ``shares``: images of
+    the rank with the fewest, and with the most; each makes as many parts."""
     least, most = shares or (len(images), len(images))
     pieces = 1 if not micro_batch else math.ceil(most / micro_batch)
     pieces = min(pieces, least if micro_batch == 1 else max(1, least // 2))
     yield from zip(images.tensor_split(pieces), labels.tensor_split(pieces))
-
-

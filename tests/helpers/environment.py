@@ -1,4 +1,5 @@
 """Where the project is, and where the tests marked gpu run. PyTorch is not imported here."""
+
 import os
 from pathlib import Path
 

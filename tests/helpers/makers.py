@@ -1,4 +1,5 @@
 """What several test files make and load: sets, data folders, small networks."""
+
 import functools
 import shlex
 import subprocess
@@ -13,19 +14,55 @@ from common.errors import UserError
 from data import ImageSet, load_cifar100, load_cub
 from datasets import image_files
 
-BIRD_SIZE = 24      # that load_birds resizes pictures to
+BIRD_SIZE = 24  # that load_birds resizes pictures to
 # id: name, class id, train, (width, height), box x y width height, parts x y visible
 BIRDS = {
-    3: ("001.Red_bird/a.png", 1, 1, (50, 40), (3.2, 4.6, 20.5, 15.1), ((5.0, 6.0, 1), (12.5, 9.5, 1))),
-    4: ("001.Red_bird/b.png", 1, 0, (40, 60), (0.0, 10.0, 40.0, 30.0), ((1.0, 2.0, 1), (0.0, 0.0, 0))),
-    7: ("004.Blue_bird/c.png", 4, 1, (64, 64), (30.0, 30.0, 50.0, 20.4), ((63.9, 35.0, 1), (0.0, 0.0, 0))),
-    9: ("004.Blue_bird/d.png", 4, 0, (33, 31), (1.0, 1.0, 9.0, 9.0), ((2.0, 3.0, 1), (9.9, 10.0, 1))),
-    12: ("004.Blue_bird/e.png", 4, 1, (31, 70), (-4.0, 20.5, 20.0, 60.0), ((3.0, 30.0, 1), (4.0, 5.0, 1))),
+    3: (
+        "001.Red_bird/a.png",
+        1,
+        1,
+        (50, 40),
+        (3.2, 4.6, 20.5, 15.1),
+        ((5.0, 6.0, 1), (12.5, 9.5, 1)),
+    ),
+    4: (
+        "001.Red_bird/b.png",
+        1,
+        0,
+        (40, 60),
+        (0.0, 10.0, 40.0, 30.0),
+        ((1.0, 2.0, 1), (0.0, 0.0, 0)),
+    ),
+    7: (
+        "004.Blue_bird/c.png",
+        4,
+        1,
+        (64, 64),
+        (30.0, 30.0, 50.0, 20.4),
+        ((63.9, 35.0, 1), (0.0, 0.0, 0)),
+    ),
+    9: (
+        "004.Blue_bird/d.png",
+        4,
+        0,
+        (33, 31),
+        (1.0, 1.0, 9.0, 9.0),
+        ((2.0, 3.0, 1), (9.9, 10.0, 1)),
+    ),
+    12: (
+        "004.Blue_bird/e.png",
+        4,
+        1,
+        (31, 70),
+        (-4.0, 20.5, 20.0, 60.0),
+        ((3.0, 30.0, 1), (4.0, 5.0, 1)),
+    ),
 }
 
 
 def torchvisions(name, dtype=torch.float64, classes=7):
     import torchvision  # not above: decoding workers import this file
+
     torch.manual_seed(0)
     return torchvision.models.get_model(name, weights=None, num_classes=classes).to(dtype).eval()
 
@@ -55,7 +92,9 @@ def load_cifar(root, **options):
 
 
 def load_birds(root, **options):
-    return load_cub(root, **{"image_size": BIRD_SIZE, "download": False, "progress": False, **options})
+    return load_cub(
+        root, **{"image_size": BIRD_SIZE, "download": False, "progress": False, **options}
+    )
 
 
 def fails(load, root, *words, **options):
@@ -80,6 +119,7 @@ def decoded_anew(load, root, monkeypatch, **options):
     def spy(*args):
         titles.append(args[5])
         return decode(*args)
+
     with monkeypatch.context() as patch:
         patch.setattr(image_files, "decode_images", spy)
         loaded = load(root, **options)
@@ -91,9 +131,22 @@ def listing(folder):
 
 
 def first_lines(commands, folder):
-    """Scripts with their words, all at once, each `2>&1 | head -n 1`: [(exit status, lines read, what the shell complains of)]."""
-    started = [subprocess.Popen(["bash", "-c", f"{shlex.join([sys.executable, *words])} 2>&1 | head -n 1; exit ${{PIPESTATUS[0]}}"],
-                                cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for words in commands]
+    """Scripts with their words, all at once, each `2>&1 | head -n 1`: [(exit status, lines read,
+    what the shell complains of)]."""
+    started = [
+        subprocess.Popen(
+            [
+                "bash",
+                "-c",
+                f"{shlex.join([sys.executable, *words])} 2>&1 | head -n 1; exit ${{PIPESTATUS[0]}}",
+            ],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for words in commands
+    ]
     ended = [(process, *process.communicate(timeout=300)) for process in started]
     return [(process.returncode, len(out.splitlines()), error) for process, out, error in ended]
 

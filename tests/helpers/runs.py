@@ -1,4 +1,6 @@
-"""What the tests of whole runs have in common: a small one's options, and how one is stopped, how two are compared."""
+"""What the tests of whole runs have in common: a small one's options, and how one is stopped, how
+two are compared."""
+
 import dataclasses
 import os
 import signal
@@ -13,19 +15,34 @@ from training import options
 from training.report import read_metrics
 from training.trainer import Trainer
 
-NARROW = ["--sample", "--width", "0.0625", "--batch-size", "16", "--device", "cpu", "--precision", "fp32",
-          "--overlay-every", "0"]     # tensorboard takes a picture's checksum in Python: it would be half of a test's time
+NARROW = [
+    "--sample",
+    "--width",
+    "0.0625",
+    "--batch-size",
+    "16",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    # tensorboard takes a picture's checksum in Python: it would be half of a test's time
+    "--overlay-every",
+    "0",
+]
 MEASURED = ("images_per_second", "seconds", "peak_memory_mib")  # differ from run to run
 
 
 def config_of(task, *words) -> dict:
     """What a script makes of its command line."""
-    args = options.make_parser("", task.recipes, model=task.model, dataset=task.dataset).parse_args(list(map(str, words)))
+    args = options.make_parser("", task.recipes, model=task.model, dataset=task.dataset).parse_args(
+        list(map(str, words))
+    )
     return options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
 
 
 def signal_after(patch, count: int, number: int = signal.SIGTERM) -> list:
-    """This process sends itself the signal when its runs have made so many steps. Returns a list of all steps made since."""
+    """This process sends itself the signal when its runs have made so many steps. Returns a list of
+    all steps made since."""
     step, steps = Trainer.step, []
 
     def signalled(self, *batch):
@@ -33,6 +50,7 @@ def signal_after(patch, count: int, number: int = signal.SIGTERM) -> list:
         steps.append(1)
         if len(steps) == count:
             os.kill(os.getpid(), number)
+
     patch.setattr(Trainer, "step", signalled)
     return steps
 
@@ -60,8 +78,11 @@ def assert_equal(a, b, where=""):
 
 def scalars_of(run_dir) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-            if tag not in MEASURED}
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if tag not in MEASURED
+    }
 
 
 def assert_runs_equal(hurt, unhurt):
@@ -70,8 +91,13 @@ def assert_runs_equal(hurt, unhurt):
     for content in (a, b):
         content["position"].pop("seconds")
     assert_equal(a, b)
-    rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(Path(d) / "metrics.csv")]
-            for d in (hurt, unhurt)]
+    rows = [
+        [
+            {k: v for k, v in row.items() if k not in MEASURED}
+            for row in read_metrics(Path(d) / "metrics.csv")
+        ]
+        for d in (hurt, unhurt)
+    ]
     assert rows[0] == rows[1]
     assert scalars_of(hurt) == scalars_of(unhurt)
     epochs = list(range(1, len(rows[0]) + 1))

@@ -14,7 +14,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy in the environment is not for us
+# a proxy in the environment is not for us
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class TensorBoard:
@@ -33,17 +34,24 @@ class TensorBoard:
         return json.loads(self.get("runs"))
 
     def tags(self, plugin: str) -> dict:
-        """{run: tags} of "scalars" or "images" ({run: {tag: info}}), or of "text" ({run: [tag, ...]})."""
+        """{run: tags} of "scalars" or "images" ({run: {tag: info}}), or of "text" ({run: [tag,
+        ...]})."""
         return json.loads(self.get(f"plugin/{plugin}/tags"))
 
     def scalars(self, run: str, tag: str) -> list[tuple[int, float]]:
         """[(step, value), ...]"""
-        return [(step, value) for _, step, value in json.loads(self.get("plugin/scalars/scalars", run=run, tag=tag))]
+        return [
+            (step, value)
+            for _, step, value in json.loads(self.get("plugin/scalars/scalars", run=run, tag=tag))
+        ]
 
     def images(self, run: str, tag: str) -> list[tuple[int, bytes]]:
         """[(step, the encoded picture), ...]"""
         entries = json.loads(self.get("plugin/images/images", run=run, tag=tag, sample=0))
-        return [(each["step"], self.get("plugin/images/individualImage?" + each["query"])) for each in entries]
+        return [
+            (each["step"], self.get("plugin/images/individualImage?" + each["query"]))
+            for each in entries
+        ]
 
     def text(self, run: str, tag: str) -> str:
         """The newest text, as the HTML that the page shows."""
@@ -51,32 +59,66 @@ class TensorBoard:
 
     def hparams(self) -> list[dict]:
         """The session groups of the hparams table: "hparams", "metricValues", "sessions"."""
-        columns = self._post("plugin/hparams/experiment", {"experimentName": "", "includeMetrics": True})
-        request = {"experimentName": "", "startIndex": 0, "sliceSize": 100,
-                   "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
-                   "colParams": [{"hparam": each["name"]} for each in columns.get("hparamInfos", [])]
-                   + [{"metric": each["name"]} for each in columns.get("metricInfos", [])]}
+        columns = self._post(
+            "plugin/hparams/experiment", {"experimentName": "", "includeMetrics": True}
+        )
+        request = {
+            "experimentName": "",
+            "startIndex": 0,
+            "sliceSize": 100,
+            "allowedStatuses": [
+                "STATUS_UNKNOWN",
+                "STATUS_SUCCESS",
+                "STATUS_FAILURE",
+                "STATUS_RUNNING",
+            ],
+            "colParams": [{"hparam": each["name"]} for each in columns.get("hparamInfos", [])]
+            + [{"metric": each["name"]} for each in columns.get("metricInfos", [])],
+        }
         return self._post("plugin/hparams/session_groups", request).get("sessionGroups", [])
 
     def _post(self, path: str, body: dict) -> dict:
-        request = urllib.request.Request(f"{self.url}/data/{path}", json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{self.url}/data/{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
         with _opener.open(request, timeout=60) as answer:
             return json.loads(answer.read())
 
 
 @contextlib.contextmanager
 def tensorboard_over(logdir: Path, seconds: float = 300) -> Iterator[TensorBoard]:
-    """Start TensorBoard over a folder of runs on a free port; yield once it has read them; stop it at the end.
+    """Start TensorBoard over a folder of runs on a free port; yield once it has read them; stop it
+    at the end.
 
     Raises RuntimeError with its output when that takes longer than `seconds` or it ends by itself.
     """
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1", "--port", "0",
-               "--load_fast", "false", "--reload_task", "blocking", "--reload_interval", "0"]
-    # Port 0: it takes a free one and prints it. Blocking: it has read everything, once, before it answers
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(logdir),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        "--load_fast",
+        "false",
+        "--reload_task",
+        "blocking",
+        "--reload_interval",
+        "0",
+    ]
+    # Port 0: it takes a free one and prints it. Blocking: it has read everything, once, before it
+    # answers
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile() as output:
-        environment = os.environ | {"TMPDIR": home, "PYTHONUNBUFFERED": "1"}  # its own folder for its notes on itself
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        # its own folder for its notes on itself
+        environment = os.environ | {"TMPDIR": home, "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
         try:
             yield _when_ready(process, output, time.monotonic() + seconds)
         finally:
@@ -100,4 +142,6 @@ def _when_ready(process: subprocess.Popen, output, deadline: float) -> TensorBoa
                 if board.runs():
                     return board
         time.sleep(0.2)
-    raise RuntimeError(f"TensorBoard was not ready (exit status {process.poll()}); it said:\n{said}")
+    raise RuntimeError(
+        f"TensorBoard was not ready (exit status {process.poll()}); it said:\n{said}"
+    )

@@ -1,13 +1,25 @@
 """A small trainer on random images."""
+
 import torch
 
 from attention_model import build_model
 from train_cifar100 import FAST
 from training.trainer import Trainer
 
-CONFIG = FAST | {"model": "vgg-att3-concat-gate", "width": 1 / 16, "batch_size": 8, "epochs": 2, "micro_batch": "auto",
-                 "checkpoint_activations": False, "progressive": "none", "input_size": [32, 32], "ema_decay": 0.9,
-                 "lr": 0.1, "muon": 0.15, "lr_by_width": 0.0}
+CONFIG = FAST | {
+    "model": "vgg-att3-concat-gate",
+    "width": 1 / 16,
+    "batch_size": 8,
+    "epochs": 2,
+    "micro_batch": "auto",
+    "checkpoint_activations": False,
+    "progressive": "none",
+    "input_size": [32, 32],
+    "ema_decay": 0.9,
+    "lr": 0.1,
+    "muon": 0.15,
+    "lr_by_width": 0.0,
+}
 CPU = torch.device("cpu")
 
 
@@ -16,7 +28,10 @@ class Batches:
 
     def __init__(self, count=8, device=CPU):
         torch.manual_seed(7)
-        self.all = [(torch.randn(count, 3, 32, 32).to(device), torch.randint(4, (count,)).to(device)) for _ in range(3)]
+        self.all = [
+            (torch.randn(count, 3, 32, 32).to(device), torch.randint(4, (count,)).to(device))
+            for _ in range(3)
+        ]
 
     def __len__(self):
         return len(self.all)
@@ -33,4 +48,11 @@ def make_trainer(batches=None, device=CPU, precision="fp32", compiled=False, **c
     config = CONFIG | changes
     torch.manual_seed(0)
     model = build_model(config["model"], 4, width=config["width"], dropout=config["dropout"])
-    return Trainer(config, model, batches or Batches(device=device), device, precision=precision, compiled=compiled)
+    return Trainer(
+        config,
+        model,
+        batches or Batches(device=device),
+        device,
+        precision=precision,
+        compiled=compiled,
+    )
