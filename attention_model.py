@@ -237,10 +237,12 @@ class Classifier(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(size, num_classes) for size in sizes)
 
     def forward(self, attended: list[Tensor]) -> Tensor:
-        features = [level(x) for level, x in zip(self.levels, attended)]
+        features = [level(attended[i]) for i, level in enumerate(self.levels)]
         if self.combination == "concat":
             return self.linears[0](torch.cat(features, dim=1))
-        return torch.stack([linear(x) for linear, x in zip(self.linears, features)]).sum(dim=0)
+        return torch.stack([linear(features[i]) for i, linear in enumerate(self.linears)]).sum(
+            dim=0
+        )
 
 
 # ---- networks -----------------------------------------------------------------------------------
@@ -675,6 +677,6 @@ def freeze_bn_stats(layers: list[nn.Module]):
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, before):
+        for norm, (momentum, count) in zip(norms, before, strict=True):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)

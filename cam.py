@@ -51,7 +51,7 @@ from explain.networks import (
     from_torchvision,
 )
 from explain.output import (
-    GREATEST_SIDE,
+    MAX_SIDE,
     Overview,
     Picture,
     Writer,
@@ -157,7 +157,11 @@ def make_parser() -> argparse.ArgumentParser:
         "table and CSV: for birds and the sample",
     )
     out.add_argument(
-        "--colours", choices=tuple(COLOR_MAPS), default="inferno", help="(default: inferno)"
+        "--colours",
+        dest="colors",
+        choices=tuple(COLOR_MAPS),
+        default="inferno",
+        help="(default: inferno)",
     )
     out.add_argument(
         "--opacity",
@@ -333,7 +337,7 @@ def batches_of_files(
             small.append(
                 np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
             )
-            pictures.append(Picture(printable(path), path.stem, shown(pixels, 1, GREATEST_SIDE)))
+            pictures.append(Picture(printable(path), path.stem, shown(pixels, 1, MAX_SIDE)))
         if pictures:
             yield pictures, network.batch(torch.from_numpy(np.stack(small)))
 
@@ -348,7 +352,9 @@ def batches_of_set(
         yield (
             [
                 Picture(f"{name} {i}", f"{name}-{i:05d}", pixels, images.class_names[label])
-                for i, pixels, label in zip(part, some.images.numpy(), some.labels.tolist())
+                for i, pixels, label in zip(
+                    part, some.images.numpy(), some.labels.tolist(), strict=True
+                )
             ],
             network.batch(some.images),
         )
@@ -400,7 +406,7 @@ def make_pictures(
         batches = batches_of_set(network, images, indices, name)
     else:
         batches = batches_of_files(network, paths, bad)
-    writer = Writer(Path(args.out), paths, raw=args.raw, opacity=args.opacity, colours=args.colours)
+    writer = Writer(Path(args.out), paths, raw=args.raw, opacity=args.opacity, colors=args.colors)
     overview, done = Overview(), 0
     for pictures, batch in batches:
         chances = network.probabilities(batch)
@@ -473,7 +479,7 @@ def measure(
     same_classes = chosen.class_names == network.class_names
     # x, y
     scale = torch.tensor(
-        [side / stored for side, stored in zip(network.size, chosen.image_size)]
+        [side / stored for side, stored in zip(network.size, chosen.image_size, strict=True)]
     ).flip(0)
     measures = Measures()
     for first in range(0, len(chosen), network.batch_size):

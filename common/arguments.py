@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 
 from common.files import expand_user
 
-LONGEST_NUMBER = 40  # characters; Python itself refuses some thousands
+MAX_DIGITS = 40  # characters; Python itself refuses some thousands
 
 
 MAX_WORKERS = 256
@@ -24,7 +25,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """The options of a command line. A shell makes an empty word of a variable that is not set, and
     no option means anything by one. Exits with status 2 where argv is wrong."""
-    for before, word in zip(["", *argv], argv):
+    for before, word in itertools.pairwise(["", *argv]):
         name, equals, value = word.partition("=")
         if not word.strip():
             parser.error(f"{before if before.startswith('--') else 'an argument'} is empty")
@@ -45,9 +46,9 @@ def expanded_path(text: str) -> str:
 
 def int_at_least(least: int, most: int = 2**31 - 1):
     def number(text: str) -> int:
-        if len(text) > LONGEST_NUMBER:
+        if len(text) > MAX_DIGITS:
             raise argparse.ArgumentTypeError(
-                f"{text[:LONGEST_NUMBER]}... is not between {least} and {most}"
+                f"{text[:MAX_DIGITS]}... is not between {least} and {most}"
             )
         value = int(text)
         if not least <= value <= most:

@@ -144,24 +144,24 @@ def read_checkpoint(path: Path | str) -> dict:
     """A checkpoint of ours, its checksums verified. Raises UserError for anything else; code in it
     never runs."""
     path = Path(path)
-    content = read_plain(path, verify=True)
-    missing = [name for name in REQUIRED if not isinstance(content, dict) or name not in content]
+    saved = read_plain(path, verify=True)
+    missing = [name for name in REQUIRED if not isinstance(saved, dict) or name not in saved]
     if missing:
         raise UserError(
             f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}"
         )
-    if content["format"] == 1 and isinstance(content["config"], dict):
-        content |= {"format": 2, "transferred": []}
-    if content["format"] != FORMAT:
+    if saved["format"] == 1 and isinstance(saved["config"], dict):
+        saved |= {"format": 2, "transferred": []}
+    if saved["format"] != FORMAT:
         raise UserError(
-            f"{path} has checkpoint format {content['format']}, and this code reads format {FORMAT}"
+            f"{path} has checkpoint format {saved['format']}, and this code reads format {FORMAT}"
         )
-    wrong = [name for name, is_right in EXPECTED.items() if not is_right(content[name])]
+    wrong = [name for name, is_right in EXPECTED.items() if not is_right(saved[name])]
     if wrong:
         raise UserError(
             f"{path} is not a checkpoint of this project: its {', '.join(wrong)} is not what it should be"
         )
-    return content | {"config": upgrade_config(content["config"])}
+    return saved | {"config": upgrade_config(saved["config"])}
 
 
 def upgrade_config(config: dict) -> dict:
@@ -169,9 +169,9 @@ def upgrade_config(config: dict) -> dict:
     return SINCE_FORMAT_2 | LATER | config | {"init_from": config.get("init_from") or "none"}
 
 
-def inference_weights(content: dict) -> dict:
+def inference_weights(saved: dict) -> dict:
     """The weights to use: the moving average with its batch-norm buffers where there is one."""
-    return content["ema"] or content["model"]
+    return saved["ema"] or saved["model"]
 
 
 def build_from_config(config: dict, num_classes: int) -> Network:

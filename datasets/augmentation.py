@@ -159,7 +159,10 @@ def _move(x, amount, signed, counts, fill):
         (0, 0, 0, 0, 0, 1, 0),
         (0, 0, 0, 0, 0, 0, math.radians(135)),
     )
-    moves = [_constants(move, x.device).expand(count, 7) for move, count in zip(moves, counts)]
+    moves = [
+        _constants(move, x.device).expand(count, 7)
+        for move, count in zip(moves, counts, strict=True)
+    ]
     changes, turns = torch.cat(moves).split(6, 1)
     by, none, sides = (
         signed.flatten(1),
@@ -370,7 +373,10 @@ def normalize(images: torch.Tensor, mean, std) -> torch.Tensor:
     # (3W,): whole rows are multiplied, as a last dimension of 3 is slow
     shift, scale = (
         _constants(tuple(values), images.device, w)
-        for values in ([-m / s for m, s in zip(mean, std)], [1 / (255 * s) for s in std])
+        for values in (
+            [-m / s for m, s in zip(mean, std, strict=True)],
+            [1 / (255 * s) for s in std],
+        )
     )
     return (
         torch.addcmul(shift, images.reshape(n * h, w * 3), scale)

@@ -59,7 +59,9 @@ def cifar_sample(
         for part in np.array_split(labels, range(CHUNK, len(labels), CHUNK)):
             words = generator.random_raw(len(part) * words_per_picture(size)).reshape(len(part), -1)
             parts.append(draw_pictures(words, part, size))
-        images, boxes = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts))
+        images, boxes = (
+            torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)
+        )
         sets.append(
             ImageSet(
                 images, torch.from_numpy(labels), names, f"built-in sample (seed {seed})", boxes

@@ -32,7 +32,7 @@ CHUNK = 512  # images decoded by one call of a worker, at most ...
 CHUNK_BYTES = 2**22  # ... and fewer when they are large: about so many bytes of pixels
 CHECKSUM_BYTES = 2**26  # of a tensor looked at in one go
 # of an image. A larger one is refused before it is decoded: a small file can claim any size
-MOST_PIXELS = 300_000_000
+MAX_PIXELS = 300_000_000
 REDUCED_ABOVE = 2**26  # pixels; larger images are decoded smaller where the format can (JPEG), ...
 REDUCED_SIDE = 2048  # ... but not below so many pixels a side
 # Formats that Pillow lists but hands to other programs (Ghostscript among them), or cannot decode
@@ -272,7 +272,9 @@ def _decode_chunk(
     files: list[tuple[Path, Crop | None]], size: tuple[int, int], resize: bool, upright: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (n, H, W, 3) uint8, and (n, 6) int32: crop, width and height."""
-    pixels, places = zip(*(_decode(path, size, resize, crop, upright) for path, crop in files))
+    pixels, places = zip(
+        *(_decode(path, size, resize, crop, upright) for path, crop in files), strict=True
+    )
     return np.stack(pixels), np.array(places, np.int32)
 
 
@@ -366,7 +368,7 @@ def open_rgb(path: Path, *, upright: bool = True, reduce: bool = True) -> Image.
     that its EXIF data say (unless `upright` is false), and white where it is transparent. With
     `reduce`, one of over REDUCED_ABOVE pixels comes smaller where its format can be decoded so.
 
-    Raises UserError, which names the file; also for one of over MOST_PIXELS, before it is decoded.
+    Raises UserError, which names the file; also for one of over MAX_PIXELS, before it is decoded.
     """
     with _sane_sizes(path), _opened(path) as image:
         if reduce and image.width * image.height > REDUCED_ABOVE:
@@ -411,7 +413,7 @@ def _sane_sizes(path: Path) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            Image.MAX_IMAGE_PIXELS = MOST_PIXELS
+            Image.MAX_IMAGE_PIXELS = MAX_PIXELS
             yield
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         Image.MAX_IMAGE_PIXELS = None
@@ -419,7 +421,7 @@ def _sane_sizes(path: Path) -> Iterator[None]:
         with contextlib.suppress(Exception), Image.open(path, formats=image_formats()) as image:
             size = f"{image.width}x{image.height}"
         raise UserError(
-            f"{printable(path)} has {size} pixels: more than {MOST_PIXELS / 1e6:,.0f} megapixels are not read."
+            f"{printable(path)} has {size} pixels: more than {MAX_PIXELS / 1e6:,.0f} megapixels are not read."
             f" Replace or remove it"
         ) from None
     finally:

@@ -43,7 +43,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
             "this network has no attention levels: use gradcam, or cam where it ends in pooling"
         )
     with eval_no_grad(model), torch.no_grad():
-        _, maps = model(suited(model, images), return_attention=True)
+        _, maps = model(to_model_dtype(model, images), return_attention=True)
     return {level: upsample_and_scale(each, images.shape[2:]) for level, each in maps.items()}
 
 
@@ -60,7 +60,7 @@ def class_activation_map(
     layer.
     """
     seen = FeatureHooks()
-    logits = watched(model, images, seen)
+    logits = logits_with_hooks(model, images, seen)
     targets = checked_targets(targets, logits)
     features = seen.pooled_features(logits)
     weights = seen.linear.weight[targets].detach().to(features.dtype)
@@ -115,7 +115,7 @@ def grad_cam(
             (gradient,) = torch.autograd.grad(score, activations, allow_unused=True)
     if gradient is None:
         raise ValueError("no logit depends on this layer: choose another")
-    activations, gradient = wide(activations.detach()), wide(gradient)
+    activations, gradient = at_least_float32(activations.detach()), at_least_float32(gradient)
     weights = gradient.mean((2, 3))
     return upsample_and_scale(torch.einsum("nchw,nc->nhw", activations, weights), images.shape[2:])
 
@@ -127,7 +127,7 @@ def feature_layers(model: nn.Module, images: Tensor) -> dict[str, tuple[int, int
     """Every layer that Grad-CAM can be made at: its name and the (C, h, w) of its output, in the
     order they finish."""
     seen = FeatureHooks()
-    watched(model, images, seen)
+    logits_with_hooks(model, images, seen)
     return {name: shape for name, shape in seen.shapes.items() if shape[1] * shape[2] > 1}
 
 
@@ -138,7 +138,7 @@ def default_layer(model: nn.Module, images: Tensor) -> str:
     if isinstance(model, Network):
         return model.LAST_FEATURES
     seen = FeatureHooks()
-    watched(model, images, seen)
+    logits_with_hooks(model, images, seen)
     if seen.last is None:
         raise ValueError(
             "no layer of this network gives a map (N, C, H, W) for images of this size"
@@ -196,7 +196,7 @@ class FeatureHooks:
             and self.linear is not None
             and torch.equal(self.linear_output, logits)
         ):
-            features, means = wide(self.features), wide(self.linear_input)
+            features, means = at_least_float32(self.features), at_least_float32(self.linear_input)
             # DenseNets have a ReLU that is no module in between
             for candidate in (features, features.relu()):
                 found = candidate.mean((2, 3))
@@ -210,7 +210,7 @@ class FeatureHooks:
         )
 
 
-def watched(model: nn.Module, images: Tensor, watch: Callable) -> Tensor:
+def logits_with_hooks(model: nn.Module, images: Tensor, watch: Callable) -> Tensor:
     """The logits; ``watch(name, module, inputs, output)`` is called when a module has finished."""
     handles = []
     try:
@@ -245,7 +245,7 @@ def eval_no_grad(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def suited(model: nn.Module, images: Tensor) -> Tensor:
+def to_model_dtype(model: nn.Module, images: Tensor) -> Tensor:
     """The images in the network's own floating-point type."""
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(
@@ -256,7 +256,7 @@ def suited(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    logits = model(suited(model, images))
+    logits = model(to_model_dtype(model, images))
     if not torch.is_tensor(logits) or logits.ndim != 2 or len(logits) != len(images):
         raise ValueError(
             f"expected a classifier that gives logits (N, classes), not "
@@ -285,7 +285,7 @@ def is_map(output: object) -> bool:
     return torch.is_tensor(output) and output.ndim == 4 and output.is_floating_point()
 
 
-def wide(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     """bf16 and fp16 as float32: sums over positions and channels need the digits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

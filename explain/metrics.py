@@ -17,8 +17,8 @@ IOUS = (0.3, 0.5, 0.7)  # that MaxBoxAccV2 averages over
 # Of the map between its lowest (0) and highest value (1). The small ones are for attention maps,
 # which are so peaked that an object's outline may lie below a hundredth of the peak.
 THRESHOLDS = np.concatenate([[0], np.logspace(-6, -2, 17), np.arange(2, 100) / 100])
-UNIFORM, CENTRE = "chance (uniform map)", "centre of the picture"
-CENTRE_SD = 0.25  # of the centre map, a Gaussian, as a share of the sides
+UNIFORM, CENTER = "chance (uniform map)", "centre of the picture"
+CENTER_SD = 0.25  # of the centre map, a Gaussian, as a share of the sides
 
 
 # ---- the measures, image by image ---------------------------------------------------------------
@@ -60,7 +60,7 @@ def best_ious(
     2007.04178). A threshold is a share of the way from the map's lowest value to its highest."""
     result = np.zeros((len(maps), len(thresholds)))
     levels = np.asarray(thresholds)[:, None, None]
-    for row, values, box in zip(result, maps.astype(np.float64), boxes):
+    for row, values, box in zip(result, maps.astype(np.float64), boxes, strict=True):
         values = values - values.min()
         found, owner = component_boxes(values[None] >= levels * values.max())
         np.maximum.at(row, owner, iou(found, box))
@@ -150,7 +150,7 @@ class Measures:
     ) -> None:
         """A batch: maps of each kind (N, H, W), boxes (N, 4), parts (N, P, 3) or None."""
         height, width = next(iter(maps.values())).shape[1:]
-        blind = {UNIFORM: np.ones((height, width)), CENTRE: centre_map(height, width)}
+        blind = {UNIFORM: np.ones((height, width)), CENTER: center_map(height, width)}
         maps = dict(maps) | {
             name: np.broadcast_to(each, (len(boxes), height, width)) for name, each in blind.items()
         }
@@ -166,7 +166,9 @@ class Measures:
         best on this set."""
         rows = []
         for name, batches in self.scores.items():
-            pointing, energy, ious = (np.concatenate(column) for column in zip(*batches))
+            pointing, energy, ious = (
+                np.concatenate(column) for column in zip(*batches, strict=True)
+            )
             row = {
                 "map": name,
                 "images": len(pointing),
@@ -190,14 +192,16 @@ class Measures:
             votes = np.concatenate(batches)
             votes = votes[votes.sum(1) > 0]
             shares = votes.mean(0) if len(votes) else np.zeros(len(part_names))
-            rows.append({"map": name, "images": len(votes), **dict(zip(part_names, shares))})
+            rows.append(
+                {"map": name, "images": len(votes), **dict(zip(part_names, shares, strict=True))}
+            )
         return rows
 
 
-def centre_map(height: int, width: int) -> np.ndarray:
+def center_map(height: int, width: int) -> np.ndarray:
     """(H, W): a Gaussian in the middle, what one knows of photographs without looking at them."""
     y, x = ((np.arange(side) + 0.5) / side - 0.5 for side in (height, width))
-    return np.exp(-(y[:, None] ** 2 + x**2) / (2 * CENTRE_SD**2))
+    return np.exp(-(y[:, None] ** 2 + x**2) / (2 * CENTER_SD**2))
 
 
 # ---- as text ------------------------------------------------------------------------------------
@@ -231,11 +235,11 @@ def part_lines(rows: Sequence[Mapping[str, object]], part_names: Sequence[str]) 
     columns = [max(7, len(row["map"])) for row in rows]
     lines = [
         f"{'peak nearest to, %':<{wide}}  "
-        + "  ".join(f"{row['map']:>{c}}" for row, c in zip(rows, columns))
+        + "  ".join(f"{row['map']:>{c}}" for row, c in zip(rows, columns, strict=True))
     ]
     for name in part_names:
         lines.append(
             f"{name:<{wide}}  "
-            + "  ".join(f"{100 * row[name]:{c}.1f}" for row, c in zip(rows, columns))
+            + "  ".join(f"{100 * row[name]:{c}.1f}" for row, c in zip(rows, columns, strict=True))
         )
     return [*lines, f"Of {rows[0]['images']:,} images, visible parts only."]

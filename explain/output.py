@@ -18,8 +18,8 @@ from data import images_and_others, passed_over
 from explain.pictures import attention_sheet, overlay, shown
 
 # pixels of an overlay: smaller images are enlarged, larger ones shrunk
-LEAST_SIDE, GREATEST_SIDE = 224, 1024
-LONGEST_STEM = 200  # bytes: with the map's name it has to stay below a file system's 255
+MIN_SIDE, MAX_SIDE = 224, 1024
+MAX_STEM_BYTES = 200  # bytes: with the map's name it has to stay below a file system's 255
 SHEET_SIDE = 288  # pixels of the longer side of a picture on an image's own sheet, at most
 
 
@@ -110,13 +110,13 @@ class Writer:
     """Writes files into a folder, each whole or not at all. None takes the name of an input, of
     another of its own, or of a file that was there before and is not an earlier one of ours.
 
-    raw: the maps as .npy too. opacity, colours: see training/pictures.py.
+    raw: the maps as .npy too. opacity, colors: see training/pictures.py.
     """
 
     def __init__(
-        self, out: Path, inputs: Sequence[Path], *, raw: bool, opacity: float, colours: str
+        self, out: Path, inputs: Sequence[Path], *, raw: bool, opacity: float, colors: str
     ):
-        self.out, self.raw, self.opacity, self.colours = out, raw, opacity, colours
+        self.out, self.raw, self.opacity, self.colors = out, raw, opacity, colors
         self.inputs = {identity for path in inputs for identity in identities(path)}
         self.taken: set[str] = set()
         self.written = 0
@@ -132,9 +132,9 @@ class Writer:
         files' stem."""
         raw = {f"{name}.npy": npy(each) for name, each in maps.items()} if self.raw else {}
         stem = self.free_stem(picture.stem, [*(f"{name}.png" for name in maps), "sheet.png"], raw)
-        large = shown(picture.pixels, LEAST_SIDE, GREATEST_SIDE)
+        large = shown(picture.pixels, MIN_SIDE, MAX_SIDE)
         for name, each in maps.items():
-            self.png(f"{stem}-{name}.png", overlay(large, each, self.opacity, self.colours))
+            self.png(f"{stem}-{name}.png", overlay(large, each, self.opacity, self.colors))
         for ending, content in raw.items():
             self.write(f"{stem}-{ending}", content)
         self.png(
@@ -145,9 +145,9 @@ class Writer:
                 [title],
                 headings=headings,
                 opacity=self.opacity,
-                least_side=LEAST_SIDE,
-                greatest_side=SHEET_SIDE,
-                name=self.colours,
+                min_side=MIN_SIDE,
+                max_side=SHEET_SIDE,
+                name=self.colors,
             ),
         )
         return stem
@@ -162,21 +162,21 @@ class Writer:
                 {name: np.stack(each) for name, each in overview.maps.items()},
                 overview.titles,
                 opacity=self.opacity,
-                name=self.colours,
+                name=self.colors,
             ),
         )
 
     def free_stem(self, wanted: str, pictures: list[str], raw: Mapping[str, bytes]) -> str:
         """``wanted``, or with a number behind it, so that each file STEM-ENDING, a picture or one
         with that content, may be written. Cut to a length that file systems take."""
-        stem, number = in_bytes(wanted, LONGEST_STEM), 1
+        stem, number = in_bytes(wanted, MAX_STEM_BYTES), 1
         while any(
             f"{stem}-{ending}".casefold() in self.taken
             or not self.may_write(self.out / f"{stem}-{ending}", raw.get(ending))
             for ending in (*pictures, *raw)
         ):
             number += 1
-            stem = f"{in_bytes(wanted, LONGEST_STEM)}-{number}"
+            stem = f"{in_bytes(wanted, MAX_STEM_BYTES)}-{number}"
         self.taken |= {f"{stem}-{ending}".casefold() for ending in (*pictures, *raw)}
         return stem
 

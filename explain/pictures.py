@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-# Nine anchor colours each, evenly spaced from low to high. Lightness rises all the way, so the
+# Nine anchor colors each, evenly spaced from low to high. Lightness rises all the way, so the
 # order of two values can be seen by anyone, printed in grey too (jet, the usual choice, is
 # brightest in its middle).
 COLOR_MAPS = {
@@ -96,32 +96,32 @@ def overlay(
     """Lay a map over an image: (H, W, 3) uint8 and (h, w) floats -> (H, W, 3) uint8.
 
     The map is brought to its own unit range, to the image's size, and into colour; `opacity` 0
-    gives the image, 1 the colours alone.
+    gives the image, 1 the colors alone.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"an image is a uint8 array (H, W, 3), not {image.dtype} {image.shape}")
-    colours = colorize(_resized(unit_range(attention_map), *image.shape[:2]), name)
-    blend = (1.0 - opacity) * image.astype(np.float64) + opacity * colours
+    colors = colorize(_resized(unit_range(attention_map), *image.shape[:2]), name)
+    blend = (1.0 - opacity) * image.astype(np.float64) + opacity * colors
     return np.round(blend).astype(np.uint8)
 
 
-def enlarge(image: np.ndarray, least_side: int = 128) -> np.ndarray:
+def enlarge(image: np.ndarray, min_side: int = 128) -> np.ndarray:
     """Show a small image (H, W, 3) larger by a whole factor, each pixel a clean square, until its
-    shorter side has `least_side` pixels or more; an image that already has them comes back as it
+    shorter side has `min_side` pixels or more; an image that already has them comes back as it
     is."""
-    factor = math.ceil(least_side / min(image.shape[:2]))
+    factor = math.ceil(min_side / min(image.shape[:2]))
     if factor <= 1:
         return image
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def shown(image: np.ndarray, least_side: int, greatest_side: int) -> np.ndarray:
+def shown(image: np.ndarray, min_side: int, max_side: int) -> np.ndarray:
     """An image (H, W, 3) at a size to look at: small ones enlarged by a whole factor towards
-    `least_side` pixels on the shorter side, but no longer than `greatest_side`; big ones shrunk to
+    `min_side` pixels on the shorter side, but no longer than `max_side`; big ones shrunk to
     that."""
-    room = greatest_side // max(image.shape[:2])
-    image = enlarge(image, min(least_side, max(1, room) * min(image.shape[:2])))
-    scale = greatest_side / max(image.shape[:2])
+    room = max_side // max(image.shape[:2])
+    image = enlarge(image, min(min_side, max(1, room) * min(image.shape[:2])))
+    scale = max_side / max(image.shape[:2])
     if scale >= 1:
         return image
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
@@ -148,15 +148,15 @@ def title_of(truth: str, seen: str, chance: float) -> str:
 def _legend(
     draw: ImageDraw.ImageDraw, sheet: Image.Image, top: int, font: ImageFont.FreeTypeFont, name: str
 ) -> None:
-    """The colours from low to high at the right edge, one line high, and at the left what they mean
+    """The colors from low to high at the right edge, one line high, and at the left what they mean
     if it fits."""
     length, height = 120, 14
     right = sheet.width - MARGIN
     middle = top + height // 2
     draw.text((right, middle), "high", INK, font, anchor="rm")
     bar = round(right - font.getlength("high") - 8 - length)
-    colours = colorize(np.linspace(0.0, 1.0, length)[None].repeat(height, axis=0), name)
-    sheet.paste(Image.fromarray(colours), (bar, top))
+    colors = colorize(np.linspace(0.0, 1.0, length)[None].repeat(height, axis=0), name)
+    sheet.paste(Image.fromarray(colors), (bar, top))
     draw.text((bar - 8, middle), "low", INK, font, anchor="rm")
     room = bar - 8 - font.getlength("low") - 24 - MARGIN
     for note in (
@@ -175,8 +175,8 @@ def attention_sheet(
     *,
     headings: Mapping[str, str] | None = None,
     opacity: float = 0.5,
-    least_side: int = 128,
-    greatest_side: int = 160,
+    min_side: int = 128,
+    max_side: int = 160,
     sheet_width: int = 1400,
     name: str = "inferno",
 ) -> np.ndarray:
@@ -199,7 +199,7 @@ def attention_sheet(
             )
     title_font, head_font = ImageFont.load_default(size=14), ImageFont.load_default(size=15)
 
-    inputs = [shown(np.ascontiguousarray(image), least_side, greatest_side) for image in images]
+    inputs = [shown(np.ascontiguousarray(image), min_side, max_side) for image in images]
     height, width = inputs[0].shape[:2]
     heads = [
         head.split("\n")

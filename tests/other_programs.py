@@ -100,7 +100,7 @@ def main() -> None:
                 capture_output=True,
                 text=True,
             )
-            for all_of_them, some in zip(rates[name], ast.literal_eval(done.stdout)):
+            for all_of_them, some in zip(rates[name], ast.literal_eval(done.stdout), strict=True):
                 all_of_them += some
     before = statistics.median(rates["GOMP_SPINCOUNT=300000"][0])
     print(

@@ -46,7 +46,8 @@ def measure(width: float, rate: float, filters: float, train, held_out) -> dict:
         trainer.step(images, labels)
         trainer.position.step += 1
         changes = [
-            ((p.detach() - old).norm() / old.norm()).item() for p, old in zip(weights, before)
+            ((p.detach() - old).norm() / old.norm()).item()
+            for p, old in zip(weights, before, strict=True)
         ]
         # the first step brings the filters to their norm
         largest = max(largest, *changes) if losses else 0.0

@@ -317,9 +317,9 @@ def test_checkpointed_activations_change_nothing(name):
     for model in (plain, saving):
         torch.manual_seed(5)
         F.cross_entropy(model(images), torch.arange(4)).backward()
-    for (key, a), b in zip(plain.state_dict().items(), saving.state_dict().values()):
+    for (key, a), b in zip(plain.state_dict().items(), saving.state_dict().values(), strict=True):
         assert torch.equal(a, b), key
-    for (key, a), b in zip(plain.named_parameters(), saving.parameters()):
+    for (key, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), key
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, msg=key)
@@ -334,9 +334,9 @@ def test_checkpointed_activations_under_the_compiler():
     images = torch.randn(4, 3, 32, 32)
     for model in (plain, torch.compile(saving, backend="aot_eager")):
         F.cross_entropy(model(images), torch.arange(4)).backward()
-    for (key, a), b in zip(plain.state_dict().items(), saving.state_dict().values()):
+    for (key, a), b in zip(plain.state_dict().items(), saving.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=key)
-    for (key, a), b in zip(plain.named_parameters(), saving.parameters()):
+    for (key, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=key)
 
 

@@ -50,7 +50,7 @@ def test_draws_cover_their_ranges_and_differ_between_images():
     draw = Augmentation(mean=MEAN, std=STD, pad=4).draw(
         4000, 10, 12, torch.Generator().manual_seed(0)
     )
-    for values, end in zip(draw, (9, 9, 2, 10, 12)):
+    for values, end in zip(draw, (9, 9, 2, 10, 12), strict=True):
         counts = torch.bincount(values.long(), minlength=end)
         assert len(counts) == end and counts.min() > 4000 / end * 0.7
 
@@ -89,7 +89,7 @@ def generator(seed=0):
 def sampled(image: np.ndarray, y: float, x: float) -> np.ndarray:
     """Bilinear value of (H, W, 3) at a point in pixels, whose middles are at .5; clamped at the
     border."""
-    y, x = (min(max(v - 0.5, 0), side - 1) for v, side in zip((y, x), image.shape))
+    y, x = (min(max(v - 0.5, 0), side - 1) for v, side in zip((y, x), image.shape, strict=True))
     top, left = int(y), int(x)
     down, right = min(top + 1, image.shape[0] - 1), min(left + 1, image.shape[1] - 1)
     a, b = y - top, x - left
@@ -157,7 +157,9 @@ def test_jitter_equals_torchvision(most):
     draw = augmentation.draw(6, 40, 36, generator(1))
     factors = 1 + most * (2 * draw.light - 1)
     assert len(set(factors.flatten().tolist())) == 18
-    for image, (brightness, contrast, saturation), ours in zip(images, factors.tolist(), batch):
+    for image, (brightness, contrast, saturation), ours in zip(
+        images, factors.tolist(), batch, strict=True
+    ):
         theirs = image.permute(2, 0, 1).float() / 255
         theirs = reference.adjust_brightness(theirs, brightness)
         theirs = reference.adjust_contrast(theirs, contrast)
@@ -288,7 +290,9 @@ def test_what_is_switched_off_leaves_the_rest_as_it_was():
     all_of_it = Augmentation(mean=MEAN, std=STD, pad=4, cutout=0)
     for changes in ({"zoom": 0.5}, {"jitter": 0.3}, {"trivial_augment": True}):
         other = Augmentation(mean=MEAN, std=STD, pad=4, **changes)
-        for a, b in zip(all_of_it.draw(6, 40, 36, generator()), other.draw(6, 40, 36, generator())):
+        for a, b in zip(
+            all_of_it.draw(6, 40, 36, generator()), other.draw(6, 40, 36, generator()), strict=True
+        ):
             assert torch.equal(a, b)
     assert torch.equal(all_of_it(images, generator()), all_of_it(images, generator()))
 
@@ -307,7 +311,7 @@ def batches(images=None, seed=1, batch_size=6):
 def same(one, other):
     one, other = list(one), list(other)
     return len(one) == len(other) and all(
-        torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(one, other)
+        torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(one, other, strict=True)
     )
 
 
@@ -327,7 +331,7 @@ def test_start_step_goes_on_where_the_epoch_was_left(start):
 
 def test_interleaved_epochs_do_not_disturb_each_other():
     shared = batches()
-    pairs = list(zip(shared.epoch(0), shared.epoch(1)))
+    pairs = list(zip(shared.epoch(0), shared.epoch(1), strict=True))
     assert same([p[0] for p in pairs], batches().epoch(0)) and same(
         [p[1] for p in pairs], batches().epoch(1)
     )

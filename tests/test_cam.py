@@ -19,7 +19,7 @@ from common.checkpoint import FORMAT
 from data import cifar_sample, load_cifar100, load_cub
 from datasets.augmentation import normalize
 from datasets.cub_sample import write_cub_sample
-from explain.metrics import CENTRE, UNIFORM
+from explain.metrics import CENTER, UNIFORM
 from tests.helpers.environment import ROOT
 from tests.helpers.makers import first_lines, make_folders, torchvisions
 from tests.helpers.runs import with_sample
@@ -109,7 +109,7 @@ def test_maps_point_at_the_mark(cli, trained, capsys):
         with capsys.disabled():
             print("\n" + out[out.index(":") + 2 :])
     attention, pooled = rows["vgg-att3-concat-pc"], rows["vgg-gap"]
-    assert list(attention) == ["conv7", "conv10", "conv13", "gradcam", UNIFORM, CENTRE]
+    assert list(attention) == ["conv7", "conv10", "conv13", "gradcam", UNIFORM, CENTER]
     assert float(attention[UNIFORM]["pointing_game"]) == pytest.approx(49 / 1024, abs=1e-4)
     assert (
         max(float(attention[level]["pointing_game"]) for level in ("conv7", "conv10", "conv13"))
@@ -121,7 +121,7 @@ def test_maps_point_at_the_mark(cli, trained, capsys):
     assert (
         float(pooled["gradcam"]["max_box_acc_v2"])
         > 0.3
-        > float(attention[CENTRE]["max_box_acc_v2"])
+        > float(attention[CENTER]["max_box_acc_v2"])
     )
 
 
@@ -299,7 +299,7 @@ def test_no_input_is_overwritten_and_names_do_not_clash(cli, ours_on_disk):
 
 
 def test_training_and_cam_see_the_same_picture(cli, tmp_path, monkeypatch):
-    """A phone's photo that lies on its side, one with hidden colours behind what is transparent, a
+    """A phone's photo that lies on its side, one with hidden colors behind what is transparent, a
     large one in CMYK, ..."""
     exif, hidden = Image.Exif(), np.where(noise(40, 40, 1) > 127, 255, 0).astype(np.uint8)
     exif[0x0112] = 6

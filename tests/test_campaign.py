@@ -442,9 +442,13 @@ def calm(tmp_path_factory):
     """The run that nothing happens to, and another run, of another seed."""
     folder = tmp_path_factory.mktemp("calm")
     for split, images in zip(
-        ("train", "test"), cifar_sample(classes=4, train_per_class=24, test_per_class=8)
+        ("train", "test"),
+        cifar_sample(classes=4, train_per_class=24, test_per_class=8),
+        strict=True,
     ):
-        for number, (image, label) in enumerate(zip(images.images.numpy(), images.labels.tolist())):
+        for number, (image, label) in enumerate(
+            zip(images.images.numpy(), images.labels.tolist(), strict=True)
+        ):
             path = folder / "data" / "cifar100" / split / f"class {label}" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)

@@ -115,7 +115,7 @@ def test_a_closed_terminal_ends_the_run_and_no_line_written_after_it_does_harm(c
             assert signals.received == numbers[0]
             assert os.write(1, b"nor this") == os.write(2, b"nor that") == 8
     finally:
-        for number, copy in zip((1, 2), kept):
+        for number, copy in zip((1, 2), kept, strict=True):
             os.dup2(copy, number)
             os.close(copy)
         os.close(there)

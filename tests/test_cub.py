@@ -60,7 +60,7 @@ def by_hand(root, number, crop):
 
 @pytest.mark.parametrize("crop,margin", [("box", 0.0), ("box", 0.25), ("box", 3.0), ("whole", 0.0)])
 def test_pictures_boxes_and_parts(root, crop, margin):
-    for ids, loaded in zip((TRAIN, TEST), load(root, crop=crop, margin=margin)):
+    for ids, loaded in zip((TRAIN, TEST), load(root, crop=crop, margin=margin), strict=True):
         assert loaded.class_names == ("Red bird", "Blue bird") and loaded.part_names == (
             "left eye",
             "tail",
@@ -73,7 +73,9 @@ def test_pictures_boxes_and_parts(root, crop, margin):
             loaded.images.dtype == torch.uint8
             and loaded.boxes.dtype == loaded.parts.dtype == torch.float32
         )
-        for i, image, box, parts in zip(ids, loaded.images, loaded.boxes, loaded.parts):
+        for i, image, box, parts in zip(
+            ids, loaded.images, loaded.boxes, loaded.parts, strict=True
+        ):
             x, y, width, height = BIRDS[i][4]
             bird = [round(x), round(y), round(x + width), round(y + height)]
             more = round(margin * max(bird[2] - bird[0], bird[3] - bird[1]))
@@ -281,7 +283,7 @@ def truncated_jpeg(path):
 def test_unreadable_images(root, monkeypatch, spoil, why, number):
     path = root / CUB_FOLDER / "images" / BIRDS[number][0]
     spoil(path)
-    monkeypatch.setattr(image_files, "MOST_PIXELS", 40_000)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 40_000)
     fails(root, path, why, "Replace or remove", "rows")
     assert len(list((root / ".cache").glob("*"))) == (number in TEST)
 
@@ -413,7 +415,9 @@ def test_workers(root, monkeypatch, capsys, chunk, reason):
         ProcessPoolExecutor, "submit", lambda self, decode, *args: submit(self, worker, *args)
     )
     got = decode(num_workers=1)
-    assert all(torch.equal(a, b) for a, b in zip(expected, got)) and got.crops.tolist()[0] == [
+    assert all(
+        torch.equal(a, b) for a, b in zip(expected, got, strict=True)
+    ) and got.crops.tolist()[0] == [
         1,
         2,
         23,
@@ -459,7 +463,7 @@ def test_cache(root, monkeypatch, capsys):
     assert titles == both
     titles, second = decoded_anew(load, root, monkeypatch)
     assert titles == []
-    for one, other in zip(first, second):
+    for one, other in zip(first, second, strict=True):
         assert all(
             torch.equal(getattr(one, name), getattr(other, name))
             for name in ("images", "boxes", "parts")

@@ -213,7 +213,7 @@ def archive(tmp_path, monkeypatch):
 
 
 def check_official(sets, contents):
-    for loaded, split in zip(sets, ("train", "test")):
+    for loaded, split in zip(sets, ("train", "test"), strict=True):
         expected = contents[split]["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         assert (loaded.images.numpy() == expected).all() and loaded.images.is_contiguous()
         assert loaded.labels.tolist() == contents[split]["fine_labels"] and loaded.class_names == (

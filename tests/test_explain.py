@@ -47,7 +47,9 @@ def in_unit_range(maps, size=SIZE):
     ]
     largest = [each.max() for each in maps]
     assert max(largest) > 0
-    return torch.stack([each / most if most > 0 else each for each, most in zip(maps, largest)])
+    return torch.stack(
+        [each / most if most > 0 else each for each, most in zip(maps, largest, strict=True)]
+    )
 
 
 def assert_maps(maps, expected):
@@ -86,7 +88,10 @@ def test_class_activation_map_by_its_definition(name):
                 features = model.trunk.run_block(block, features)
         logits = linear(features.mean((2, 3)))
         expected = torch.stack(
-            [(linear.weight[t][:, None, None] * f).sum(0) for t, f in zip(targets, features)]
+            [
+                (linear.weight[t][:, None, None] * f).sum(0)
+                for t, f in zip(targets, features, strict=True)
+            ]
         )
     assert_maps(class_activation_map(model, x, targets), in_unit_range(expected))
     torch.testing.assert_close(logits, model(x).detach())  # so these are the features that count
@@ -259,16 +264,22 @@ def test_the_network_comes_back_as_it_was(context):
         ):
             with pytest.raises(ValueError):
                 wrong()
-    for network, (modes, asking, hooks, grads, weights) in zip((model, attention), before):
+    for network, (modes, asking, hooks, grads, weights) in zip(
+        (model, attention), before, strict=True
+    ):
         now = state_of(network)
         assert now[0] == modes and now[1] == asking and now[2] == hooks == []
         assert all(grad is None for grad in now[3])
         # statistics too
         assert all(torch.equal(weights[name], value) for name, value in now[4].items())
-    for call, result in zip(calls, results):  # and the mode of whoever calls changes nothing
+    for call, result in zip(
+        calls, results, strict=True
+    ):  # and the mode of whoever calls changes nothing
         again = call()
         for a, b in (
-            zip(again.values(), result.values()) if isinstance(again, dict) else [(again, result)]
+            zip(again.values(), result.values(), strict=True)
+            if isinstance(again, dict)
+            else [(again, result)]
         ):
             assert torch.equal(a, b) and not b.requires_grad
 
@@ -368,6 +379,7 @@ def test_a_batch_is_every_image_alone():
         for a, b in zip(
             together,
             [grad_cam(model, one, targets[i : i + 1]), *attention_maps(model, one).values()],
+            strict=True,
         ):
             torch.testing.assert_close(a[i : i + 1], b)
 

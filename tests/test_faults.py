@@ -205,11 +205,11 @@ def test_pictures_that_would_fill_the_memory(birds, tmp_path, monkeypatch, kind)
     ending, make = HUGE[kind]
     unpacked, load = [], ImageFile.ImageFile.load
 
-    def watched(image):
+    def logits_with_hooks(image):
         unpacked.append(image.width * image.height)
         return load(image)
 
-    monkeypatch.setattr(ImageFile.ImageFile, "load", watched)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", logits_with_hooks)
     for number in (0, 3):
         folder = tmp_path / f"data {number}"
         for split in ("train", "test"):

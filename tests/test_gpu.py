@@ -181,11 +181,11 @@ def test_muons_step_is_that_of_float64(precision, tolerance):
         torch.nn.Parameter(weight.to(DEVICE).contiguous(memory_format=torch.channels_last))
         for weight in weights
     ]
-    for p, gradient in zip(filters, gradients):
+    for p, gradient in zip(filters, gradients, strict=True):
         p.grad = gradient.to(DEVICE).contiguous(memory_format=torch.channels_last)
     group = {"params": filters, "momentum": 0.0, "nesterov": False, "filter_momentum": 0.9}
     optim.Muon([group], optim.DTYPES[precision], lr=0.1, fused=True).step()
-    for p, weight, gradient in zip(filters, weights, gradients):
+    for p, weight, gradient in zip(filters, weights, gradients, strict=True):
         direction = orthogonalized(gradient.flatten(1)).view(weight.shape)
         size = weight.norm() / math.sqrt(min(direction.flatten(1).shape))
         step = (weight.double() - p.detach().cpu().double()) / (0.1 * size)
@@ -293,7 +293,7 @@ def test_a_resumed_run_starts_from_every_bit_of_the_one_before(small_task):
     assert_equal(on_disk(after.trainer.state()), state)
     batches = [next(each.trainer.batches.epoch(1)) for each in (before, after)]
     assert torch.equal(batches[0][0], batches[1][0])  # the same draws
-    for each, batch in zip((before, after), batches):
+    for each, batch in zip((before, after), batches, strict=True):
         each.trainer.step(*batch)
     states = [dict(each.trainer.model.named_parameters()) for each in (before, after)]
     assert far(states[1], states[0]) < 1e-4

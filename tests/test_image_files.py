@@ -84,7 +84,7 @@ def test_decompression_bomb(tmp_path, monkeypatch):
     bomb = tmp_path / "cifar100/train/dog/001.png"
     Image.new("RGB", (300, 310)).save(bomb)
     for limit in (80_000, 40_000):  # PIL warns above the limit, and raises above twice the limit
-        monkeypatch.setattr(image_files, "MOST_PIXELS", limit)
+        monkeypatch.setattr(image_files, "MAX_PIXELS", limit)
         fails(tmp_path, bomb, "has 300x310 pixels: more than", image_size=16)
     assert Image.MAX_IMAGE_PIXELS == 89478485  # other people's is as it was
 
@@ -250,7 +250,7 @@ def test_a_phones_largest_photo_is_decoded_smaller(tmp_path, orientation):
 
 def test_what_no_decoder_reduces_is_read_whole_up_to_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(image_files, "REDUCED_ABOVE", 400)
-    monkeypatch.setattr(image_files, "MOST_PIXELS", 600)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 600)
     for ending in ("png", "bmp", "gif"):
         Image.fromarray(photo()).save(tmp_path / f"a.{ending}")
         assert image_files.open_rgb(tmp_path / f"a.{ending}").size == (30, 20)
@@ -343,7 +343,9 @@ def test_cache(tmp_path, monkeypatch, capsys):
     titles, first = decoded_anew(load, tmp_path, monkeypatch)
     assert titles == ["cifar100-train", "cifar100-test"]
     titles, second = decoded_anew(load, tmp_path, monkeypatch)
-    assert titles == [] and all(torch.equal(a.images, b.images) for a, b in zip(first, second))
+    assert titles == [] and all(
+        torch.equal(a.images, b.images) for a, b in zip(first, second, strict=True)
+    )
 
     changed = tmp_path / "cifar100/train/cat/000.png"
     # another image: decoded again, and the old cache goes

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from explain.metrics import (
-    CENTRE,
+    CENTER,
     IOUS,
     THRESHOLDS,
     UNIFORM,
@@ -30,7 +30,7 @@ def flood_boxes(mask):
                 if near in left:
                     left.remove(near)
                     stack.append(near)
-        ys, xs = zip(*part)
+        ys, xs = zip(*part, strict=True)
         boxes.append((min(xs), min(ys), max(xs) + 1, max(ys) + 1))
     return sorted(boxes)
 
@@ -94,7 +94,7 @@ def test_max_box_acc_v2_against_brute_force():
         accuracy = []
         for threshold in THRESHOLDS:
             right = 0
-            for values, box in zip(maps.astype(float), boxes):
+            for values, box in zip(maps.astype(float), boxes, strict=True):
                 values = (values - values.min()) / (values.max() - values.min())
                 filled = np.zeros((10, 12), int)
                 filled[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])] = 1
@@ -127,7 +127,7 @@ def test_chance_is_the_boxs_share_of_the_area_and_parts_share_the_picture():
         == pytest.approx((0.25 + 0.5) / 2)
     )
     # of the four pixels in the middle
-    assert rows[CENTRE]["pointing_game"] == pytest.approx((1 + 0.5) / 2)
+    assert rows[CENTER]["pointing_game"] == pytest.approx((1 + 0.5) / 2)
     assert rows["peak"]["images"] == 2
     shares = {
         row["map"]: [row[name] for name in ("left", "right", "middle")]

@@ -26,7 +26,7 @@ def test_linear_schedule_warms_up_and_ends_near_zero():
     rates = [lr_at(config, step, 50) for step in range(500)]
     assert rates[0] == pytest.approx(0.004) and max(rates) == pytest.approx(0.4)
     assert rates.index(max(rates)) in (98, 99, 100)
-    steps = [b - a for a, b in zip(rates, rates[1:])]
+    steps = [b - a for a, b in zip(rates, rates[1:], strict=True)]
     assert all(s > 0 for s in steps[:98]) and all(s < 0 for s in steps[101:])
     assert 0 < rates[-1] < 0.4 / 300
     assert steps[300] == pytest.approx(steps[450])
@@ -137,7 +137,9 @@ def test_one_step_is_pytorchs_nesterov_sgd():
         F.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
         optimizer.step()
     ours.train_epoch()
-    for (name, a), b in zip(ours.model.state_dict().items(), model.state_dict().values()):
+    for (name, a), b in zip(
+        ours.model.state_dict().items(), model.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
 
 
@@ -263,6 +265,6 @@ def test_muon_leaves_frozen_filters_alone_and_goes_on_from_its_state():
         p.grad = None
     one.step()  # all frozen
     assert torch.equal(filters[0], frozen) and all(
-        torch.equal(p, q) for p, q in zip(filters, copies)
+        torch.equal(p, q) for p, q in zip(filters, copies, strict=True)
     )
     assert not torch.equal(filters[1], filters[2])

@@ -1,4 +1,4 @@
-"""Pictures of attention maps: colours, overlays, contact sheets."""
+"""Pictures of attention maps: colors, overlays, contact sheets."""
 
 import numpy as np
 import pytest
@@ -24,8 +24,8 @@ def _image(height, width, seed=0):
 @pytest.mark.parametrize("name", COLOR_MAPS)
 def test_colours_grow_lighter_all_the_way(name):
     # more steps would meet the rounding to uint8
-    colours = colorize(np.linspace(0, 1, 65)[None], name)[0]
-    linear = (colours / 255.0) ** 2.2
+    colors = colorize(np.linspace(0, 1, 65)[None], name)[0]
+    linear = (colors / 255.0) ** 2.2
     luminance = linear @ (0.2126, 0.7152, 0.0722)
     assert (np.diff(luminance) > 0).all()
     assert luminance[-1] > 10 * luminance[0]
@@ -75,10 +75,10 @@ def test_overlay_puts_the_peak_where_the_map_has_it():
 
 def test_enlarge_repeats_pixels_by_a_whole_factor():
     image = _image(32, 48)
-    large = enlarge(image, least_side=100)
+    large = enlarge(image, min_side=100)
     assert large.shape == (128, 192, 3)
     assert (large == np.kron(image, np.ones((4, 4, 1), np.uint8))).all()
-    assert enlarge(image, least_side=32) is image
+    assert enlarge(image, min_side=32) is image
 
 
 def test_sheet_holds_the_pictures_in_their_places():

@@ -60,7 +60,7 @@ def test_only_the_pixels_in_the_box_know_the_class(size):
     one, boxes = draw(labels, size)
     other, other_boxes = draw((labels + 1) % 12, size)
     assert one.shape == (24, size, size, 3) and (boxes == other_boxes).all()
-    for first, second, (x0, y0, x1, y1) in zip(one, other, boxes.astype(int)):
+    for first, second, (x0, y0, x1, y1) in zip(one, other, boxes.astype(int), strict=True):
         assert (
             x1 - x0 == y1 - y0 == CELLS * max(1, size // 32)
             and 0 <= x0
@@ -78,7 +78,9 @@ def test_the_mark_can_be_read_in_its_box():
     labels = np.arange(240) % 12
     images, boxes = draw(labels)
     light = 0
-    for image, label, (x0, y0, x1, y1) in zip(images.astype(int), labels, boxes.astype(int)):
+    for image, label, (x0, y0, x1, y1) in zip(
+        images.astype(int), labels, boxes.astype(int), strict=True
+    ):
         tile = image[y0:y1, x0:x1].sum(-1)
         pattern = np.array([list(row) for row in list(MARKS.values())[label].split()]) == "#"
         ink, paper = tile[1:-1, 1:-1][pattern], np.append(tile[1:-1, 1:-1][~pattern], tile[0])

@@ -191,7 +191,8 @@ def test_a_compiler_that_fails_does_not_end_the_run(capsys):
         each.step(*each.batches.all[0])
     assert ours.run_model is ours.parallel
     assert all(
-        torch.equal(a, b) for a, b in zip(ours.model.parameters(), reference.model.parameters())
+        torch.equal(a, b)
+        for a, b in zip(ours.model.parameters(), reference.model.parameters(), strict=True)
     )
     assert capsys.readouterr().out.startswith(
         "torch.compile failed (Python.h: no such file): training without it"
@@ -213,7 +214,7 @@ def test_micro_batches_give_the_gradient_of_the_batch():
         ours.gradients(images.double(), labels)
         gradients.append([p.grad.clone() for p in ours.model.parameters()])
         assert ours.images_summed == 8
-    for a, b in zip(*gradients):
+    for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)  # the loss itself is in float32
 
 
@@ -243,7 +244,7 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_whole_step(capsys,
         each.model.train()
         each.step(*each.batches.all[0])
     assert sizes == [8, 4, 2, 2, 2, 2] and ours.micro_batch == 2
-    for a, b in zip(ours.model.parameters(), reference.model.parameters()):
+    for a, b in zip(ours.model.parameters(), reference.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert "continuing with --micro-batch 2" in capsys.readouterr().out
     assert ours.state()["micro_batch"] == 2
@@ -324,9 +325,15 @@ def test_evaluation_against_a_loop_over_images():
     with torch.no_grad():
         ranks = [
             (model(x[None])[0].argsort(descending=True) == y).nonzero().item()
-            for x, y in zip(images, labels)
+            for x, y in zip(images, labels, strict=True)
         ]
-        loss = sum(-model(x[None])[0].log_softmax(0)[y].item() for x, y in zip(images, labels)) / 11
+        loss = (
+            sum(
+                -model(x[None])[0].log_softmax(0)[y].item()
+                for x, y in zip(images, labels, strict=True)
+            )
+            / 11
+        )
     assert result.loss == pytest.approx(loss, rel=1e-5)
     assert result.top1 == pytest.approx(100 * sum(r == 0 for r in ranks) / 11)
     assert result.top5 == pytest.approx(100 * sum(r < 5 for r in ranks) / 11)

@@ -291,7 +291,9 @@ def test_a_resumed_run_is_in_the_stage_that_it_was_in(stop_after):
     second = staged()
     second.load_state(copy.deepcopy(first.state()))
     run(second, 6)
-    for (name, a), b in zip(whole.model.state_dict().items(), second.model.state_dict().values()):
+    for (name, a), b in zip(
+        whole.model.state_dict().items(), second.model.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), name
 
 
@@ -455,7 +457,9 @@ def test_single_images_train_on_running_statistics_and_equal_the_whole_batch():
     F.cross_entropy(
         reference.model(images), labels, label_smoothing=CONFIG["label_smoothing"]
     ).backward()
-    for (name, a), b in zip(single.model.named_parameters(), reference.model.parameters()):
+    for (name, a), b in zip(
+        single.model.named_parameters(), reference.model.parameters(), strict=True
+    ):
         assert (a.grad - b.grad).norm() <= 1e-3 * b.grad.norm() + 1e-6, name
     assert "one image has none worth using" in single.batch_norm.note(single.micro_batch)
 

@@ -76,6 +76,6 @@ class AttentionMonitor:
             names = self.eval_set.class_names
             titles = [
                 title_of(names[t], names[s], p)
-                for t, s, p in zip(labels, predicted.tolist(), probability.tolist())
+                for t, s, p in zip(labels, predicted.tolist(), probability.tolist(), strict=True)
             ]
             report.overlays(epoch, attention_sheet(images.cpu().numpy(), maps, titles))

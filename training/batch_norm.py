@@ -102,7 +102,7 @@ class BatchNormPolicy:
         for batch in images:
             with precision.context():
                 model(batch)
-        for norm, (momentum, state) in zip(norms, before):
+        for norm, (momentum, state) in zip(norms, before, strict=True):
             norm.momentum = momentum
             if not norm.num_batches_tracked:  # pc does not run the global branch
                 norm.load_state_dict(state)

@@ -41,7 +41,7 @@ BEST_NAME = "best.pt"
 RUN_FILES = ("config.json", "metrics.csv", CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME)
 
 
-def save_file(path: Path, content: dict, previous: Path | None = None) -> None:
+def save_file(path: Path, saved: dict, previous: Path | None = None) -> None:
     """Save to ``path``, whole or not at all; what it held stays under the name ``previous``, if one
     is given.
 
@@ -49,7 +49,7 @@ def save_file(path: Path, content: dict, previous: Path | None = None) -> None:
     try:
         # a run folder that was moved away must not lose the run
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, functools.partial(torch.save, content), previous=previous)
+        replace_file(path, functools.partial(torch.save, saved), previous=previous)
     # torch makes a RuntimeError of its own out of a full disk
     except (OSError, RuntimeError) as error:
         cause = error
@@ -66,9 +66,9 @@ def save_file(path: Path, content: dict, previous: Path | None = None) -> None:
         ) from error
 
 
-def save_checkpoint(run_dir: Path, content: dict) -> None:
+def save_checkpoint(run_dir: Path, saved: dict) -> None:
     """The new last.pt; the one before stays as last.prev.pt."""
-    save_file(run_dir / CHECKPOINT_NAME, content, previous=run_dir / PREVIOUS_NAME)
+    save_file(run_dir / CHECKPOINT_NAME, saved, previous=run_dir / PREVIOUS_NAME)
 
 
 def read_last(run_dir: Path) -> dict | None:
@@ -82,9 +82,9 @@ def read_last(run_dir: Path) -> dict | None:
     except UserError as error:
         if not previous.exists():
             raise
-        content = check_own(run_dir, previous, read_checkpoint(previous))
+        saved = check_own(run_dir, previous, read_checkpoint(previous))
         print(f"{error}\nGoing on from the checkpoint before it, {previous}.")
-        return content
+        return saved
 
 
 def prepare_to_write(run_dir: Path, config: dict) -> None:
@@ -113,19 +113,19 @@ def prepare_to_write(run_dir: Path, config: dict) -> None:
     remove_leftovers(run_dir, age=0)
 
 
-def check_own(run_dir: Path, path: Path, content: dict) -> dict:
-    """The content, unless the settings in config.json say that it is another run's: then a
+def check_own(run_dir: Path, path: Path, saved: dict) -> dict:
+    """The saved, unless the settings in config.json say that it is another run's: then a
     UserError."""
     try:
         settings = upgrade_config(read_settings(run_dir))
     except (OSError, ValueError):  # lost or damaged: the checkpoint holds all of it
-        return content
-    for name in differences(content["config"], settings):
+        return saved
+    for name in differences(saved["config"], settings):
         raise UserError(
-            f"{path} belongs to another run: {name} is {content['config'][name]} in it, and {settings[name]} in "
+            f"{path} belongs to another run: {name} is {saved['config'][name]} in it, and {settings[name]} in "
             f"{run_dir / 'config.json'}"
         )
-    return content
+    return saved
 
 
 def differences(config: dict, settings: dict) -> list[str]:

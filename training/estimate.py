@@ -18,7 +18,7 @@ from training.optim import lr_at, stages, width_factor
 from training.run import Run, recalibration_count
 from training.trainer import Trainer
 
-MOST_TRIED = 1024  # images at once, when the largest micro-batch is looked for
+MAX_TRIED = 1024  # images at once, when the largest micro-batch is looked for
 
 
 def rate_in_words(trainer: Trainer) -> str:
@@ -85,12 +85,12 @@ def measure(trainer: Trainer, images: int) -> tuple[float, float]:
 
 def most_that_fit(trainer: Trainer, start: int) -> int:
     """Images whose forward and backward pass fit in memory at once, found by doubling (or halving)
-    ``start`` up to MOST_TRIED; 0 when not even one fits. On a copy of the network, not compiled."""
+    ``start`` up to MAX_TRIED; 0 when not even one fits. On a copy of the network, not compiled."""
     states = random_states()
     model = copy.deepcopy(trainer.model).train()
     norms_to_eval(model)  # so that a single image can be tried
     count, most = start, 0
-    while 0 < count <= MOST_TRIED:
+    while 0 < count <= MAX_TRIED:
         if fits_in_memory(trainer, model, count):
             most, count = count, 2 * count
         elif most:

@@ -12,7 +12,7 @@ from torch import Tensor
 from attention_model import Network, fuse_conv_bn
 from common.device import Precision
 from common.errors import Interrupted
-from training.ranks import Ranks
+from training.ranks import ALONE, Ranks
 
 
 @dataclasses.dataclass
@@ -34,7 +34,7 @@ def evaluate(
     num_classes: int,
     precision: Precision,
     should_stop: Callable[[], bool] = lambda: False,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """The network on every batch (images (N, 3, H, W), labels (N,)), in evaluation mode; its mode
     is restored.

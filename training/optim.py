@@ -140,7 +140,7 @@ class Muon(torch.optim.SGD):
         rows = [each.permute(0, 2, 3, 1).flatten(1) for each in ahead]
         steps = [
             step.view_as(p.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            for step, p in zip(newton_schulz(rows, self.dtype), filters)
+            for step, p in zip(newton_schulz(rows, self.dtype), filters, strict=True)
         ]
         # All singular values 1: the norm is the root of their number.
         sizes = torch._foreach_div(norms, [math.sqrt(min(each.shape)) for each in rows])
@@ -187,12 +187,12 @@ def newton_schulz(matrices: list[torch.Tensor], dtype: torch.dtype) -> list[torc
     products = products_of_factors([gram_matrices(group) for group in groups])
     results = [
         factor @ x
-        for group, product in zip(groups, products)
-        for factor, x in zip(corners(product, group), group)
+        for group, product in zip(groups, products, strict=True)
+        for factor, x in zip(corners(product, group), group, strict=True)
     ]
     steps = [
         step
-        for result, stack in zip(results, stacks)
+        for result, stack in zip(results, stacks, strict=True)
         for step in (result if result.shape == stack.shape else result.mT)
     ]
     return [steps[order.index(number)] for number in range(len(order))]
@@ -209,7 +209,7 @@ def gram_matrices(stacks: list[torch.Tensor]) -> torch.Tensor:
     side = gram_side(stacks[0])
     make = stacks[0].new_empty if all(x.shape[1] == side for x in stacks) else stacks[0].new_zeros
     grams = make(sum(map(len, stacks)), side, side)
-    for gram, x in zip(corners(grams, stacks), stacks):
+    for gram, x in zip(corners(grams, stacks), stacks, strict=True):
         torch.bmm(x, x.mT, out=gram)
     return grams
 
@@ -217,7 +217,7 @@ def gram_matrices(stacks: list[torch.Tensor]) -> torch.Tensor:
 def corners(filled_up: torch.Tensor, stacks: list[torch.Tensor]) -> list[torch.Tensor]:
     """The part (B, R, R) of each stack (B, R, C) in matrices (sum of B, S, S)."""
     parts = filled_up.split([len(x) for x in stacks])
-    return [part[:, : x.shape[1], : x.shape[1]] for part, x in zip(parts, stacks)]
+    return [part[:, : x.shape[1], : x.shape[1]] for part, x in zip(parts, stacks, strict=True)]
 
 
 def products_of_factors(grams: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -229,10 +229,12 @@ def products_of_factors(grams: list[torch.Tensor]) -> list[torch.Tensor]:
         factors = [torch.baddbmm(g, g, g, beta=b, alpha=c) for g in grams]
         torch._foreach_add_([factor.diagonal(dim1=1, dim2=2) for factor in factors], a)
         products = (
-            factors if products is None else [f @ product for f, product in zip(factors, products)]
+            factors
+            if products is None
+            else [f @ product for f, product in zip(factors, products, strict=True)]
         )
         if number < NEWTON_SCHULZ - 1:
-            grams = [f @ g @ f for f, g in zip(factors, grams)]
+            grams = [f @ g @ f for f, g in zip(factors, grams, strict=True)]
     return products
 
 
@@ -320,8 +322,12 @@ class EMA:
         self.decay, self.share = decay, share
         # Collected once: the tensors stay the same ones, optimizer steps and load_state_dict write
         # into them.
-        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
-        self.averages, self.values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+        pairs = list(
+            zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
+        )
+        self.averages, self.values = zip(
+            *(pair for pair in pairs if pair[0].is_floating_point()), strict=True
+        )
         counters = [pair for pair in pairs if not pair[0].is_floating_point()]  # of batch norm
         self.counters, self.counted = ([pair[i] for pair in counters] for i in (0, 1))
 

@@ -11,7 +11,7 @@ import argparse
 
 from attention_model import MODEL_NAMES
 from common.arguments import (
-    LONGEST_NUMBER,
+    MAX_DIGITS,
     MAX_WORKERS,
     HelpFormatter,
     at_least_0,
@@ -303,13 +303,13 @@ def same_type(pair: str, text: str, default: object) -> object:
             raise UserError(f"--set {pair}: expected true or false", 2)
         return text.lower() == "true"
     try:
-        if not isinstance(default, str) and len(text) > LONGEST_NUMBER:
+        if not isinstance(default, str) and len(text) > MAX_DIGITS:
             raise ValueError
         value = type(default)(text)
     except ValueError:
         what = "a whole number" if isinstance(default, int) else "a number"
         raise UserError(
-            f"--set {pair[: 2 * LONGEST_NUMBER]}: expected {what}, as in the default {default}", 2
+            f"--set {pair[: 2 * MAX_DIGITS]}: expected {what}, as in the default {default}", 2
         ) from None
     if (
         isinstance(value, float)

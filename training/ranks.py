@@ -97,6 +97,9 @@ class Ranks:
             dist.barrier()
 
 
+ALONE = Ranks()
+
+
 def device_of_this_rank(ranks: Ranks) -> torch.device:
     return (
         torch.device("cuda", ranks.local_rank)

@@ -36,7 +36,7 @@ from training.attention_monitor import AttentionMonitor
 from training.environment import environment
 from training.evaluation import Evaluation, evaluate
 from training.progress import Progress, epoch_line
-from training.ranks import Ranks
+from training.ranks import ALONE, Ranks
 from training.signals import Signals
 from training.task import Task
 from training.trainer import Trainer, split_micro_batches
@@ -67,7 +67,7 @@ class Run:
         *,
         saved: dict | None = None,
         sanity: bool = False,
-        ranks: Ranks = Ranks(),
+        ranks: Ranks = ALONE,
     ):
         self.task, self.run_dir, self.sanity, self.ranks, self.resumed = (
             task,
@@ -184,7 +184,7 @@ class Run:
                 "checkpoint. Bring the old images back (--data-dir), or start a new run"
             )
         for name, before, now in zip(
-            ("training", self.eval_name), saved.get("labels", ()), self.labels
+            ("training", self.eval_name), saved.get("labels", ()), self.labels, strict=False
         ):
             if before != now:
                 raise UserError(

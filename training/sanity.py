@@ -20,7 +20,7 @@ from common.device import choose_device, choose_precision, device_name, peak_mem
 from data import ImageSet, eval_batch_size, evenly_spread, input_size, split
 from training import transfer
 from training.checkpoint import restore_random_states
-from training.estimate import MOST_TRIED, measure, most_that_fit, run_seconds
+from training.estimate import MAX_TRIED, measure, most_that_fit, run_seconds
 from training.health import DEAD_SD
 from training.optim import parse_progressive
 from training.progress import format_duration
@@ -31,7 +31,7 @@ from training.trainer import Trainer
 
 STEPS = 4  # optimizer steps of the pass
 CPU_SECONDS = 30.0  # that these steps may take on a CPU: the batch is cut to fit
-LEAST_BATCH = 4
+MIN_BATCH = 4
 
 
 class Outcome(NamedTuple):
@@ -148,7 +148,7 @@ def cpu_batch(config: dict, train: ImageSet) -> int:
     """The largest power of two, at most the real batch, whose STEPS steps fit CPU_SECONDS, from a
     first small step."""
     model = build_from_config(config, len(train.class_names)).to(memory_format=torch.channels_last)
-    images = torch.rand(LEAST_BATCH, 3, *input_size(config, train)).contiguous(
+    images = torch.rand(MIN_BATCH, 3, *input_size(config, train)).contiguous(
         memory_format=torch.channels_last
     )
     started = time.perf_counter()
@@ -156,8 +156,8 @@ def cpu_batch(config: dict, train: ImageSet) -> int:
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         loss = model(images).float().square().mean()
     loss.backward()
-    affordable = CPU_SECONDS / STEPS * LEAST_BATCH / (time.perf_counter() - started)
-    return min(config["batch_size"], max(LEAST_BATCH, 2 ** int(math.log2(max(affordable, 1)))))
+    affordable = CPU_SECONDS / STEPS * MIN_BATCH / (time.perf_counter() - started)
+    return min(config["batch_size"], max(MIN_BATCH, 2 ** int(math.log2(max(affordable, 1)))))
 
 
 # ---- checks, each of a run whose epoch is done --------------------------------------------------
@@ -301,7 +301,7 @@ def resumed_step(run: Run, saved: dict) -> float:
         results.append(each.model.state_dict())
     return max(
         (a.double() - b.double()).abs().max().item()
-        for a, b in zip(results[0].values(), results[1].values())
+        for a, b in zip(results[0].values(), results[1].values(), strict=True)
     )
 
 
@@ -346,5 +346,5 @@ def print_estimate(
     if most is not None:
         hint = "" if config["checkpoint_activations"] else "; --checkpoint-activations allows more"
         print(
-            f"Largest micro-batch that fits, by doubling: {most}{' or more' if 2 * most > MOST_TRIED else ''}{hint}."
+            f"Largest micro-batch that fits, by doubling: {most}{' or more' if 2 * most > MAX_TRIED else ''}{hint}."
         )

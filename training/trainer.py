@@ -32,7 +32,7 @@ from training.optim import (
     make_optimizer,
     width_factor,
 )
-from training.ranks import Ranks
+from training.ranks import ALONE, Ranks
 
 
 @dataclasses.dataclass
@@ -53,8 +53,8 @@ class Trainer:
     at a rate of their own, and those of them in the trunk not before ``freeze_epochs``."""
 
     # seconds between looks at the loss on a GPU: a look waits for it. A CPU's are free
-    LOOK_EVERY = 1.0
-    RANKS_MEET_EVERY = 20  # steps between looks of several ranks, which must look at the same step
+    SYNC_EVERY = 1.0
+    RANK_SYNC_EVERY = 20  # steps between looks of several ranks, which must look at the same step
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Trainer:
         precision: str,
         compiled: bool = False,
         transferred: frozenset[str] = frozenset(),
-        ranks: Ranks = Ranks(),
+        ranks: Ranks = ALONE,
     ):
         self.config, self.batches, self.device, self.ranks = config, batches, device, ranks
         # batch norm sees the whole batch, as on one GPU
@@ -198,8 +198,8 @@ class Trainer:
         if self.device.type == "cpu":
             return True
         if self.ranks.world_size > 1:
-            return step % self.RANKS_MEET_EVERY == 0
-        return time.perf_counter() - looked >= self.LOOK_EVERY
+            return step % self.RANK_SYNC_EVERY == 0
+        return time.perf_counter() - looked >= self.SYNC_EVERY
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """One optimizer step on a batch (N, 3, H, W), in parts of at most ``micro_batch`` images.
@@ -386,4 +386,4 @@ def split_micro_batches(
     least, most = shares or (len(images), len(images))
     pieces = 1 if not micro_batch else math.ceil(most / micro_batch)
     pieces = min(pieces, least if micro_batch == 1 else max(1, least // 2))
-    yield from zip(images.tensor_split(pieces), labels.tensor_split(pieces))
+    yield from zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True)

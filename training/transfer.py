@@ -46,14 +46,14 @@ def source_of(init_from: str, model: Network) -> Source | None:
             IMAGENET_MEAN,
             IMAGENET_STD,
         )
-    content = read_checkpoint(init_from)
-    config = content["config"]
+    saved = read_checkpoint(init_from)
+    config = saved["config"]
     return Source(
         f"{init_from} ({config['model']}, width {config['width']:g}, {config['dataset']})",
-        inference_weights(content),
-        tuple(content["mean"]),
-        tuple(content["std"]),
-        tuple(content["class_names"]),
+        inference_weights(saved),
+        tuple(saved["mean"]),
+        tuple(saved["std"]),
+        tuple(saved["class_names"]),
     )
 
 
@@ -130,7 +130,7 @@ def transfer(model: Network, source: Source, class_names: tuple[str, ...]) -> fr
         raise UserError(
             f"--init-from: no filter of {source.description} fits this network (--width {model.width:g} here)"
         )
-    model.load_state_dict(fits, strict=False)
+    model.load_state_dict(fits, strict=True)
     fresh = layers(
         name for name in own if name not in fits and not name.endswith("num_batches_tracked")
     )

@@ -70,7 +70,7 @@ def assert_equal(a, b, where=""):
             assert_equal(a[key], b[key], f"{where}.{key}")
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_equal(x, y, f"{where}[{i}]")
     else:
         assert a == b or (a != a and b != b), (where, a, b)
