@@ -50,7 +50,7 @@ def test_draws_cover_their_ranges_and_differ_between_images():
     draw = Augmentation(mean=MEAN, std=STD, pad=4).draw(
         4000, 10, 12, torch.Generator().manual_seed(0)
     )
-    for values, end in zip(draw, (9, 9, 2, 10, 12), strict=True):
+    for values, end in zip(draw[:5], (9, 9, 2, 10, 12), strict=True):
         counts = torch.bincount(values.long(), minlength=end)
         assert len(counts) == end and counts.min() > 4000 / end * 0.7
 
@@ -89,7 +89,7 @@ def generator(seed=0):
 def sampled(image: np.ndarray, y: float, x: float) -> np.ndarray:
     """Bilinear value of (H, W, 3) at a point in pixels, whose middles are at .5; clamped at the
     border."""
-    y, x = (min(max(v - 0.5, 0), side - 1) for v, side in zip((y, x), image.shape, strict=True))
+    y, x = (min(max(v - 0.5, 0), side - 1) for v, side in zip((y, x), image.shape[:2], strict=True))
     top, left = int(y), int(x)
     down, right = min(top + 1, image.shape[0] - 1), min(left + 1, image.shape[1] - 1)
     a, b = y - top, x - left

@@ -221,7 +221,7 @@ def test_the_scripts_settle_before_they_load_pytorch(tmp_path):
     """libgomp reads its variables when it is loaded."""
     for script in ("train_cifar100.py", "train_cub.py", "cam.py"):
         lines = (Path(ROOT) / script).read_text().splitlines()
-        settled = lines.index("    settle()    # before PyTorch is loaded")
+        settled = lines.index("    settle()  # before PyTorch is loaded")
         loads = [
             number
             for number, line in enumerate(lines)
