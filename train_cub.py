@@ -2,9 +2,11 @@
 Jetley et al., ICLR 2018, arXiv 1804.02391).
 
     python train_cub.py --sanity        every path of a run, on a small slice
-    python train_cub.py                 the default recipe: vgg-att3-concat-pc at 224 px, from ImageNet weights
+    python train_cub.py                 vgg-att3-concat-pc at 224 px, from ImageNet weights
     python train_cub.py --recipe paper --init-from runs/cifar100/RUN/last.pt
     python train_cub.py --help          all options
+
+Measured so far: width 0.25, 64 px, 40 classes (README, "Birds"). Nothing at 224 px yet.
 """
 
 from __future__ import annotations
@@ -21,47 +23,38 @@ from training.commands import main
 from training.task import Task
 
 # fmt: off
-# Every default, with its unit and source. --set NAME=VALUE changes one that has no option of its
-# own.
+# Every default, with its unit and source. --set NAME=VALUE changes one that has no option.
 PAPER = {
     "epochs": 320,              # authors' code
     "batch_size": 128,          # images; authors' code
-    "lr": 0.01,                 # authors' 0.1 in Torch7, whose SGD dampens by the momentum: 0.01
-                                # here
-    "lr_by_width": 0.0,         # lr times 1 / width, or times this where that is less, but for
-                                # Muon's filters; 0: lr alone
+    "lr": 0.01,                 # authors' 0.1 in Torch7, whose SGD has dampening 0.9: 0.01 here
+    "lr_by_width": 0.0,         # factor on lr: 1 / width, at most this (not on Muon's); 0: 1
     "momentum": 0.9,            # authors' code
     "nesterov": False,          # authors' code
-    "muon": 0.0,                # the 3x3 filters move by Muon (training/optim.py), at this times
-                                # lr; 0: by SGD
+    "muon": 0.0,                # Muon for the 3x3 filters, at this times lr (optim.py); 0: SGD
     "weight_decay": 5e-4,       # authors' code
     "decay_all": True,          # on every parameter; authors' code
-    "schedule": "double-halve", # lr doubled after halve_every epochs and after twice as many, then
-                                # halved ...
+    "schedule": "double-halve", # lr doubled after halve_every epochs and again, then halved ...
     "halve_every": 30,          # ... every so many epochs; authors' code
     "warmup": 0.0,              # share of the run over which the rate rises
     "label_smoothing": 0.0,     # authors' code
     "dropout": 1.0,             # factor on the authors' rates (0.3 to 0.5)
-    "ema_decay": 0.0,           # moving average of the weights, a step; 0: none
-    "ema_share": 0.02,          # it looks back over no more than this share of the run; 1: no limit
+    "ema_decay": 0.0,           # moving average of the weights, per step; 0: none
+    "ema_share": 0.02,          # share of the run that it spans at most; 1: no limit
     "image_size": 80,           # pixels; authors' code
     "crop": "box",              # to the bounding box (authors' code), or the whole image
-    "margin": 0.0,              # grows the box on each side, by this share of its longer side
-    "zoom": 0.0,                # least share of the image that a random resized crop shows; 0: none
+    "margin": 0.0,              # added to each side of the box, in units of its longer side
+    "zoom": 0.0,                # smallest share of the image in a random resized crop; 0: none
     "crop_pad": 0,              # pixels of reflection for the random crop; 0: none
     "flip": True,               # authors' code
-    "jitter": 0.0,              # brightness, contrast, saturation times 1 - jitter to 1 + jitter;
-                                # 0: none
+    "jitter": 0.0,              # brightness, contrast, saturation times 1 +/- jitter; 0: none
     "trivial_augment": False,   # one of 14 changes to each image (arXiv 2103.10158)
     "cutout": 0,                # side in pixels; 0: none
-    "progressive": "none",      # progressive resizing: see training/optim.py
-    "progressive_from": 300,    # optimizer steps; shorter runs train at full size from the
-                                # beginning
-    "trunk": "",                # full or pooled; "": what suits the model (no pooling before conv7:
-                                # authors' code)
-    "pool4": 5,                 # side of the pooling in front of block 4, so that its maps stay
-                                # 16x16; authors' code
-    "init_from": "",            # a CIFAR-100 network of ours, which has to be named: authors' code
+    "progressive": "none",      # progressive resizing (training/optim.py)
+    "progressive_from": 300,    # optimizer steps; shorter runs train at full size throughout
+    "trunk": "",                # full or pooled; "": what suits the model (full: authors' code)
+    "pool4": 5,                 # side of the pooling before block 4: 16x16 maps; authors' code
+    "init_from": "",            # a CIFAR-100 checkpoint, which has to be named: authors' code
     "freeze_epochs": 0.0,       # nothing is frozen: authors' code
     "transfer_lr": 1.0,         # one rate for all: authors' code
 }
@@ -70,8 +63,7 @@ DEFAULT = PAPER | {
     "batch_size": 32,
     "lr": 0.02,                 # of the new layers
     "nesterov": True,
-    "decay_all": False,         # filters and matrices only: decay pulls a gate's u towards a flat
-                                # map
+    "decay_all": False,         # filters and matrices: decay pulls a gate's u to a flat map
     "schedule": "linear",       # up, then down to 0
     "warmup": 0.1,
     "label_smoothing": 0.1,
@@ -81,13 +73,11 @@ DEFAULT = PAPER | {
     "margin": 0.1,
     "zoom": 0.5,
     "jitter": 0.2,
-    "trunk": "pooled",          # a pooling after every block: ImageNet weights fit, and 224 px a
-                                # small card
+    "trunk": "pooled",          # fits the ImageNet weights, and 224 px into a small card
     "pool4": 2,
     "init_from": "imagenet",
-    "freeze_epochs": 2.0,       # new layers give the trunk useless gradients until they have
-                                # learned something
-    "transfer_lr": 0.5,         # between 0.2 and 1; from a CIFAR-100 network 1 was better (README)
+    "freeze_epochs": 2.0,       # new layers give the trunk useless gradients at first
+    "transfer_lr": 0.5,         # between 0.2 and 1; from CIFAR-100, 1 was better (README)
 }
 # fmt: on
 

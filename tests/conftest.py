@@ -17,7 +17,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.g
 pytest.register_assert_rewrite("tests.helpers.makers", "tests.helpers.runs")
 
 from common.process import share_cores  # noqa: E402 - once the path is set
-from tests.helpers.environment import GPU  # noqa: E402
+from tests.helpers.environment import GPU  # noqa: E402 - the same
 
 # before PyTorch is loaded: beside other programs the tests would take many times as long
 share_cores()
@@ -73,7 +73,8 @@ def unhurt(small_task, tmp_path_factory):
 
 @pytest.fixture
 def cli(small_task, tmp_path, monkeypatch, capsys):
-    """cli("--epochs", 2) -> (exit status, standard output, standard error), run in an empty folder."""
+    """cli("--epochs", 2) -> (exit status, standard output, standard error), run in an empty
+    folder."""
     monkeypatch.chdir(tmp_path)
 
     def call(*words, task=small_task):

@@ -20,8 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common.device import tune_malloc
-from common.process import SPIN_COUNT
+from common.device import tune_malloc  # noqa: E402 - once the path is set
+from common.process import SPIN_COUNT  # noqa: E402 - the same
 
 RUN = [
     "--sample",
@@ -104,13 +104,15 @@ def main() -> None:
                 all_of_them += some
     before = statistics.median(rates["GOMP_SPINCOUNT=300000"][0])
     print(
-        f"{'images/s':<26} {'alone':>6} {'of the first':>13} {'beside loops':>13} {'of the fair share':>18} {'least':>6} "
+        f"{'images/s':<26} {'alone':>6} {'of the first':>13} {'beside loops':>13} "
+        f"{'of the fair share':>18} {'least':>6} "
         f"{'most':>6}"
     )
     for name, (alone, beside) in rates.items():
         free, busy = statistics.median(alone), statistics.median(beside)
         print(
-            f"{name:<26} {free:6.0f} {100 * free / before:11.1f} % {busy:13.0f} {100 * busy / (before / 2):16.0f} % "
+            f"{name:<26} {free:6.0f} {100 * free / before:11.1f} % {busy:13.0f} "
+            f"{100 * busy / (before / 2):16.0f} % "
             f"{min(beside):6.0f} {max(beside):6.0f}"
         )
 

@@ -1,7 +1,9 @@
 """Which rates suit a width: 200 steps at full size at the recipe's rates and at others (README,
 "The rate and the width").
 
-    python tests/rates.py DATA_DIR WIDTH [RATE,FILTERS ...]      rates of all but the filters, and of the filters
+    python tests/rates.py DATA_DIR WIDTH [RATE,FILTERS ...]
+
+RATE is that of all parameters but the filters, FILTERS that of the filters.
 """
 
 import json
@@ -10,11 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch  # noqa: E402
+import torch  # noqa: E402 - once the path is set
 
-from tests.helpers.runs import config_of
-from train_cifar100 import TASK
-from training.run import Run
+from tests.helpers.runs import config_of  # noqa: E402 - the same
+from train_cifar100 import TASK  # noqa: E402 - the same
+from training.run import Run  # noqa: E402 - the same
 
 STEPS, HELD_OUT = 200, 10_000
 

@@ -80,7 +80,8 @@ def test_which_levels_have_maps():
 
 
 def test_the_network_is_the_authors_layer_for_layer():
-    """Convolutions with their input sides at 32x32, in the order they are run (PAPER, the network)."""
+    """Convolutions with their input sides at 32x32, in the order they are run (PAPER, the
+    network)."""
     model, seen = narrow("vgg-att3-concat-dp").eval(), []
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -144,14 +145,14 @@ def test_parametrised_compatibility(features):
     module = ParametrizedCompatibility(6).double()
     w = numpy_of(module)
     expected = by_position(
-        local, lambda k, l: w["u.weight"][0] @ (l + g[k].numpy()) + w["u.bias"][0]
+        local, lambda k, at: w["u.weight"][0] @ (at + g[k].numpy()) + w["u.bias"][0]
     )
     np.testing.assert_allclose(module(local, g).detach().numpy(), expected, rtol=1e-12)
 
 
 def test_dot_product_compatibility(features):
     local, g = features
-    expected = by_position(local, lambda k, l: l @ g[k].numpy())
+    expected = by_position(local, lambda k, at: at @ g[k].numpy())
     np.testing.assert_allclose(DotProductCompatibility()(local, g).numpy(), expected, rtol=1e-12)
 
 
@@ -160,8 +161,8 @@ def test_additive_compatibility(features):
     module = AdditiveCompatibility(6, 6).double()
     w = numpy_of(module)
 
-    def score(k, l):
-        joint = w["W.weight"][:, :, 0, 0] @ l + w["W.bias"] + w["V.weight"] @ g[k].numpy()
+    def score(k, at):
+        joint = w["W.weight"][:, :, 0, 0] @ at + w["W.bias"] + w["V.weight"] @ g[k].numpy()
         return w["u.weight"][0] @ np.maximum(joint, 0)
 
     np.testing.assert_allclose(
@@ -382,7 +383,8 @@ def test_activations_kept_an_image(monkeypatch, trunk, saving, dtype, most):
     """Measured as the difference between batches of 4 and 2, so that the weights do not count."""
     four, two = (kept_for_backward(trunk, saving, dtype, batch, monkeypatch) for batch in (4, 2))
     print(
-        f"{trunk} trunk, {dtype}{', checkpointing' if saving else ''}: {(four - two) / 2:.1f} MiB an image"
+        f"{trunk} trunk, {dtype}{', checkpointing' if saving else ''}: {(four - two) / 2:.1f} MiB "
+        "an image"
     )
     assert 0.6 * most < (four - two) / 2 <= most
 

@@ -17,8 +17,7 @@ from tests.helpers.makers import image_set
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 
 
-# ----------------------------------------------------------------------------------------------
-# crop, flip and cutout
+# ---- crop, flip and cutout -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -72,8 +71,7 @@ def test_normalise_and_resize():
     assert abs(small.mean() - plain.mean()) < 0.02 and small.std() < 0.7 * plain.std()
 
 
-# -------------------------------------------------------------------------------------------------
-# zoom and jitter
+# ---- zoom and jitter -----------------------------------------------------------------------------
 
 
 def pictures(count=6, height=40, width=36):
@@ -118,7 +116,8 @@ def test_zoom_equals_a_loop_over_pixels():
 
 
 def test_zoom_shows_parts_of_the_least_share_up_to_the_whole():
-    """Each pixel of this picture holds its own place, so a batch tells which part of it was shown."""
+    """Each pixel of this picture holds its own place, so a batch tells which part of it was
+    shown."""
     ramp = torch.arange(200, dtype=torch.uint8)
     image = torch.stack(
         torch.meshgrid(ramp, ramp, indexing="ij") + (torch.zeros(200, 200, dtype=torch.uint8),), 2
@@ -169,8 +168,7 @@ def test_jitter_equals_torchvision(most):
         )
 
 
-# -------------------------------------------------------------------------------------------------
-# TrivialAugment
+# ---- TrivialAugment ------------------------------------------------------------------------------
 
 
 def test_colour_operations_equal_torchvision():
@@ -297,8 +295,7 @@ def test_what_is_switched_off_leaves_the_rest_as_it_was():
     assert torch.equal(all_of_it(images, generator()), all_of_it(images, generator()))
 
 
-# -------------------------------------------------------------------------------------------------
-# batches
+# ---- batches -------------------------------------------------------------------------------------
 
 
 def batches(images=None, seed=1, batch_size=6):

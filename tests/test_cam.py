@@ -32,7 +32,8 @@ from training import commands
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """An attention network and vgg-gap, trained on the sample for some seconds: name -> checkpoint."""
+    """An attention network and vgg-gap, trained on the sample for some seconds: name ->
+    checkpoint."""
     folder = tmp_path_factory.mktemp("trained")
     sets = cifar_sample(classes=4, train_per_class=150, test_per_class=40)
     task = with_sample(TASK, lambda config: sets)
@@ -333,7 +334,8 @@ def test_what_is_passed_over_in_a_folder_is_said(cli, ours_on_disk):
     status, out, err = cli("--checkpoint", ours_on_disk, "photos")
     assert status == 0 and "3 images done" in out, err
     assert (
-        "photos: passed over 2 of 5 names, which do not end as those of images that Pillow reads here (1 .heic, 1 a "
+        "photos: passed over 2 of 5 names, which do not end as those of images that Pillow reads "
+        "here (1 .heic, 1 a "
         "folder): IMG.HEIC, more/\n"
     ) in out
     status, _, err = cli("--checkpoint", ours_on_disk, "photos/IMG.HEIC")  # named: tried, and told

@@ -512,7 +512,8 @@ def test_long_campaign(calm, tmp_path):
     rng.shuffle(faults)
     tried = hurt_runs(calm, tmp_path, [faults[first : first + 20] for first in range(0, 200, 20)])
     print(
-        f"\n{sum(tried.values())} faults in {time.monotonic() - began:.0f} s; every run ended equal to the unhurt one\n"
+        f"\n{sum(tried.values())} faults in {time.monotonic() - began:.0f} s; every run ended "
+        "equal to the unhurt one\n"
     )
     for kind in KINDS:
         print(f"| {kind} | {tried[kind]} | {tried[kind]} |")

@@ -34,8 +34,7 @@ def change(path, old, new):
     path.write_text(text.replace(old, new, 1))
 
 
-# -------------------------------------------------------------------------------------------------
-# pictures and places
+# ---- pictures and places -------------------------------------------------------------------------
 
 
 def by_hand(root, number, crop):
@@ -143,8 +142,7 @@ def test_class_names(root, names, expected):
     assert load(root)[0].class_names == expected
 
 
-# -------------------------------------------------------------------------------------------------
-# bad input
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -381,8 +379,7 @@ def test_mistyped_data_dir(root):
     fails(root, BIRDS[TRAIN[0]][0], "No such file")
 
 
-# -------------------------------------------------------------------------------------------------
-# workers
+# ---- workers -------------------------------------------------------------------------------------
 
 
 def dying_chunk(parent, files, *options):
@@ -453,8 +450,7 @@ def test_few_chunks_are_in_flight_at_a_time(root, monkeypatch):
     assert len(most) == 15 and max(most) == 4 and (images == images[0]).all()
 
 
-# -------------------------------------------------------------------------------------------------
-# cache
+# ---- cache ---------------------------------------------------------------------------------------
 
 
 def test_cache(root, monkeypatch, capsys):
@@ -514,8 +510,7 @@ def test_the_cache_is_mapped_not_read(root, monkeypatch):
     assert torch.equal(sets[0][0].images, sets[1][0].images)
 
 
-# -------------------------------------------------------------------------------------------------
-# real birds
+# ---- real birds ----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not (REAL / CUB_FOLDER).is_dir(), reason="no CUB_200_2011 in data/")

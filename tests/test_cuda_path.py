@@ -204,7 +204,8 @@ def walk(made):
 
 
 def evaluated(made):
-    """Recalibration and evaluation ask for numbers when the device has all of its work, not before."""
+    """Recalibration and evaluation ask for numbers when the device has all of its work, not
+    before."""
     trainer, batches = made.trainer, list(made.recalibration_batches())
     assert sum(map(len, batches)) == COUNT
     with NoWaiting():

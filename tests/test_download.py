@@ -24,8 +24,7 @@ from tests.helpers.makers import birds_fail as fails
 from tests.helpers.makers import listing
 from tests.helpers.makers import load_birds as load
 
-# -------------------------------------------------------------------------------------------------
-# download
+# ---- download ------------------------------------------------------------------------------------
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -206,8 +205,7 @@ def test_an_interrupted_download_leaves_nothing(root, archive, server, monkeypat
     assert not target.exists()
 
 
-# -------------------------------------------------------------------------------------------------
-# unpack
+# ---- unpack --------------------------------------------------------------------------------------
 
 
 def member(name, kind=tarfile.REGTYPE, link="", size=0):

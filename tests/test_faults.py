@@ -252,7 +252,8 @@ def test_sets_that_fit_no_memory(tmp_path):
         # 9 TB of weights
         (
             {"config": {"model": "vgg", "width": 4000.0, "trunk": "", "dropout": 0.0, "pool4": 2}},
-            "does not hold the network that its settings describe: names or shapes of the weights differ",
+            "does not hold the network that its settings describe: names or shapes of the weights "
+            "differ",
         ),
         ({"class_names": ["a"] * 10**5}, "does not hold the network that its settings describe"),
     ],

@@ -1,5 +1,6 @@
 """files.py: written whole or not at all, and never over somebody else's file."""
 
+import operator
 import os
 import stat
 import threading
@@ -15,7 +16,7 @@ from tests.helpers.makers import listing
 def test_replaced_whole_or_not_at_all(tmp_path):
     path, previous = tmp_path / "a.bin", tmp_path / "a.prev.bin"
     for content in (b"one", b"two", b"three"):
-        files.replace_file(path, lambda file: file.write(content), previous=previous)
+        files.replace_file(path, operator.methodcaller("write", content), previous=previous)
     assert (path.read_bytes(), previous.read_bytes()) == (b"three", b"two")
     before = os.umask(0)
     os.umask(before)
@@ -152,7 +153,8 @@ def test_home_folders(monkeypatch, tmp_path):
     assert files.expand_user("a/~") == Path("a/~") and files.expand_user(".") == Path(".")
     with pytest.raises(
         ValueError,
-        match=r"~nosuchuser/x: there is no home folder for ~nosuchuser \(a file of that name is ./~",
+        match=r"~nosuchuser/x: there is no home folder for ~nosuchuser \(a file of that name is "
+        r"./~",
     ):
         files.expand_user("~nosuchuser/x")
     Path("~lock.png").write_text("")  # a shell writes it so for *.png

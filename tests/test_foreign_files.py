@@ -82,7 +82,8 @@ def test_a_folder_with_anything_that_a_run_writes_is_refused(cli, sanity):
     status, _, err = cli(*words)
     assert status == 2 and everything(Path("exp")) == before
     assert err == (
-        "error: exp holds metrics.csv, last.prev.pt, best.pt and 1 more, which a run writes too: name another "
+        "error: exp holds metrics.csv, last.prev.pt, best.pt and 1 more, which a run writes too: "
+        "name another "
         "--run-dir, or move them away\n"
     )
 
@@ -302,7 +303,8 @@ def test_another_folder_in_the_place_of_the_runs_is_not_written_to(cli, monkeypa
     status, _, err = cli(*NARROW, "--model", "vgg", "--epochs", 2, "--run-dir", "r")
     assert (
         status == 1
-        and "r is another folder now than the one that this run began in, and nothing was written there"
+        and "r is another folder now than the one that this run began in, and nothing was written "
+        "there"
         in err
     )
     assert everything(Path("r")) == {name: b"an older run's" for name in NAMES}
@@ -409,7 +411,8 @@ def test_a_second_start_leaves_the_first_ones_folder(cli, small_task, monkeypatc
 
 
 def test_starts_that_race_for_a_folder(tmp_path):
-    """Each ends with its folder, or is told that another has it; none loses a folder that it holds."""
+    """Each ends with its folder, or is told that another has it; none loses a folder that it
+    holds."""
     race = f"""
 import random, sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -773,7 +776,8 @@ def some_trees(made_before: Path, folder: Path, seeds: list[int]) -> None:
 def test_random_trees_of_foreign_files_are_there_afterwards_byte_for_byte(
     made_before, tmp_path, count
 ):
-    """Through a new run, a sanity pass, a resumed run, an evaluation and cam.py; in two processes."""
+    """Through a new run, a sanity pass, a resumed run, an evaluation and cam.py; in two
+    processes."""
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(
         ["tests.test_foreign_files", "torch._dynamo", "torch.utils.tensorboard.summary"]

@@ -236,7 +236,8 @@ def test_augmentation_is_the_cpus_for_the_same_draws(same_draws, options):
         difference = (found - expected).abs() / level
         jumps = (difference > 1.5).float().mean()
         print(
-            f"{difference.mean():.2g} of 255 levels apart on average, {100 * jumps:.2g} % of the values over 1.5"
+            f"{difference.mean():.2g} of 255 levels apart on average, {100 * jumps:.2g} % of the "
+            "values over 1.5"
         )
         assert difference.mean() < 0.02 and jumps < 1e-3
 
@@ -397,8 +398,8 @@ def test_out_of_memory_halves_the_micro_batch_and_loses_nothing_of_the_batch(cap
     )
     gradients_of(new())  # libraries take memory of their own
     whole, half = (
-        peak_of(lambda: gradients_of(new(micro_batch=micro_batch)))[1]
-        for micro_batch in ("auto", BATCH // 2)
+        peak_of(lambda size=size: gradients_of(new(micro_batch=size)))[1]
+        for size in ("auto", BATCH // 2)
     )
     ours, expected = new(), new(micro_batch=BATCH // 2)
     with only_room_for(ours, (whole + half) / 2):
@@ -448,10 +449,11 @@ def test_checkpointed_activations_cost_no_accuracy_and_less_memory(precision):
             width=1 / 4,
             checkpoint_activations=checkpointed,
         )
-        found[checkpointed] = peak_of(lambda: gradients_of(ours))
+        found[checkpointed] = peak_of(functools.partial(gradients_of, ours))
     distance = far(found[True][0], found[False][0])
     print(
-        f"peak {found[False][1]:.0f} MiB, checkpointed {found[True][1]:.0f} MiB; gradients {distance:.2g} apart"
+        f"peak {found[False][1]:.0f} MiB, checkpointed {found[True][1]:.0f} MiB; gradients "
+        f"{distance:.2g} apart"
     )
     assert distance < FLOOR_OF_SUMS
     assert not ON_CARD or found[True][1] < 0.8 * found[False][1]

@@ -19,8 +19,7 @@ from tests.helpers.makers import cifar_fails as fails
 from tests.helpers.makers import decoded_anew, make_folders
 from tests.helpers.makers import load_cifar as load
 
-# -------------------------------------------------------------------------------------------------
-# pictures
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def test_grey_palette_and_transparent_images_become_rgb(tmp_path, recwarn):
@@ -275,8 +274,10 @@ def test_every_ending_that_pillow_decodes_counts(tmp_path, capsys):
     train, _ = load(tmp_path)
     assert train.labels.tolist().count(0) == 3 + len(names)
     assert capsys.readouterr().out == (
-        f"{tmp_path / 'cifar100/train'}: passed over 6 of {12 + len(names)} names, which do not end as those of images that Pillow reads "
-        f"here (2 .heic, 1 no ending, 1 a folder, 1 .txt, 1 .eps): cat/README, cat/h.HEIC, cat/i.heic and 3 more\n"
+        f"{tmp_path / 'cifar100/train'}: passed over 6 of {12 + len(names)} names, which do not "
+        "end as those of images that Pillow reads "
+        "here (2 .heic, 1 no ending, 1 a folder, 1 .txt, 1 .eps): cat/README, cat/h.HEIC, "
+        "cat/i.heic and 3 more\n"
     )
 
 
@@ -293,8 +294,7 @@ def test_a_name_is_printed_on_one_line():
     assert printable("caf\u00e9 \U0001f426") == "caf\u00e9 \U0001f426"
 
 
-# -------------------------------------------------------------------------------------------------
-# workers
+# ---- workers -------------------------------------------------------------------------------------
 
 DECODE_CHUNK = image_files._decode_chunk
 
@@ -334,8 +334,7 @@ def test_no_processes_to_be_had(tmp_path, monkeypatch):
     assert len(load(tmp_path, num_workers=2)[0]) == 6
 
 
-# -------------------------------------------------------------------------------------------------
-# cache
+# ---- cache ---------------------------------------------------------------------------------------
 
 
 def test_cache(tmp_path, monkeypatch, capsys):

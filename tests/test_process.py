@@ -267,7 +267,8 @@ def test_the_readmes_job_for_slurm_resumes_until_the_run_is_finished(tmp_path):
     for name, body in (
         (
             "srun",
-            'echo "$*" >> asked; mkdir -p runs/cifar100/night; touch runs/cifar100/night/config.json\n'
+            'echo "$*" >> asked; mkdir -p runs/cifar100/night; '
+            "touch runs/cifar100/night/config.json\n"
             "[ $(wc -l < asked) -lt 3 ] && exit 138; exit 0",
         ),
         ("scontrol", 'echo "$*" >> requeued'),
@@ -301,7 +302,7 @@ def test_a_run_in_a_thread(cli, unhurt):
         ["--sanity", "--sample", "--model", "vgg", "--width", 0.03125],
         ["--evaluate", "r/last.pt"],
     ):
-        thread = threading.Thread(target=lambda: status.append(cli(*words)[0]))
+        thread = threading.Thread(target=lambda words=words: status.append(cli(*words)[0]))
         thread.start()
         thread.join()
     assert status == [0, 0, 0]

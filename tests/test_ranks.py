@@ -221,8 +221,8 @@ def test_variables_that_were_left_over(monkeypatch, capsys, tmp_path):
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
         assert (
-            "start with torchrun, or without it unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT"
-            in error
+            "start with torchrun, or without it unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR "
+            "MASTER_PORT" in error
         )
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,5 @@
-"""What a run tells: metrics.csv, TensorBoard events, cutting them back on resume, attention health."""
+"""What a run tells: metrics.csv, TensorBoard events, cutting them back on resume, attention
+health."""
 
 import io
 import os
@@ -11,7 +12,7 @@ from PIL import Image
 
 from tests.helpers.tensorboard_http import tensorboard_over
 from training import report as report_module
-from training.health import LevelHealth, attention_health, health_warnings
+from training.health import LevelHealth
 from training.report import METRIC_FIELDS, Report, read_metrics, truncate_after
 
 HPARAMS = {"model": "vgg-gap", "lr": 0.1, "batch_size": 128, "compile": False, "micro_batch": None}
@@ -320,56 +321,3 @@ def test_a_vanished_folder_is_an_error_that_names_the_file(tmp_path):
     report.close()
     with pytest.raises(ValueError, match="closed"):
         report.overlays(3, _sheet(3))
-
-
-def test_health_against_a_few_lines_of_numpy():
-    generator = torch.Generator().manual_seed(0)
-    scores = {level: torch.randn(3, 8, 6, generator=generator) * 2 for level in ("conv7", "conv10")}
-    health = attention_health(scores, {"conv7": 0.5}, sigmoid_levels=("conv10",))
-    for level, score in scores.items():
-        flat = score.numpy().astype(np.float64).reshape(3, -1)
-        weights = np.exp(flat) if level == "conv7" else 1 / (1 + np.exp(-flat))
-        p = weights / weights.sum(axis=1, keepdims=True)
-        assert health[level].score_sd == pytest.approx(flat.std(axis=1).mean(), rel=1e-12)
-        assert health[level].score_sd_max == pytest.approx(flat.std(axis=1).max(), rel=1e-12)
-        assert health[level].entropy == pytest.approx(
-            (-p * np.log(p)).sum(axis=1).mean() / np.log(48), rel=1e-12
-        )
-    assert health["conv7"].gate_gradient == 0.5 and health["conv10"].gate_gradient is None
-
-
-def test_health_at_the_extremes():
-    flat, spike = torch.full((2, 4, 4), -3.0), torch.zeros(2, 4, 4)
-    spike[:, 1, 2] = 1000.0
-    health = attention_health({"flat": flat, "spike": spike, "bf16": spike.bfloat16()}, {})
-    assert health["flat"].score_sd_max == 0 and health["flat"].entropy == pytest.approx(1)
-    assert health["spike"].entropy == 0 == health["bf16"].entropy
-
-
-def test_warnings_name_the_level_and_say_what_is_wrong():
-    well = LevelHealth(0.5, 0.7, 0.9, 0.1)
-    assert health_warnings({"conv7": well, "conv10": LevelHealth(0.5, 0.7, 0.9, None)}) == []
-    dead, uniform, one, still, broken = (
-        health_warnings({"conv7": well, "conv10": each})
-        for each in (
-            LevelHealth(8e-9, 9e-9, 1.0, 0.1),
-            LevelHealth(1e-9, 1e-3, 0.9999, 0.1),
-            LevelHealth(9.0, 9.0, 0.001, 0.1),
-            LevelHealth(0.5, 0.5, 0.5, 0.0),
-            LevelHealth(float("nan"), float("nan"), float("nan"), 0.1),
-        )
-    )
-    for found, words in (
-        (dead, "is dead"),
-        (uniform, "nearly uniform"),
-        (one, "one position only"),
-        (still, "zero gate gradient"),
-        (broken, "non-finite"),
-    ):
-        ((key, text),) = found
-        assert (
-            key.startswith("conv10/")
-            and text.startswith("attention level conv10")
-            and words in text
-        )
-    assert "9.0e-09 < 1e-06" in dead[0][1]

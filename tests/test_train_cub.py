@@ -151,7 +151,8 @@ def test_stopped_in_a_stage_and_resumed_equals_the_unhurt_run(
     )
     assert status == 143 and "python train_cub.py --resume hurt" in out
     assert re.search(
-        r"Peak learning rate [\d.]+ for batches of 8: 0.00[\d.]+ an image; transferred layers at 0.5 times their rate,"
+        r"Peak learning rate [\d.]+ for batches of 8: 0.00[\d.]+ an image; transferred layers at "
+        r"0.5 times their rate,"
         r" whose trunk trains after 2 epochs",
         out,
     )
@@ -173,8 +174,8 @@ def test_evaluate_and_init_from_birds(cli, unhurt):
     row = read_metrics(unhurt / "metrics.csv")[-1]
     assert status == 0 and "of 4" in out
     assert (
-        f"loss {row['eval_loss']:.4f}   top-1 {row['eval_top1']:.2f} %   top-5 {row['eval_top5']:.2f} %"
-        in out
+        f"loss {row['eval_loss']:.4f}   top-1 {row['eval_top1']:.2f} %   top-5 "
+        f"{row['eval_top5']:.2f} %" in out
     )
     status, out, _ = cli(
         *SMALL,
@@ -237,7 +238,8 @@ def test_out_of_memory_is_told_with_the_options_that_help(cli, monkeypatch):
         and "one image has none worth using" in out
     )
     assert re.search(
-        r"out of memory at 1 image at once \(peak \d+ MiB\).*\nTry, in this order: --checkpoint-activations, a "
+        r"out of memory at 1 image at once \(peak \d+ MiB\).*\nTry, in this order: "
+        r"--checkpoint-activations, a "
         r"smaller --image-size, a smaller --width\n",
         err,
     )

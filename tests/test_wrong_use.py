@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common.checkpoint import read_checkpoint
-from common.errors import Interrupted, UserError, exit_status
+from common.errors import UserError
 from tests.helpers.environment import ROOT
 from tests.helpers.runs import NARROW
 from training import checkpoint
@@ -273,7 +273,8 @@ def test_a_million_epochs_begin_at_once(cli, monkeypatch):
     [
         (
             ["--width", 16],
-            "--width 16: the network's weights and what the optimizer keeps of them take 76 GiB of memory, and this "
+            "--width 16: the network's weights and what the optimizer keeps of them take 76 GiB of "
+            "memory, and this "
             "machine has 24",
         ),
         (["--image-size", 4096], "--image-size 4096: to train on two images at a time takes over"),
@@ -351,40 +352,6 @@ def test_two_processes_never_share_a_run(cli, unhurt):
     with checkpoint.lock(unhurt):
         status, _, err = cli("--resume", unhurt)
     assert status == 1 and "is in use by another process" in err
-
-
-@pytest.mark.parametrize(
-    "error, status, words",
-    [
-        (UserError("no such thing", 2), 2, "error: no such thing\n"),
-        (UserError("a.png is bad"), 1, "error: a.png is bad\n"),
-        (
-            MemoryError(),
-            1,
-            "error: out of memory outside the training step: MemoryError\nIs another program",
-        ),
-        (
-            torch.OutOfMemoryError("CUDA out of memory."),
-            1,
-            "outside the training step: CUDA out of memory.\nIs another",
-        ),
-        (PermissionError(13, "Permission denied", "runs"), 1, "error: runs: Permission denied\n"),
-        (OSError(28, "No space left on device"), 1, "error: No space left on device\n"),
-        (KeyboardInterrupt(), 130, "Stopped.\n"),
-        (Interrupted(15), 143, ""),
-    ],
-)
-def test_what_a_user_can_mend_is_told_without_a_traceback(capsys, error, status, words):
-    with exit_status("Stopped.") as told:
-        raise error
-    assert told.code == status
-    assert words in capsys.readouterr().err
-
-
-def test_our_own_mistakes_keep_their_traceback():
-    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
-        with exit_status(""):
-            torch.zeros(2) @ torch.zeros(3)
 
 
 def test_a_run_folder_that_cannot_be_made(cli):

@@ -56,3 +56,35 @@ def make_trainer(batches=None, device=CPU, precision="fp32", compiled=False, **c
         precision=precision,
         compiled=compiled,
     )
+
+
+def staged(**changes) -> Trainer:
+    """A trainer whose trunk and gates were transferred; two epochs of three steps, the first half
+    of them frozen."""
+    config = (
+        CONFIG
+        | {
+            "freeze_epochs": 1.0,
+            "transfer_lr": 0.1,
+            "model": "vgg-att3-concat-dp",
+            "ema_decay": 0.0,
+        }
+        | changes
+    )
+    torch.manual_seed(0)
+    model = build_model(config["model"], 4, width=config["width"], dropout=0.0)
+    names = frozenset(
+        name for name in model.state_dict() if not name.startswith("classifier.linears")
+    )
+    return Trainer(
+        config,
+        model,
+        Batches(config["batch_size"]),
+        torch.device("cpu"),
+        precision="fp32",
+        transferred=names,
+    )
+
+
+def snapshot(ours):
+    return {name: value.clone() for name, value in ours.model.state_dict().items()}

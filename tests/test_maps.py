@@ -119,7 +119,8 @@ def test_class_activation_map_needs_pooling_and_one_linear_layer(name):
     ],
 )
 def test_grad_cam_is_plain_autograd(name, layer):
-    """Against a backward pass through the whole network, every parameter asking for its gradient."""
+    """Against a backward pass through the whole network, every parameter asking for its
+    gradient."""
     x, targets = images(4), torch.tensor([3, 1, 0, 2])
     model = ours(name) if name.startswith("vgg") else torchvisions(name)
     module = dict(model.named_modules())[layer or {"resnet18": "layer4"}.get(name, "trunk.block5")]
@@ -264,9 +265,7 @@ def test_the_network_comes_back_as_it_was(context):
         ):
             with pytest.raises(ValueError):
                 wrong()
-    for network, (modes, asking, hooks, grads, weights) in zip(
-        (model, attention), before, strict=True
-    ):
+    for network, (modes, asking, hooks, _, weights) in zip((model, attention), before, strict=True):
         now = state_of(network)
         assert now[0] == modes and now[1] == asking and now[2] == hooks == []
         assert all(grad is None for grad in now[3])
@@ -411,6 +410,7 @@ def test_grad_cam_costs_little_more_than_a_forward_pass():
         if ratio <= 1.3:
             break
     print(
-        f"\nforward {seconds[forward]:.2f} s, gradcam {seconds[explained]:.2f} s: {ratio:.3f} times a forward pass"
+        f"\nforward {seconds[forward]:.2f} s, gradcam {seconds[explained]:.2f} s: {ratio:.3f} "
+        "times a forward pass"
     )
     assert ratio <= 1.3

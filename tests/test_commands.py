@@ -5,7 +5,6 @@ import argparse
 import contextlib
 import json
 import os
-import pty
 import re
 import shutil
 import signal
@@ -26,10 +25,8 @@ from tests.helpers.runs import (
     signal_after,
     with_sample,
 )
-from train_cifar100 import FAST
-from training import checkpoint, commands, estimate
+from training import checkpoint, commands
 from training import run as run_module
-from training.evaluate_checkpoint import precision_here
 from training.ranks import Ranks
 from training.report import read_metrics
 from training.signals import Signals
@@ -40,7 +37,8 @@ from training.trainer import Trainer
 
 @pytest.fixture
 def without_nohup():
-    """The tests may themselves run under nohup, where SIGHUP is ignored and so does not end a run."""
+    """The tests may themselves run under nohup, where SIGHUP is ignored and so does not end a
+    run."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -83,44 +81,6 @@ def test_stopped_in_an_evaluation(cli, monkeypatch, unhurt):
     assert_runs_equal("hurt", unhurt)
 
 
-def test_a_second_interrupt_leaves_at_once(monkeypatch):
-    left = []
-    monkeypatch.setattr(os, "_exit", left.append)
-    # ignored, where the tests run in the background of a shell
-    before = signal.getsignal(signal.SIGINT)
-    with Signals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals() and not left
-        os.kill(os.getpid(), signal.SIGINT)
-        assert left == [130]
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.usefixtures("without_nohup")
-# Ctrl-C ends `| tee` as well
-@pytest.mark.parametrize("numbers", [[signal.SIGHUP], [signal.SIGINT, signal.SIGHUP]])
-@pytest.mark.parametrize("channel", [pty.openpty, os.pipe])
-def test_a_closed_terminal_ends_the_run_and_no_line_written_after_it_does_harm(channel, numbers):
-    here, there = channel()
-    kept = [os.dup(1), os.dup(2)]
-    try:
-        os.dup2(there, 1)
-        os.dup2(there, 2)
-        with Signals() as signals:
-            os.close(here)
-            with pytest.raises(OSError):
-                os.write(1, b"nobody reads this")
-            for number in numbers:
-                os.kill(os.getpid(), number)
-            assert signals.received == numbers[0]
-            assert os.write(1, b"nor this") == os.write(2, b"nor that") == 8
-    finally:
-        for number, copy in zip((1, 2), kept, strict=True):
-            os.dup2(copy, number)
-            os.close(copy)
-        os.close(there)
-
-
 @pytest.mark.parametrize("when, place", [(1, (0, 6)), (2, (1, 6))])
 def test_a_pipe_that_nobody_reads_saves_and_ends_the_run(cli, monkeypatch, unhurt, when, place):
     def broken(*words, file=None, **options):
@@ -139,12 +99,6 @@ def test_a_pipe_that_nobody_reads_saves_and_ends_the_run(cli, monkeypatch, unhur
     assert (position["epoch"], position["step"]) == place
     assert cli("--resume", "hurt")[0] == 0
     assert_runs_equal("hurt", unhurt)
-
-
-def test_nohup_is_heeded(monkeypatch):
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
-    with Signals() as signals:
-        assert set(signals.before) == {signal.SIGINT, signal.SIGTERM}
 
 
 def test_killed_before_the_first_checkpoint_starts_over(cli, monkeypatch, unhurt):
@@ -296,19 +250,6 @@ def test_a_validation_split_keeps_the_best(cli):
 # ---- evaluation, transfer -----------------------------------------------------------------------
 
 
-def test_evaluate_repeats_the_last_epochs_numbers(cli, unhurt):
-    status, out, _ = cli("--evaluate", unhurt / "last.pt", "--device", "cpu")
-    row = read_metrics(unhurt / "metrics.csv")[-1]
-    assert status == 0
-    assert (
-        f"loss {row['eval_loss']:.4f}   top-1 {row['eval_top1']:.2f} %   top-5 {row['eval_top5']:.2f} %"
-        in out
-    )
-    classes = [float(x) for x in re.findall(r"(\d+\.\d) % of 8", out)]
-    assert len(classes) == 4 and sum(classes) / 4 == pytest.approx(row["eval_top1"], abs=0.1)
-    assert classes == sorted(classes)
-
-
 def test_init_from_a_checkpoint(cli, unhurt):
     status, out, _ = cli(
         *NARROW, "--epochs", 1, "--model", "vgg-att2-concat-gate", "--init-from", unhurt / "last.pt"
@@ -318,18 +259,6 @@ def test_init_from_a_checkpoint(cli, unhurt):
         r"cifar100\): \d+ of \d+ tensors loaded; starting fresh: classifier",
         out,
     )
-
-
-def test_evaluate_takes_the_settings_from_the_checkpoint(cli, unhurt, monkeypatch):
-    for words in (["--sample"], ["--width", 0.5], ["--set", "dropout=0"], ["--run-dir", "x"]):
-        status, _, err = cli("--evaluate", unhurt / "last.pt", *words)
-        assert status == 2 and f"from the checkpoint: leave out {words[0]}" in err
-    # emulated, it would take hours
-    monkeypatch.setattr("common.device.cpu_has_bf16", lambda: False)
-    here = [precision_here(name, torch.device("cpu")) for name in ("bf16", "fp16", "fp32")]
-    assert here == ["auto", "auto", "fp32"]
-    if torch.cuda.is_available():
-        assert precision_here("fp16", torch.device("cuda")) == "fp16"
 
 
 def test_the_folder_to_go_on_in(cli, monkeypatch):
@@ -369,17 +298,6 @@ def test_the_command_that_goes_on_is_the_one_it_was_started_by(small_task, monke
     assert commands.how_to_resume(run) == (
         "torchrun --nproc-per-node=2 'code of mine/train_cifar100.py' --resume 'a run'"
     )
-
-
-@pytest.mark.parametrize("epochs", [1, 2, 5])
-def test_the_peak_rate_that_is_told_is_the_peak(epochs):
-    config = FAST | {"epochs": epochs, "batch_size": 64, "lr": 0.02, "width": 0.5}
-    trainer = types.SimpleNamespace(config=config, batches=range(781), transferred=())
-    told = re.fullmatch(
-        r"Peak learning rate (.*) for batches of 64: 0.00062 an image; 0.006 for the 3x3 filters, by Muon",
-        estimate.rate_in_words(trainer),
-    )
-    assert float(told[1]) == pytest.approx(0.04, rel=0.005)
 
 
 def test_same_seed_same_run_and_another_seed_another(cli, unhurt):
@@ -480,7 +398,7 @@ def test_changed_data_is_noticed(cli, small_task, unhurt):
         (4, 20, "it had 96 training images and has 80 now"),
     ):
         sets = cifar_sample(classes=classes, train_per_class=each, test_per_class=8)
-        task = with_sample(small_task, lambda config: sets)
+        task = with_sample(small_task, lambda config, sets=sets: sets)
         status, _, err = cli("--resume", "r", "--epochs", 6, task=task)
         assert status == 1 and "the data set has changed" in err and message in err
 

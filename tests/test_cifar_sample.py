@@ -74,7 +74,8 @@ def test_only_the_pixels_in_the_box_know_the_class(size):
 
 
 def test_the_mark_can_be_read_in_its_box():
-    """The tile bears its class's pattern in two colours far apart, light on dark and dark on light."""
+    """The tile bears its class's pattern in two colours far apart, light on dark and dark on
+    light."""
     labels = np.arange(240) % 12
     images, boxes = draw(labels)
     light = 0

@@ -2,6 +2,7 @@
 trains on small images."""
 
 import re
+import types
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from data import cifar_sample
 from tests.helpers.runs import NARROW, content_of, with_sample
 from train_cifar100 import TASK
-from training import commands
+from training import commands, run
 from training.report import read_metrics
 from training.run import recalibration_count
 
@@ -93,3 +94,16 @@ def test_statistics_are_of_a_twelfth_of_the_images_within_bounds():
         512,
         100,
     ]
+
+
+@pytest.mark.parametrize("save_takes, due", [(0.2, 50), (1.0, 50), (3.0, 150)])
+def test_how_often_a_run_saves(monkeypatch, save_takes, due):
+    """Every 50 seconds; where that would cost over 2 % of the time, as often as costs 2 %."""
+    saved, clock = [], [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    state = types.SimpleNamespace(
+        saved_at=0.0, save_seconds=save_takes, save=lambda: saved.append(clock[0])
+    )
+    for clock[0] in (0.0, due - 0.1, due):
+        run.Run.save_when_due(state)
+    assert saved == [due] and save_takes / due <= 0.02
