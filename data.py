@@ -1,10 +1,10 @@
-"""Every data set as the scripts see it: images and labels in memory, and batches of them.
+"""Data sets as the scripts see them: images and labels in memory, and batches of them.
 
     from data import load_cifar100
-    train, test = load_cifar100("data")         # downloads CIFAR-100 where it is not there
+    train, test = load_cifar100("data")         # downloads CIFAR-100 if it is missing
     train.images, train.labels                  # (50000, 32, 32, 3) uint8, (50000,) int64
 
-Where the images come from, and how they are decoded and augmented, is in datasets/.
+Sources, decoding and augmentation are in datasets/.
 """
 
 from __future__ import annotations
@@ -55,44 +55,49 @@ __all__ = [
     "to_input",
 ]
 
-# Of all images of an evaluation batch: 256 or 512 images of 32x32, for which training a batch of
-# 128 leaves room.
+# Pixels of an evaluation batch: 256 or 512 images of 32x32. A training batch of 128 leaves room for
+# that.
 EVAL_PIXELS = {"cpu": 2**18, "cuda": 2**19}
-# with a zoom, pictures are kept so much larger than the network sees them (256 px for 224)
+# with a zoom, pictures are stored this much larger than the network's input (256 px for 224)
 ZOOM_ROOM = 8 / 7
 
 
-# ---- data sets by the config of a run -----------------------------------------------------------
+# ---- data sets by a run's config ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where the images of a data set come from, given the config of a run (see
-    training/options.py)."""
+    """How to load a data set, given the config of a run (see training/options.py)."""
 
     name: str  # "cifar100": names the runs' folder
     # (config, may it download?) -> train, test
     load: Callable[[dict, bool], tuple[ImageSet, ImageSet]]
-    sample: Callable[[dict], tuple[ImageSet, ImageSet]]  # (config) -> the built-in one
+    # (config) -> train, test of the built-in sample
+    sample: Callable[[dict], tuple[ImageSet, ImageSet]]
     present: Callable[[str], bool]  # are there images in this data folder?
     train_images: int  # of the full data set, for estimates without it
     test_images: int
 
     def sets(self, config: dict, *, download: bool) -> tuple[ImageSet, ImageSet]:
-        """(train, test): the sample, or the data set. Raises UserError where a run's images are not
-        there any more (without ``download``)."""
+        """(train, test): the sample, or the data set.
+
+        Raises:
+            UserError: without ``download``, the images of the run are no longer there; or any error
+                of loading.
+        """
         if config["sample"]:
             return self.sample(config)
         if not download and not self.present(config["data_dir"]):
+            folder = Path(config["data_dir"]).absolute()
             raise UserError(
-                f"the images that this was trained on are not in {Path(config['data_dir']).absolute()} any more: "
+                f"the images that this was trained on are not in {folder} any more: "
                 f"give --data-dir, the folder that holds them now"
             )
         return self.load(config, download)
 
     def sets_or_sample(self, config: dict) -> tuple[ImageSet, ImageSet, bool]:
-        """(train, test, whether they are the sample): the data set where it is there, else the
-        sample. No download."""
+        """(train, test, whether they are the sample): the data set if present, else the sample. No
+        download."""
         if config["sample"] or not self.present(config["data_dir"]):
             return *self.sample(config), True
         return *self.load(config, False), False
@@ -107,8 +112,12 @@ def _load_cifar100(config: dict, download: bool) -> tuple[ImageSet, ImageSet]:
     )
 
 
+def _load_cub(config: dict, download: bool) -> tuple[ImageSet, ImageSet]:
+    return load_cub(config["data_dir"], **_cub_options(config), download=download)
+
+
 def _cub_options(config: dict) -> dict:
-    """How birds are to be cut out and kept, for load_cub and cub_sample."""
+    """How birds are cropped and stored, for load_cub and cub_sample."""
     side = config["image_size"]
     return {
         "image_size": round(side * ZOOM_ROOM) if config["zoom"] else side,
@@ -119,17 +128,20 @@ def _cub_options(config: dict) -> dict:
 
 
 CIFAR100 = DataSource(
-    "cifar100", _load_cifar100, lambda config: cifar_sample(), cifar100_present, 50_000, 10_000
+    name="cifar100",
+    load=_load_cifar100,
+    sample=lambda config: cifar_sample(),
+    present=cifar100_present,
+    train_images=50_000,
+    test_images=10_000,
 )
 CUB = DataSource(
-    "cub",
-    lambda config, download: load_cub(
-        config["data_dir"], **_cub_options(config), download=download
-    ),
-    lambda config: cub_sample(**_cub_options(config)),
-    cub_present,
-    5_994,
-    5_794,
+    name="cub",
+    load=_load_cub,
+    sample=lambda config: cub_sample(**_cub_options(config)),
+    present=cub_present,
+    train_images=5_994,
+    test_images=5_794,
 )
 SOURCES = {source.name: source for source in (CIFAR100, CUB)}
 
@@ -138,29 +150,32 @@ SOURCES = {source.name: source for source in (CIFAR100, CUB)}
 
 
 def split(config: dict, train: ImageSet, test: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """What is trained on and what is evaluated: the two sets, or with --val-fraction two parts of
-    the first."""
-    return (
-        split_validation(train, config["val_fraction"], config["seed"])
-        if config["val_fraction"]
-        else (train, test)
-    )
+    """(training set, evaluation set): ``train`` and ``test``, or with --val-fraction two parts of
+    ``train``."""
+    if config["val_fraction"]:
+        return split_validation(train, config["val_fraction"], config["seed"])
+    return train, test
 
 
 def stable_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on `parts` (integers and strings) alone, the same in every process
-    and machine."""
+    """A 63-bit seed from ``parts`` (integers and strings), the same in every process and on every
+    machine."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def split_validation(train: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """(train, validation): `fraction` of each class, drawn by `seed`; a class keeps at least one
-    training image."""
+    """(train, validation): ``fraction`` of each class, drawn by ``seed``. A class keeps at least
+    one training image.
+
+    Raises:
+        UserError: ``fraction`` is not between 0 and 1, or too small to take an image of any class.
+    """
     if not 0 < fraction < 1:
         raise UserError(f"--val-fraction {fraction} is not between 0 and 1")
     generator = torch.Generator().manual_seed(stable_seed("validation", seed))
-    labels, chosen = train.labels.cpu(), torch.zeros(len(train), dtype=torch.bool)
+    labels = train.labels.cpu()
+    chosen = torch.zeros(len(train), dtype=torch.bool)
     for label in range(len(train.class_names)):
         members = (labels == label).nonzero().flatten()
         count = min(int(len(members) * fraction + 0.5), len(members) - 1)
@@ -168,7 +183,8 @@ def split_validation(train: ImageSet, fraction: float, seed: int) -> tuple[Image
             chosen[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     if not chosen.any():
         raise UserError(
-            f"--val-fraction {fraction} takes no image of any class of {train.source}. Give a larger one"
+            f"--val-fraction {fraction} takes no image of any class of {train.source}. "
+            f"Give a larger one"
         )
     return train.subset((~chosen).nonzero().flatten()), train.subset(chosen.nonzero().flatten())
 
@@ -176,7 +192,7 @@ def split_validation(train: ImageSet, fraction: float, seed: int) -> tuple[Image
 def channel_statistics(
     train: ImageSet,
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """(mean, std) of each channel over all pixels, in [0, 1] units; counted in integers, so exact
+    """(mean, std) of each channel over all pixels, in [0, 1] units. Counted in integers, so exact
     on any device."""
     levels = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
@@ -189,18 +205,21 @@ def channel_statistics(
 
 
 def place_on(image_set: ImageSet, device: torch.device | str) -> ImageSet:
-    """The set on `device`; as it is for a GPU of whose free memory it would take over a tenth.
-    (Each batch then goes through page-locked memory; to lock the whole set would take twice its
-    size from the machine.)"""
+    """The set on ``device``, or unchanged where it would take over a tenth of a GPU's free memory.
+
+    Each batch then goes through page-locked memory. Locking the whole set would take twice its size
+    of host memory.
+    """
     device = torch.device(device)
-    fits = (
-        device.type != "cuda" or image_set.images.nbytes * 10 <= torch.cuda.mem_get_info(device)[0]
-    )
-    return image_set.to(device) if fits else image_set
+    if device.type == "cuda":
+        free_bytes = torch.cuda.mem_get_info(device)[0]
+        if image_set.images.nbytes * 10 > free_bytes:
+            return image_set
+    return image_set.to(device)
 
 
 def evenly_spread(count: int, total: int) -> Tensor:
-    """(min(count, total),) int64 indices, evenly spread over 0 to total - 1: class folders come
+    """(min(count, total),) int64 indices, evenly spread over 0 to total - 1: class folders are
     sorted by class."""
     return torch.linspace(0, total - 1, min(count, total)).round().long()
 
@@ -217,11 +236,11 @@ def to_input(
 
 
 class TrainBatches:
-    """The training set of one run, as shuffled and augmented batches on `device`.
+    """The training set of a run as shuffled, augmented batches on ``device``.
 
-    The order of an epoch depends on (seed, epoch) alone and a step's augmentation on (seed, epoch,
-    step) alone, so a run that goes on in mid-epoch sees what it would have seen. torch's global
-    random state is neither read nor moved.
+    The order of an epoch depends only on (seed, epoch), and a step's augmentation only on (seed,
+    epoch, step), so a run resumed in mid-epoch sees the same batches. torch's global random state
+    is neither read nor changed.
     """
 
     def __init__(
@@ -234,51 +253,45 @@ class TrainBatches:
         device: torch.device | str,
         share: Callable[[int], slice] = lambda total: slice(0, total),
     ):
-        self.share = share  # which of so many images of a batch this process gets
-        self.image_set, self.batch_size, self.seed, self.augmentation = (
-            image_set,
-            batch_size,
-            seed,
-            augmentation,
-        )
+        self.image_set = image_set
+        self.batch_size = batch_size
+        self.seed = seed
+        self.augmentation = augmentation
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        self.share = share  # (images in the batch) -> the slice of them for this process
 
     def __len__(self) -> int:
-        """Steps in an epoch, a last partial batch dropped; one, with all images, when there are
-        fewer than a batch."""
+        """Steps per epoch. A last partial batch is dropped; with fewer images than a batch there is
+        one step with all of them."""
         return max(1, len(self.image_set) // self.batch_size)
 
     @property
     def images_per_step(self) -> int:
-        """Of all processes together."""
+        """Over all processes."""
         return min(self.batch_size, len(self.image_set))
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(images (N, 3, H, W) float32 channels_last, labels (N,) int64) of the steps from
-        `start_step` on."""
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images (N, 3, H, W) float32 channels_last, labels (N,) int64) of each step from
+        ``start_step`` on."""
         shuffle = torch.Generator().manual_seed(stable_seed("order", self.seed, epoch))
-        # drawn on the CPU: every device, and every rank, must get the same order, wherever its
-        # images are
-        order = torch.randperm(len(self.image_set), generator=shuffle).to(
-            self.image_set.images.device
-        )
+        # on the CPU: every device and rank must draw the same order, wherever its images are
+        order = torch.randperm(len(self.image_set), generator=shuffle)
+        order = order.to(self.image_set.images.device)
         generator = torch.Generator(self.device)
         for step in range(start_step, len(self)):
             indices = order[step * self.batch_size : (step + 1) * self.batch_size]
-            part, total = self.share(len(indices)), len(indices)
-            indices = indices[part]
-            images, labels = (
-                self._take(tensor, indices)
-                for tensor in (self.image_set.images, self.image_set.labels)
-            )
+            total = len(indices)
+            part = self.share(total)
+            images = self._take(self.image_set.images, indices[part])
+            labels = self._take(self.image_set.labels, indices[part])
             generator.manual_seed(stable_seed("augmentation", self.seed, epoch, step))
             yield self.augmentation(images, generator, part, total), labels
 
-    def _take(self, tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    def _take(self, tensor: Tensor, indices: Tensor) -> Tensor:
         if tensor.device == self.device:
             return tensor.index_select(0, indices)
-        # Gathered in page-locked memory, the copy runs beside the GPU's work; PyTorch hands that
-        # memory out again only when the copy is done.
+        # From page-locked memory the copy overlaps the GPU's work; PyTorch reuses that memory only
+        # after the copy is done.
         shape, pin = (len(indices), *tensor.shape[1:]), self.device.type == "cuda"
         gathered = torch.empty(shape, dtype=tensor.dtype, pin_memory=pin)
         torch.index_select(tensor, 0, indices, out=gathered)
@@ -286,12 +299,12 @@ class TrainBatches:
 
 
 def input_size(config: dict, train: ImageSet) -> list[int]:
-    """[height, width] that the network sees: --image-size, or that of the images."""
+    """[height, width] of the network's input: --image-size, or that of the images."""
     return [config["image_size"]] * 2 if config["image_size"] else list(train.image_size)
 
 
 def eval_batch_size(size: Sequence[int], device: torch.device) -> int:
-    """Images of (height, width) in a batch of an evaluation."""
+    """Images of (height, width) per evaluation batch."""
     return max(1, EVAL_PIXELS[device.type] // (size[0] * size[1]))
 
 
@@ -303,13 +316,12 @@ def eval_batches(
     size: Sequence[int],
     part: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The set (or a part of it) in order, as large normalised batches on the device; the whole
-    picture, resized to `size`."""
-    count = eval_batch_size(size, device)
+    """(input (N, 3, *size) float32, labels (N,) int64) of the set, or of a part of it, in order and
+    in large batches on the device. Whole pictures, normalized and resized to ``size``."""
+    batch_size = eval_batch_size(size, device)
     start, end, _ = part.indices(len(image_set))
-    for first in range(start, end, count):
-        chosen = slice(first, min(first + count, end))
-        images, labels = (
-            t[chosen].to(device, non_blocking=True) for t in (image_set.images, image_set.labels)
-        )
+    for first in range(start, end, batch_size):
+        batch = slice(first, min(first + batch_size, end))
+        images = image_set.images[batch].to(device, non_blocking=True)
+        labels = image_set.labels[batch].to(device, non_blocking=True)
         yield to_input(images, mean, std, size), labels

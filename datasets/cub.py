@@ -1,7 +1,7 @@
 """CUB-200-2011 (Caltech-UCSD Birds) in its official layout, with boxes and parts in pixels of the
 stored pictures.
 
-A folder CUB_200_2011 with some of the classes only is a valid data set: ids need not be contiguous.
+A folder CUB_200_2011 with only some of the classes is a valid data set: ids need not be contiguous.
 """
 
 from __future__ import annotations
@@ -15,25 +15,27 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from common.errors import UserError, one_line
 from datasets.download import (
-    around,
     check_archive,
     check_data_dir,
     check_space,
     data_folder,
     fetch,
-    named,
-    near,
+    find_below,
+    find_beside,
+    find_named,
     unpack,
 )
-from datasets.image_files import MIN_IMAGE_SIZE, Pictures, decoded
+from datasets.image_files import MIN_IMAGE_SIZE, Pictures, load_or_decode
 from datasets.image_set import ImageSet
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
-CUB_MIB, CUB_UNPACKED_MIB = 1098, 1230  # about
+CUB_MIB = 1098  # approximately
+CUB_UNPACKED_MIB = 1230  # approximately
 CUB_ARCHIVE = "CUB_200_2011.tgz"
 CUB_FOLDER = "CUB_200_2011"
 CUB_NAMES = (CUB_FOLDER, CUB_ARCHIVE)
@@ -43,35 +45,37 @@ MAX_COORDINATE = 1e6  # pixels
 
 
 class Bird(NamedTuple):
-    """What the metadata say about one image."""
+    """The metadata of one image."""
 
     path: Path
     label: int  # index into the class names
     train: bool
-    # x0 y0 x1 y1 in whole pixels of the file's picture; it may hang over its edge
+    # x0 y0 x1 y1 in whole pixels of the file's picture; it may extend beyond the picture
     box: tuple[int, int, int, int]
     box_line: int  # of bounding_boxes.txt, for messages
 
 
-# -------------------------------------------------------------------------------------------------
-# where from
+# ---- where it is --------------------------------------------------------------------------------
 
 
 def cub_present(data_dir: str | os.PathLike) -> bool:
-    """Whether load_cub would find something without the network. Looks at names only, so it is
-    cheap."""
+    """Whether load_cub would find data without the network. Cheap: looks at names only.
+
+    Raises UserError for a ~ in ``data_dir`` without a home folder.
+    """
     return _find_cub(data_folder(data_dir)) is not None
 
 
 def _find_cub(root: Path) -> Path | None:
-    """The folder or the archive in `root` or in one of its folders, or `root` itself, where it is
+    """The folder or the archive in ``root`` or in one of its folders, or ``root`` itself if it is
     the folder."""
-    if (root / CUB_FOLDER).is_dir():  # if it is not whole, the reader will say what is missing
-        return next(
-            filter(_holds_cub, (root / CUB_FOLDER, *named(root / CUB_FOLDER, CUB_NAMES))),
-            root / CUB_FOLDER,
-        )
-    return next(filter(_holds_cub, (*around(root, CUB_NAMES), *[root] * root.is_dir())), None)
+    folder = root / CUB_FOLDER
+    if folder.is_dir():  # if it is incomplete, the reader will say what is missing
+        return next(filter(_holds_cub, (folder, *find_named(folder, CUB_NAMES))), folder)
+    candidates = find_below(root, CUB_NAMES)
+    if root.is_dir():
+        candidates.append(root)
+    return next(filter(_holds_cub, candidates), None)
 
 
 def _holds_cub(path: Path) -> bool:
@@ -90,16 +94,25 @@ def load_cub(
     download: bool = True,
     progress: bool = True,
 ) -> tuple[ImageSet, ImageSet]:
-    """CUB-200-2011 (train, test) from the first of these that is there: the folder
-    `<data_dir>/CUB_200_2011`, the official archive in data_dir (unpacked there), the official
-    server (only with `download`). Both are found in other letters, too, one folder deeper, and
-    where data_dir is itself the folder.
+    """CUB-200-2011 (train, test) from the first of these that exists: the folder
+    ``<data_dir>/CUB_200_2011``, the official archive in ``data_dir`` (unpacked there), the official
+    server.
 
-    image_size: side in pixels that every picture is resized to.
-    crop: "box", the bird's bounding box, or "whole", the whole picture.
-    margin: what the box is grown by on each side before the crop, as a share of its longer side.
-    num_workers: processes that decode the images; 0 decodes in this process. Raises UserError for
-    whatever a person can mend.
+    Names match in upper and lower case, one folder deeper, and where ``data_dir`` is itself the
+    folder.
+
+    Args:
+        image_size: side in pixels that every picture is resized to.
+        crop: "box", the bird's bounding box, or "whole", the whole picture.
+        margin: how far the box grows on each side before the crop, as a fraction of its longer
+            side, 0 to 10.
+        num_workers: processes that decode the images; 0 decodes in this process.
+        download: whether to use the official server.
+        progress: show progress bars on a terminal.
+
+    Raises:
+        UserError: anything the user can fix.
+        ValueError: an unknown crop.
     """
     root = data_folder(data_dir)
     if image_size < MIN_IMAGE_SIZE:
@@ -110,19 +123,21 @@ def load_cub(
         raise ValueError(f"crop is box or whole, not {crop!r}")
     if not 0 <= margin <= 10:
         raise UserError(
-            f"a crop margin of {margin} is not a share of the box's side: give 0 or more, 10 at most"
+            f"a crop margin of {margin} is out of range: "
+            f"give a fraction of the box's longer side, from 0 to 10"
         )
-    folder, sets = _provide(root, download, progress), []
+    folder = _provide(root, download, progress)
     birds, parts, class_names, part_names = read_metadata(folder)
-    for split in (True, False):
-        chosen = [i for i, bird in enumerate(birds) if bird.train == split]
-        some = [birds[i] for i in chosen]
-        crops = [_grown(bird.box, margin) for bird in some] if crop == "box" else None
+    sets = []
+    for is_train in (True, False):
+        chosen = [i for i, bird in enumerate(birds) if bird.train == is_train]
+        split_birds = [birds[i] for i in chosen]
+        crops = [_grown(bird.box, margin) for bird in split_birds] if crop == "box" else None
         try:
-            pictures = decoded(
-                [bird.path for bird in some],
+            pictures = load_or_decode(
+                [bird.path for bird in split_birds],
                 root / ".cache",
-                f"cub-{'train' if split else 'test'}-{crop}",
+                f"cub-{'train' if is_train else 'test'}-{crop}",
                 folder,
                 (image_size, image_size),
                 True,
@@ -138,29 +153,29 @@ def load_cub(
         sets.append(
             ImageSet(
                 pictures.images,
-                torch.tensor([bird.label for bird in some]),
+                torch.tensor([bird.label for bird in split_birds]),
                 class_names,
                 f"CUB-200-2011 in {folder}",
-                _stored_boxes(some, pictures, folder),
-                None if parts is None else _stored_parts(parts[chosen], pictures),
-                part_names,
+                boxes=_stored_boxes(split_birds, pictures, folder),
+                parts=None if parts is None else _stored_parts(parts[chosen], pictures),
+                part_names=part_names,
             )
         )
     return sets[0], sets[1]
 
 
 def _provide(root: Path, download: bool, progress: bool) -> Path:
-    """See to it that the folder is there, and return it."""
+    """The data set's folder, downloaded and unpacked if necessary."""
     found = _find_cub(root)
     if found and found.is_dir():
         return found
     archive = found or root / CUB_ARCHIVE
     if not found:
         by_hand = (
-            f"Fetch {CUB_URL} (md5 {CUB_MD5}) yourself and put it at {archive}, or unpacked at"
-            f" {root / CUB_FOLDER}/, or use --sample for the built-in sample"
+            f"Fetch {CUB_URL} (md5 {CUB_MD5}) yourself and put it at {archive}, or unpacked at "
+            f"{root / CUB_FOLDER}/, or use --sample for the built-in sample"
         )
-        other = next(filter(_holds_cub, near(root, CUB_NAMES)), None)
+        other = next(filter(_holds_cub, find_beside(root, CUB_NAMES)), None)
         check_data_dir(root, download, "CUB-200-2011", CUB_FOLDER, other, by_hand)
         check_space(root, CUB_MIB + CUB_UNPACKED_MIB, "CUB-200-2011")
         fetch(
@@ -178,8 +193,7 @@ def _provide(root: Path, download: bool, progress: bool) -> Path:
     return archive.parent / CUB_FOLDER
 
 
-# -------------------------------------------------------------------------------------------------
-# boxes and parts
+# ---- boxes and parts ----------------------------------------------------------------------------
 
 
 def _grown(box: tuple[int, int, int, int], margin: float) -> tuple[int, int, int, int]:
@@ -188,13 +202,14 @@ def _grown(box: tuple[int, int, int, int], margin: float) -> tuple[int, int, int
     return x0 - more, y0 - more, x1 + more, y1 + more
 
 
-def _scale(pictures: Pictures) -> torch.Tensor:
-    """(N, 2): pixels of the stored picture to one of the file's, across and down."""
+def _scale(pictures: Pictures) -> Tensor:
+    """(N, 2): pixels of the stored picture per pixel of the file's, across and down."""
     return pictures.images.shape[1] / (pictures.crops[:, 2:] - pictures.crops[:, :2]).double()
 
 
-def _stored_boxes(birds: list[Bird], pictures: Pictures, folder: Path) -> torch.Tensor:
-    """(N, 4) float32 x0 y0 x1 y1 in pixels of the stored picture; clipped to the file's picture."""
+def _stored_boxes(birds: list[Bird], pictures: Pictures, folder: Path) -> Tensor:
+    """(N, 4) float32 x0 y0 x1 y1 in pixels of the stored picture, clipped to the file's picture.
+    Raises UserError for a box outside it."""
     boxes = torch.tensor([bird.box for bird in birds])
     boxes = torch.minimum(boxes.clamp(min=0), pictures.sizes.repeat(1, 2))
     for i in (boxes[:, 2:] <= boxes[:, :2]).any(1).nonzero().flatten().tolist():
@@ -207,27 +222,28 @@ def _stored_boxes(birds: list[Bird], pictures: Pictures, folder: Path) -> torch.
     return ((boxes - pictures.crops[:, :2].repeat(1, 2)) * _scale(pictures).repeat(1, 2)).float()
 
 
-def _stored_parts(parts: np.ndarray, pictures: Pictures) -> torch.Tensor:
+def _stored_parts(parts: np.ndarray, pictures: Pictures) -> Tensor:
     """(N, P, 3) float32: x y in pixels of the stored picture, and 1 where the part is visible and
-    in the crop; all 0 where it is not. `parts` has x y in pixels of the file's picture."""
-    places = (torch.from_numpy(parts[..., :2]) - pictures.crops[:, None, :2]) * _scale(pictures)[
-        :, None
-    ]
+    in the crop; all 0 where it is not. ``parts`` has x y in pixels of the file's picture."""
+    in_crop = torch.from_numpy(parts[..., :2]) - pictures.crops[:, None, :2]
+    places = in_crop * _scale(pictures)[:, None]
     inside = ((places >= 0) & (places < pictures.images.shape[1])).all(-1)
     visible = (inside & torch.from_numpy(parts[..., 2] == 1))[..., None]
     return torch.cat([places, visible], -1).masked_fill(~visible, 0).float()
 
 
-# -------------------------------------------------------------------------------------------------
-# metadata
+# ---- metadata -----------------------------------------------------------------------------------
 
 
 def read_metadata(
     folder: Path,
 ) -> tuple[list[Bird], np.ndarray | None, tuple[str, ...], tuple[str, ...]]:
-    """The birds by image id, their parts (N, P, 3) float64 as they are written (x, y, visible; None
-    without parts/), the class names by class id, and the part names by part id. UserError names
-    file and line of what is wrong."""
+    """The birds by image id, their parts (N, P, 3) float64 as written (x, y, visible; None without
+    parts/), the class names by class id, and the part names by part id.
+
+    Raises:
+        UserError: naming the file and line of what is wrong.
+    """
     classes = _read_names(folder / "classes.txt")
     for name, line in classes.values():
         if "/" in name or "\\" in name:
@@ -236,36 +252,36 @@ def read_metadata(
     labels = _read_columns(folder / "image_class_labels.txt", 1, images)
     splits = _read_columns(folder / "train_test_split.txt", 1, images)
     boxes = _read_columns(folder / "bounding_boxes.txt", 4, images)
-    index, birds = {number: i for i, number in enumerate(sorted(classes))}, []
-    for number in sorted(images):
-        birds.append(
-            Bird(
-                _image_path(folder, *images[number]),
-                index[_class_id(folder, classes, *labels[number])],
-                _is_train(folder, *splits[number]),
-                _box(folder, *boxes[number]),
-                boxes[number][1],
-            )
+    index = {number: i for i, number in enumerate(sorted(classes))}
+    birds = [
+        Bird(
+            path=_image_path(folder, *images[number]),
+            label=index[_class_id(folder, classes, *labels[number])],
+            train=_is_train(folder, *splits[number]),
+            box=_box(folder, *boxes[number]),
+            box_line=boxes[number][1],
         )
-    _check_splits(folder, birds, [classes[number][0] for number in index])
+        for number in sorted(images)
+    ]
+    names = [classes[number][0] for number in index]
+    _check_splits(folder, birds, names)
     parts, part_names = _read_parts(folder / "parts", images)
-    return birds, parts, _class_names([classes[number][0] for number in index]), part_names
+    return birds, parts, _class_names(names), part_names
 
 
-def _wrong(path: Path, line: int, what: str) -> UserError:
-    return UserError(
-        one_line(
-            f"{path}, line {line}: {what}. Correct it, or take the file from the official archive"
-        )
-    )
+def _wrong(path: Path, line: int, problem: str) -> UserError:
+    """The error for a line of a metadata file."""
+    remedy = "Correct it, or take the file from the official archive"
+    return UserError(one_line(f"{path}, line {line}: {problem}. {remedy}"))
 
 
 def _shown(text: str) -> str:
+    """A text from a file, quoted and shortened for messages."""
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
 def _read_rows(path: Path, fields: int) -> list[tuple[int, list[str]]]:
-    """(line number, fields) of each line that is not blank; the last field may hold blanks."""
+    """(line number, fields) of each line that is not blank. The last field may contain blanks."""
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a file")
@@ -273,7 +289,7 @@ def _read_rows(path: Path, fields: int) -> list[tuple[int, list[str]]]:
             content = file.read(MAX_METADATA_BYTES + 1)
         if len(content) > MAX_METADATA_BYTES:
             raise ValueError(f"it is larger than {MAX_METADATA_BYTES // 2**20} MiB")
-        content = content.removeprefix(codecs.BOM_UTF8)  # some editors write one
+        content = content.removeprefix(codecs.BOM_UTF8)  # some editors add one
         lines = [line.decode() for line in content.split(b"\n")]
     except UnicodeDecodeError:
         line = next(i for i, line in enumerate(content.split(b"\n"), 1) if not _decodes(line))
@@ -287,11 +303,8 @@ def _read_rows(path: Path, fields: int) -> list[tuple[int, list[str]]]:
         if line.strip():
             row = line.split(maxsplit=fields - 1)
             if len(row) != fields:
-                raise _wrong(
-                    path,
-                    number,
-                    f"{fields} fields are expected, not {len(row)}: {_shown(line.strip())}",
-                )
+                problem = f"expected {fields} fields, found {len(row)}: {_shown(line.strip())}"
+                raise _wrong(path, number, problem)
             rows.append((number, [*row[:-1], row[-1].strip()]))
     if not rows:
         raise UserError(f"{path} is empty. Take it from the official archive")
@@ -322,24 +335,24 @@ def _pixels(path: Path, line: int, texts: list[str]) -> list[float]:
 
 
 def _read_names(path: Path) -> dict[int, tuple[str, int]]:
-    """Id -> (name, line) of a file of ids and names. Both are given once, and names can be printed."""
-    names, seen = {}, {}
+    """Id -> (name, line) of a file of ids and names. Ids and names are unique, names printable."""
+    names, line_of_name = {}, {}
     for line, (identity, name) in _read_rows(path, 2):
         number = _whole(path, line, identity)
         if number in names:
             raise _wrong(path, line, f"id {number} is already on line {names[number][1]}")
         if not name.isprintable():
-            raise _wrong(
-                path, line, f"the name {_shown(name)} holds characters that cannot be printed"
-            )
-        if name in seen:
-            raise _wrong(path, line, f"{_shown(name)} is already on line {seen[name]}")
-        names[number], seen[name] = (name, line), line
+            problem = f"the name {_shown(name)} holds characters that cannot be printed"
+            raise _wrong(path, line, problem)
+        if name in line_of_name:
+            raise _wrong(path, line, f"{_shown(name)} is already on line {line_of_name[name]}")
+        names[number] = (name, line)
+        line_of_name[name] = line
     return names
 
 
 def _read_columns(path: Path, columns: int, images: dict) -> dict[int, tuple[list[str], int]]:
-    """Image id -> (columns, line), for each image of images.txt once and for no other."""
+    """Image id -> (columns, line), exactly once for each image of images.txt."""
     values = {}
     for line, (identity, *row) in _read_rows(path, 1 + columns):
         number = _whole(path, line, identity)
@@ -351,18 +364,17 @@ def _read_columns(path: Path, columns: int, images: dict) -> dict[int, tuple[lis
     missing = sorted(images.keys() - values.keys())
     if missing:
         raise UserError(
-            f"{path} has no row for image id {missing[0]}, which is in images.txt ({len(missing):,} missing"
-            f" in all). Add it, or take the file from the official archive"
+            f"{path} has no row for image id {missing[0]}, which is in images.txt "
+            f"({len(missing):,} missing in all). Add it, or take the file from the official archive"
         )
     return values
 
 
 def _image_path(folder: Path, name: str, line: int) -> Path:
-    # also the anchors of other systems
+    # the Windows anchor covers / and C:
     if PureWindowsPath(name).anchor or "\\" in name or ".." in name.split("/"):
-        raise _wrong(
-            folder / "images.txt", line, f"{_shown(name)} is not the path of a file inside images/"
-        )
+        problem = f"{_shown(name)} is not the path of a file inside images/"
+        raise _wrong(folder / "images.txt", line, problem)
     return folder / "images" / name
 
 
@@ -376,11 +388,8 @@ def _class_id(folder: Path, classes: dict, row: list[str], line: int) -> int:
 
 def _is_train(folder: Path, row: list[str], line: int) -> bool:
     if row[0] not in ("0", "1"):
-        raise _wrong(
-            folder / "train_test_split.txt",
-            line,
-            f"{_shown(row[0])} is neither 1 (train) nor 0 (test)",
-        )
+        problem = f"{_shown(row[0])} is neither 1 (train) nor 0 (test)"
+        raise _wrong(folder / "train_test_split.txt", line, problem)
     return row[0] == "1"
 
 
@@ -389,30 +398,29 @@ def _box(folder: Path, row: list[str], line: int) -> tuple[int, int, int, int]:
     x, y, width, height = _pixels(path, line, row)
     x0, y0, x1, y1 = round(x), round(y), round(x + width), round(y + height)
     if x1 <= max(x0, 0) or y1 <= max(y0, 0):
-        raise _wrong(
-            path,
-            line,
-            f"the box {_shown(' '.join(row))} (x y width height) holds no pixel of the picture",
-        )
+        shown = _shown(" ".join(row))
+        problem = f"the box {shown} (x y width height) holds no pixel of the picture"
+        raise _wrong(path, line, problem)
     return x0, y0, x1, y1
 
 
 def _check_splits(folder: Path, birds: list[Bird], names: list[str]) -> None:
     path = folder / "train_test_split.txt"
-    for split, word in ((True, "training"), (False, "test")):
-        if not any(bird.train == split for bird in birds):
+    for is_train, word in ((True, "training"), (False, "test")):
+        if not any(bird.train == is_train for bird in birds):
             raise UserError(f"{path} names no {word} images. Take it from the official archive")
-    without = sorted(set(range(len(names))) - {bird.label for bird in birds if bird.train})
-    if without:
+    untrained = sorted(set(range(len(names))) - {bird.label for bird in birds if bird.train})
+    if untrained:
         raise UserError(
-            f"{path} names no training image of class {_shown(names[without[0]])} ({len(without):,} such"
-            f" classes). Remove it from classes.txt with its images, or make one of them a training image"
+            f"{path} names no training image of class {_shown(names[untrained[0]])} "
+            f"({len(untrained):,} such classes). Remove it from classes.txt with its images, "
+            f"or make one of them a training image"
         )
 
 
 def _class_names(names: list[str]) -> tuple[str, ...]:
-    """ "001.Black_footed_Albatross" -> "Black footed Albatross", where all names stay apart without
-    their numbers."""
+    """Readable names: "001.Black_footed_Albatross" -> "Black footed Albatross", if all names are
+    unique without their numbers."""
     plain = tuple(re.sub(r"^\d+\.", "", name).replace("_", " ").strip() for name in names)
     return plain if len(set(plain)) == len(names) and all(plain) else tuple(names)
 
@@ -422,36 +430,31 @@ def _read_parts(folder: Path, images: dict) -> tuple[np.ndarray | None, tuple[st
     without files."""
     if not any(os.path.exists(folder / name) for name in ("parts.txt", "part_locs.txt")):
         return None, ()
-    path, names = folder / "part_locs.txt", _read_names(folder / "parts.txt")
+    path = folder / "part_locs.txt"
+    names = _read_names(folder / "parts.txt")
     columns = {number: i for i, number in enumerate(sorted(names))}
     index = {number: i for i, number in enumerate(sorted(images))}
-    parts, lines = np.zeros((len(index), len(columns), 3)), {}
+    parts = np.zeros((len(index), len(columns), 3))
+    lines = {}
     for line, row in _read_rows(path, 5):
         image, part = (_whole(path, line, text) for text in row[:2])
-        if image not in index or part not in columns:
-            raise _wrong(
-                path,
-                line,
-                f"image id {image} is not in images.txt"
-                if image not in index
-                else f"part id {part} is not in parts.txt",
-            )
+        if image not in index:
+            raise _wrong(path, line, f"image id {image} is not in images.txt")
+        if part not in columns:
+            raise _wrong(path, line, f"part id {part} is not in parts.txt")
         if (image, part) in lines:
-            raise _wrong(
-                path,
-                line,
-                f"part {part} of image id {image} is already on line {lines[image, part]}",
-            )
+            problem = f"part {part} of image id {image} is already on line {lines[image, part]}"
+            raise _wrong(path, line, problem)
         if row[4] not in ("0", "1"):
             raise _wrong(path, line, f"{_shown(row[4])} is neither 1 (visible) nor 0 (not)")
         parts[index[image], columns[part]] = *_pixels(path, line, row[2:4]), row[4] == "1"
         lines[image, part] = line
-    missing = next(
-        ((image, part) for image in index for part in columns if (image, part) not in lines), None
-    )
+    pairs = ((image, part) for image in index for part in columns)
+    missing = next((pair for pair in pairs if pair not in lines), None)
     if missing:
+        image, part = missing
         raise UserError(
-            f"{path} has no row for part {missing[1]} of image id {missing[0]}. Add it, or take the file"
-            f" from the official archive"
+            f"{path} has no row for part {part} of image id {image}. "
+            f"Add it, or take the file from the official archive"
         )
     return parts, tuple(names[number][0] for number in columns)

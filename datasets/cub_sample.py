@@ -1,9 +1,9 @@
 """The built-in sample in the form of CUB-200-2011: photo-sized pictures on disk, with boxes, parts
 and a split.
 
-A picture is the clutter of sample_data.py with one "bird" on it: an ellipse with an eye, a tail,
-and a tile that bears one of the MARKS. Only the pattern of the mark tells the class. The box is the
-bird's, and the parts are the centres of eye, mark and tail, so that a test can measure where a
+A picture is the clutter of cifar_sample.py with one "bird" on it: an ellipse with an eye, a tail,
+and a tile with one of the MARKS. Only the pattern of the mark tells the class. The box is the
+bird's, and the parts are the centers of eye, mark and tail, so that a test can measure where a
 network looks. The pixels are the same on every machine, before JPEG.
 """
 
@@ -30,9 +30,9 @@ from datasets.cifar_sample import (
 from datasets.cub import CUB_FOLDER, load_cub
 from datasets.image_set import ImageSet
 
-CANVAS = 280  # pixels; a picture is cut from a square of this side
+CANVAS = 280  # pixels; a picture is cropped from a square of this side
 MARK_CELL = 5  # pixels
-WORDS = words_per_picture(CANVAS) + 32  # of 64 bits, that a picture is drawn from
+WORDS = words_per_picture(CANVAS) + 32  # random 64-bit words per picture
 PART_NAMES = ("eye", "mark", "tail")
 
 
@@ -47,7 +47,15 @@ def cub_sample(
     train_per_class: int = 12,
     test_per_class: int = 6,
 ) -> tuple[ImageSet, ImageSet]:
-    """(train, test), written to a temporary folder and loaded from it as CUB-200-2011 is."""
+    """(train, test), written to a temporary folder and loaded from it like CUB-200-2011.
+
+    Args:
+        image_size, crop, margin, num_workers: see load_cub.
+        seed, classes, train_per_class, test_per_class: see write_cub_sample.
+
+    Raises:
+        ValueError, UserError: as those two do.
+    """
     with tempfile.TemporaryDirectory(prefix="cub-sample-", ignore_cleanup_errors=True) as folder:
         write_cub_sample(
             folder,
@@ -65,10 +73,11 @@ def cub_sample(
             download=False,
             progress=False,
         )
-        # cloned: the loaded images are mapped from the cache's file, which goes with the folder
+        # cloned: the loaded images are mapped from the cache, which is deleted with the folder
+        source = f"built-in sample (seed {seed})"
         train, test = (
-            replace(part, images=part.images.clone(), source=f"built-in sample (seed {seed})")
-            for part in (train, test)
+            replace(image_set, images=image_set.images.clone(), source=source)
+            for image_set in (train, test)
         )
     return train, test
 
@@ -76,8 +85,12 @@ def cub_sample(
 def write_cub_sample(
     folder: str | os.PathLike, *, seed: int, classes: int, train_per_class: int, test_per_class: int
 ) -> None:
-    """Write <folder>/CUB_200_2011 in the official layout; balanced, and train and test share no
-    drawing."""
+    """Write <folder>/CUB_200_2011 in the official layout, balanced. Train and test share no
+    drawing.
+
+    Raises:
+        ValueError: fewer than 2 classes, or more than MARKS.
+    """
     if not 2 <= classes <= len(MARKS):
         raise ValueError(f"the sample has 2 to {len(MARKS)} classes, not {classes}")
     root = Path(folder) / CUB_FOLDER
@@ -87,22 +100,20 @@ def write_cub_sample(
         for split in (0, 1)
     ]
     tables = {
-        name: []
-        for name in (
-            "classes",
-            "images",
-            "image_class_labels",
-            "train_test_split",
-            "bounding_boxes",
-            "parts/part_locs",
-        )
+        "classes": [],
+        "images": [],
+        "image_class_labels": [],
+        "train_test_split": [],
+        "bounding_boxes": [],
+        "parts/part_locs": [],
     }
     for label, mark in enumerate(list(MARKS)[:classes]):
         name = f"{label + 1:03d}.{mark}"
         (root / "images" / name).mkdir(parents=True)
         tables["classes"].append(f"{label + 1} {name}")
         for i in range(train_per_class + test_per_class):
-            is_train, image = i < train_per_class, len(tables["images"]) + 1
+            is_train = i < train_per_class
+            image = len(tables["images"]) + 1
             words = streams[not is_train].random_raw(WORDS)
             picture, (x0, y0, x1, y1), parts = draw_bird(words, label)
             path = f"{name}/{mark}_{i + 1:04d}.jpg"
@@ -110,9 +121,8 @@ def write_cub_sample(
             tables["images"].append(f"{image} {path}")
             tables["image_class_labels"].append(f"{image} {label + 1}")
             tables["train_test_split"].append(f"{image} {is_train:d}")
-            tables["bounding_boxes"].append(
-                f"{image} {x0:.1f} {y0:.1f} {x1 - x0:.1f} {y1 - y0:.1f}"
-            )
+            box = f"{x0:.1f} {y0:.1f} {x1 - x0:.1f} {y1 - y0:.1f}"
+            tables["bounding_boxes"].append(f"{image} {box}")
             tables["parts/part_locs"] += [
                 f"{image} {part} {x:.1f} {y:.1f} 1" for part, (x, y) in enumerate(parts, 1)
             ]
@@ -123,8 +133,8 @@ def write_cub_sample(
 
 def draw_bird(words: np.ndarray, label: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A picture from WORDS random words: (H, W, 3) uint8, one side from 224 to 248 pixels and the
-    other from 256 to 280, the bird's box (4,) int64 x0 y0 x1 y1, and the centres of PART_NAMES (3,
-    2) float64 x y. The label has a say in the mark's pixels only."""
+    other from 256 to 280; the bird's box (4,) int64 x0 y0 x1 y1; and the centers of PART_NAMES (3,
+    2) float64 x y. Only the mark's pixels depend on the label."""
     draw = Words(words[None])
     sides = _one(draw, 224, 249), _one(draw, 256, 281)
     height, width = sides[:: 1 - 2 * _one(draw, 0, 2)]
@@ -132,13 +142,15 @@ def draw_bird(words: np.ndarray, label: int) -> tuple[np.ndarray, np.ndarray, np
     clutter = plain.copy()
     for _ in range(DISTRACTORS):
         distractor(draw, clutter)
-    picture, texture = clutter[0, :height, :width], (plain[0, :height, :width] - 128) // 3
+    picture = clutter[0, :height, :width]
+    texture = (plain[0, :height, :width] - 128) // 3
 
     long, high = _one(draw, 54, 73), _one(draw, 40, 53)  # half the body
-    # from the body's centre to the tail's end; to the right: 1
-    tail, facing = long * 7 // 5, 1 - 2 * _one(draw, 0, 2)
+    tail = long * 7 // 5  # from the body's center to the tail's end
+    facing = 1 - 2 * _one(draw, 0, 2)  # to the right: 1
     before, after = (tail, long) if facing == 1 else (long, tail)
-    x, y = _one(draw, before + 4, width - after - 4), _one(draw, high + 4, height - high - 4)
+    x = _one(draw, before + 4, width - after - 4)
+    y = _one(draw, high + 4, height - high - 4)
     rows, columns = np.ogrid[:height, :width]
     down, ahead = rows - y, (columns - x) * facing
     body, feathers = draw.integers(50, 206, 3)[0], draw.integers(30, 226, 3)[0]
@@ -147,7 +159,8 @@ def draw_bird(words: np.ndarray, label: int) -> tuple[np.ndarray, np.ndarray, np
     ellipse = down**2 * long**2 + ahead**2 * high**2 <= (long * high) ** 2
     picture[ellipse] = (body + texture)[ellipse]
 
-    eye_x, eye_y = x + facing * (long * 13 // 20), y - high * 3 // 10
+    eye_x = x + facing * (long * 13 // 20)
+    eye_y = y - high * 3 // 10
     distance = (rows - eye_y) ** 2 + (columns - eye_x) ** 2
     picture[distance <= 64] = 240
     picture[distance <= 25] = 10
@@ -155,16 +168,14 @@ def draw_bird(words: np.ndarray, label: int) -> tuple[np.ndarray, np.ndarray, np
     side = CELLS * MARK_CELL
     left = x + facing * _one(draw, -long * 2 // 5, long // 8) - side // 2
     top = y + _one(draw, -high // 5, high // 5 + 1) - side // 2
-    picture[top : top + side, left : left + side] = mark_tiles(draw, np.array([label]), MARK_CELL)[
-        0
-    ]
+    tiles = mark_tiles(draw, np.array([label]), MARK_CELL)
+    picture[top : top + side, left : left + side] = tiles[0]
+
     box = np.array([x - before, y - high, x + after + 1, y + high + 1])
-    parts = (
-        np.array(
-            [[eye_x, eye_y], [left + side // 2, top + side // 2], [x - facing * (long * 6 // 5), y]]
-        )
-        + 0.5
-    )
+    eye = [eye_x, eye_y]
+    mark = [left + side // 2, top + side // 2]
+    tail_center = [x - facing * (long * 6 // 5), y]
+    parts = np.array([eye, mark, tail_center]) + 0.5
     return np.ascontiguousarray(picture.clip(0, 255), dtype=np.uint8), box, parts
 
 

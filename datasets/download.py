@@ -1,5 +1,5 @@
-"""Archives of data sets: fetched from their server whole or not at all, checked, and unpacked
-inside one folder."""
+"""Archives of data sets: downloaded whole or not at all, verified, and unpacked inside one
+folder."""
 
 from __future__ import annotations
 
@@ -29,61 +29,70 @@ from common.files import (
 from common.hub import SOCKET_TIMEOUT
 from datasets.image_files import shows_progress
 
-ATTEMPTS = 3  # in a row without a new byte until a download is given up
+ATTEMPTS = 3  # in a row without a new byte before a download is given up
 PAUSE = 2.0  # seconds between two attempts
 BLOCK = 2**18  # bytes read at a time
-PASSING = (408, 416, 429)  # with 500 and above: HTTP errors that another attempt may not meet
+PASSING = (408, 416, 429)  # and 500 and above: HTTP errors that may be temporary
 
 
 class _Broken(Exception):
     """A connection that failed or ended early: worth another attempt."""
 
 
+# ---- where the data are -------------------------------------------------------------------------
+
+
 def data_folder(data_dir: str | os.PathLike) -> Path:
-    """--data-dir as a path. Raises UserError for a ~ that stands for no folder."""
+    """--data-dir as a path. Raises UserError for a ~ without a home folder."""
     try:
         return expand_user(data_dir)
     except ValueError as error:
         raise UserError(f"--data-dir {error}") from None
 
 
-def named(folder: Path, names: Sequence[str]) -> list[Path]:
-    """What has one of the names in a folder, in capital or small letters, in the order of `names`."""
-    small = [name.casefold() for name in names]
-    found = [path for path in _listed(folder) if path.name.casefold() in small]
-    return sorted(found, key=lambda path: (small.index(path.name.casefold()), path.name))
+def find_named(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The paths in a folder with one of the names, in any case, in the order of ``names``."""
+    folded = [name.casefold() for name in names]
+    found = [path for path in _listed(folder) if path.name.casefold() in folded]
+    return sorted(found, key=lambda path: (folded.index(path.name.casefold()), path.name))
 
 
-def around(root: Path, names: Sequence[str]) -> list[Path]:
-    """What has one of the names in `root`, then what has one in a folder of root's: archives are
-    unpacked one level too deep, or beside other things."""
-    inside = (
-        path
-        for folder in sorted(_listed(root))
-        if not folder.name.startswith(".")
-        for path in named(folder, names)
-    )
-    return [*named(root, names), *inside]
+def find_below(root: Path, names: Sequence[str]) -> list[Path]:
+    """The paths with one of the names in ``root``, then those in its folders: archives get unpacked
+    one level too deep, or beside other things."""
+    folders = (path for path in sorted(_listed(root)) if not path.name.startswith("."))
+    inside = (path for folder in folders for path in find_named(folder, names))
+    return [*find_named(root, names), *inside]
 
 
-def near(root: Path, names: Sequence[str]) -> list[Path]:
-    """What has one of the names beside `root`, and the two folders that `root` lies in."""
+def find_beside(root: Path, names: Sequence[str]) -> list[Path]:
+    """The paths with one of the names beside ``root``, and the two folders above ``root``."""
     above = root.absolute().parents[:2]
-    return [*(named(above[0], names) if above else ()), *above]
+    return [*(find_named(above[0], names) if above else ()), *above]
 
 
 def _listed(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
-    except OSError:  # no folder, or one that we may not read
+    except OSError:  # not a folder, or not readable
         return []
 
 
 def check_data_dir(
     root: Path, download: bool, what: str, folder: str, other: Path | None, by_hand: str
 ) -> None:
-    """Refuse what looks like a mistyped --data-dir rather than download `what` into it; it should
-    hold `folder`. `other`: where the data set is, if it was found near `root`."""
+    """Refuse what looks like a mistyped --data-dir instead of downloading into it.
+
+    Args:
+        root: the data folder.
+        download: whether downloading into ``root`` is allowed.
+        what, by_hand: for messages: the data set, and what to do without a download.
+        folder: the name of the folder that ``root`` should hold.
+        other: the data set's path, if it was found near ``root``.
+
+    Raises:
+        UserError: ``root`` is a file, or mistyped, or a download is not allowed.
+    """
     if root.exists() and not root.is_dir():
         raise UserError(
             f"--data-dir {root} is a file, not a folder. Give the folder that holds {folder}/"
@@ -99,17 +108,19 @@ def check_data_dir(
 
 
 def check_space(folder: Path, mib: int, what: str) -> None:
-    """UserError where fewer than `mib` MiB are free in `folder` (or its parent, while it is yet to
-    be made)."""
-    free = shutil.disk_usage(folder if folder.is_dir() else folder.absolute().parent).free // 2**20
+    """Raises UserError if fewer than ``mib`` MiB are free in ``folder`` (in its parent, if it does
+    not exist yet)."""
+    existing = folder if folder.is_dir() else folder.absolute().parent
+    free = shutil.disk_usage(existing).free // 2**20
     if free < mib:
         raise UserError(
-            f"{what} needs {mib:,} MiB of disk space in {folder}, where {free:,} MiB are free. Make room,"
-            f" or give a --data-dir on another disk"
+            f"{what} needs {mib:,} MiB of disk space in {folder}, where {free:,} MiB are free. "
+            f"Make room, or give a --data-dir on another disk"
         )
 
 
 def md5_of(path: Path) -> str:
+    """The md5 of a file, in hexadecimal. Raises OSError."""
     digest = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -118,36 +129,43 @@ def md5_of(path: Path) -> str:
 
 
 def check_archive(path: Path, md5: str, url: str) -> None:
-    """UserError unless the file is the whole archive."""
+    """Raises UserError unless the file is the whole archive."""
     try:
-        right = md5_of(path) == md5
+        is_whole = md5_of(path) == md5
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({one_line(error)}). Make it readable, or move it away and start"
-            f" again"
+            f"{path} cannot be read ({one_line(error)}). "
+            f"Make it readable, or move it away and start again"
         ) from None
-    if not right:
+    if not is_whole:
+        size = path.stat().st_size
         raise UserError(
-            f"{path} is damaged or half a download ({path.stat().st_size:,} bytes, its md5 is not {md5})."
-            f" Move it away and start again, or fetch it from {url}"
+            f"{path} is damaged or half a download ({size:,} bytes, its md5 is not {md5}). "
+            f"Move it away and start again, or fetch it from {url}"
         )
 
 
-# -------------------------------------------------------------------------------------------------
-# download
+# ---- download -----------------------------------------------------------------------------------
 
 
 def fetch(
     url: str, md5: str, path: Path, *, size_mib: int, what: str, by_hand: str, progress: bool
 ) -> None:
-    """Download `url` to `path`, making its folder. The file gets its name only when it is whole,
-    and only if nothing has that name by then: a broken download leaves nothing, and a second
-    process that downloads the same does no harm.
+    """Download ``url`` to ``path``, creating its folder.
 
-    size_mib: about how much will come; twice that is refused.
-    what, by_hand: for messages: the data set, and what to do without a download. Raises UserError.
+    The file gets its name only when it is whole, and only if nothing has that name by then. So a
+    broken download leaves nothing, and two processes can safely download the same file.
+
+    Args:
+        size_mib: approximate size; twice that is refused.
+        what, by_hand: for messages: the data set, and what to do without a download.
+
+    Raises:
+        UserError: the download failed, or there is too little disk space.
     """
-    root, made, folder = path.parent, [], temporary_in(path.parent)
+    root = path.parent
+    folder = temporary_in(root)
+    made = []
     try:
         check_space(root, size_mib, what)
         made = make_folders(root)
@@ -161,16 +179,16 @@ def fetch(
             os.fsync(file.fileno())
         found = md5_of(partial)
         if found != md5:
+            size = partial.stat().st_size
             raise ValueError(
-                f"{partial.stat().st_size:,} bytes came, with md5 {found}: half a download, or another"
-                f" file"
+                f"received {size:,} bytes with md5 {found}: half a download, or another file"
             )
         if not os.path.lexists(path):
             os.replace(partial, path)
     except (OSError, ValueError, _Broken) as error:
         raise UserError(
-            f"could not download {what} to {root} ({one_line(error)}); nothing was kept. Try again, or:"
-            f" {by_hand}"
+            f"could not download {what} to {root} ({one_line(error)}); nothing was kept. "
+            f"Try again, or: {by_hand}"
         ) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -178,8 +196,7 @@ def fetch(
 
 
 def _transfer(url: str, file: BinaryIO, limit: int, what: str, progress: bool) -> None:
-    """Write what the server holds to `file`. Where the connection breaks, the next attempt asks for
-    the rest."""
+    """Download to ``file``. After a broken connection, the next attempt asks for the rest."""
     reached = failures = 0
     with tqdm(
         desc=what,
@@ -202,24 +219,23 @@ def _transfer(url: str, file: BinaryIO, limit: int, what: str, progress: bool) -
 
 
 def _receive(url: str, file: BinaryIO, limit: int, bar: tqdm) -> None:
-    """One connection: append what `file` still lacks, or write all of it where the server sends
-    only the whole."""
+    """One connection: append the rest to ``file``, or write all of it if the server does not send
+    parts."""
     offset = file.tell()
-    headers = {"User-Agent": "learn-to-pay-attention"} | (
-        {"Range": f"bytes={offset}-"} if offset else {}
-    )
+    headers = {"User-Agent": "learn-to-pay-attention"}
+    if offset:
+        headers["Range"] = f"bytes={offset}-"
     with _connection():
-        response = urllib.request.urlopen(
-            urllib.request.Request(url, headers=headers), timeout=SOCKET_TIMEOUT
-        )
+        request = urllib.request.Request(url, headers=headers)
+        response = urllib.request.urlopen(request, timeout=SOCKET_TIMEOUT)
     with response:
+        content_range = response.headers.get("Content-Range")
         if response.status != 206:
             offset = file.seek(0)
             file.truncate()
-        elif not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
+        elif not (content_range or "").startswith(f"bytes {offset}-"):
             raise ValueError(
-                f"the server sent {one_line(response.headers.get('Content-Range'))}, not the rest from"
-                f" byte {offset}"
+                f"the server sent {one_line(content_range)}, not the rest from byte {offset}"
             )
         length = response.headers.get("Content-Length")
         bar.total = total = length and offset + int(length)
@@ -231,15 +247,14 @@ def _receive(url: str, file: BinaryIO, limit: int, bar: tqdm) -> None:
             file.write(block)
             bar.update(file.tell() - bar.n)
             if file.tell() > limit:
-                raise ValueError(f"more than {limit:,} bytes came: another file")
+                raise ValueError(f"received more than {limit:,} bytes: another file")
     if total is not None and file.tell() < total:
-        raise _Broken(f"{file.tell():,} of {total:,} bytes came")
+        raise _Broken(f"received {file.tell():,} of {total:,} bytes")
 
 
 @contextlib.contextmanager
 def _connection() -> Iterator[None]:
-    """Turns the network's errors into _Broken; one that no other attempt would mend stays what it
-    is."""
+    """Turns network errors into _Broken, except those that another attempt would not fix."""
     try:
         yield
     except urllib.error.HTTPError as error:
@@ -251,20 +266,21 @@ def _connection() -> Iterator[None]:
         raise _Broken(one_line(error)) from None
 
 
-# -------------------------------------------------------------------------------------------------
-# unpack
+# ---- unpack -------------------------------------------------------------------------------------
 
 
 def unpack(archive: Path, folder_name: str, root: Path, *, progress: bool) -> None:
-    """Unpack what lies under `folder_name`/ in a .tar.gz to root/folder_name, whole or not at all;
-    other members are passed over. A second process that unpacks the same does no harm.
+    """Unpack ``folder_name`` from a .tar.gz into ``root``, whole or not at all. Other members are
+    skipped. Two processes can safely unpack the same archive.
 
-    Raises UserError, for a member too that is neither file nor folder or would leave the folder.
+    Raises:
+        UserError: the archive cannot be unpacked, or has a member that is neither file nor folder
+            or would leave the folder.
     """
     if not hasattr(tarfile, "data_filter"):
         raise UserError(
-            f"this Python cannot unpack {archive} safely. Use 3.10.12, 3.11.4, 3.12 or newer, or unpack"
-            f" {folder_name}/ to {root} yourself"
+            f"this Python cannot unpack {archive} safely. Use 3.10.12, 3.11.4, 3.12 or newer, "
+            f"or unpack {folder_name}/ to {root} yourself"
         )
     folder = temporary_in(root)
     try:
@@ -287,9 +303,9 @@ def unpack(archive: Path, folder_name: str, root: Path, *, progress: bool) -> No
             for member in tar:
                 if _belongs(member, folder_name):
                     tar.extract(member, folder, filter="data")
-                    os.utime(folder)  # still in use: remove_leftovers looks at the time
+                    os.utime(folder)  # marks it as in use for remove_leftovers
                 bar.update(file.tell() - bar.n)
-            # to the end, where the checksum is: a damaged header ends the loop above
+            # on to the checksum at the end: a damaged header ends the loop above
             while tar.fileobj.read(BLOCK):
                 pass
         if not (folder / folder_name).is_dir():
@@ -297,24 +313,21 @@ def unpack(archive: Path, folder_name: str, root: Path, *, progress: bool) -> No
         _put(folder / folder_name, root / folder_name)
     except Exception as error:  # a damaged archive raises nearly anything
         raise UserError(
-            f"could not unpack {archive} to {root} ({one_line(error)}); nothing was kept. Start again when"
-            f" that is mended, or unpack {folder_name}/ there yourself"
+            f"could not unpack {archive} to {root} ({one_line(error)}); nothing was kept. "
+            f"Fix that and start again, or unpack {folder_name}/ there yourself"
         ) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _belongs(member: tarfile.TarInfo, folder_name: str) -> bool:
-    """Whether a member lies in the folder. ValueError for one that no honest archive of files
-    holds."""
+    """Whether a member is in the folder. Raises ValueError for one that an honest archive of files
+    does not have."""
     path = PurePosixPath(member.name)
-    if (
-        path.is_absolute()
-        or ".." in path.parts
-        or "\\" in member.name
-        or not (member.isreg() or member.isdir())
-    ):
-        raise ValueError(f"its member {member.name[:100]!r} is no plain file or folder inside it")
+    leaves_folder = path.is_absolute() or ".." in path.parts or "\\" in member.name
+    if leaves_folder or not (member.isreg() or member.isdir()):
+        name = member.name[:100]
+        raise ValueError(f"its member {name!r} is not a plain file or folder inside it")
     return path.parts[:1] == (folder_name,)
 
 
@@ -322,5 +335,5 @@ def _put(folder: Path, target: Path) -> None:
     try:
         os.replace(folder, target)
     except OSError:
-        if not target.is_dir():  # else another process was faster
+        if not target.is_dir():  # otherwise another process was faster
             raise

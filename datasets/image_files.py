@@ -1,5 +1,5 @@
-"""Image files, opened in one way wherever they are needed, and decoded once, into a cache that
-names what it was made from, by worker processes whose errors are told as what they are."""
+"""Image files: one way to open them, and parallel decoding into a verified cache. Errors name the
+file."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import sys
 import warnings
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
+from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import UserError, one_line, printable
@@ -29,30 +30,35 @@ from common.files import make_folders, remove_leftovers, remove_made, replace_fi
 MIN_IMAGE_SIZE = 16  # pixels
 CACHE_VERSION = 3  # raise it when decoding changes: caches of an older version are made again
 CHUNK = 512  # images decoded by one call of a worker, at most ...
-CHUNK_BYTES = 2**22  # ... and fewer when they are large: about so many bytes of pixels
-CHECKSUM_BYTES = 2**26  # of a tensor looked at in one go
+CHUNK_BYTES = 2**22  # ... and fewer when they are large: about this many bytes of pixels
+CHECKSUM_BYTES = 2**26  # of a tensor, per call of the checksum
 # of an image. A larger one is refused before it is decoded: a small file can claim any size
 MAX_PIXELS = 300_000_000
 REDUCED_ABOVE = 2**26  # pixels; larger images are decoded smaller where the format can (JPEG), ...
-REDUCED_SIDE = 2048  # ... but not below so many pixels a side
+REDUCED_SIDE = 2048  # ... but not below this many pixels per side
 # Formats that Pillow lists but hands to other programs (Ghostscript among them), or cannot decode
-# to colours.
+# to colors.
 NOT_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+
+Result = TypeVar("Result")
 
 
 class Pictures(NamedTuple):
     """Decoded images, and which part of the file's picture each one shows."""
 
-    images: torch.Tensor  # (N, H, W, 3) uint8
-    crops: torch.Tensor  # (N, 4) int32, x0 y0 x1 y1 in pixels of the file's picture
-    sizes: torch.Tensor  # (N, 2) int32, width and height of the file's picture
+    images: Tensor  # (N, H, W, 3) uint8
+    crops: Tensor  # (N, 4) int32, x0 y0 x1 y1 in pixels of the file's picture
+    sizes: Tensor  # (N, 2) int32, width and height of the file's picture
 
 
-# x0 y0 x1 y1 in pixels of the file's picture; it may hang over the picture's edge
+# x0 y0 x1 y1 in pixels of the file's picture; it may extend beyond the picture
 Crop = tuple[int, int, int, int]
 
 
-def decoded(
+# ---- cache --------------------------------------------------------------------------------------
+
+
+def load_or_decode(
     paths: list[Path],
     cache_dir: Path,
     name: str,
@@ -64,11 +70,22 @@ def decoded(
     crops: list[Crop] | None = None,
     upright: bool = True,
 ) -> Pictures:
-    """The images of `paths`, from the cache when it was made from the same files and crops. With
-    crops, or boxes that are known in the file's own pixels, the orientation that a camera has
-    written down is not heeded: `upright=False`.
+    """The images of ``paths``, from the cache if it was made from the same files and crops, else
+    decoded and cached.
 
-    A cache is mapped into memory, not read: it costs no memory that the system could not take back.
+    The cache is mapped into memory, not read: the system can take that memory back.
+
+    Args:
+        cache_dir, name: the cache is <cache_dir>/<name>-...pt.
+        root: the folder that holds all paths; the cache key has names relative to it.
+        size: (H, W) of the result; None: that of the first image.
+        resize: resize to ``size`` (square), instead of an error where an image differs.
+        num_workers, progress, crops: see decode_images.
+        upright: apply the EXIF orientation. False where crops or boxes are in the file's own
+            pixels.
+
+    Raises:
+        UserError: as decode_images, and where an image is smaller than MIN_IMAGE_SIZE.
     """
     stem = f"{name}-{size[0]}px-" if resize else f"{name}-"
     key = _cache_key(paths, root, size if resize else None, crops, upright)
@@ -91,12 +108,10 @@ def _cache_key(
     crops: list[Crop] | None,
     upright: bool,
 ) -> str:
-    """What the cache was made from: format, size, and every file's name, length in bytes, time of
-    change and crop."""
-    digest, beginning = (
-        hashlib.sha256(f"{CACHE_VERSION} {size} {upright}".encode()),
-        len(str(root)) + 1,
-    )
+    """What the cache is made from: format, size, and the name, length in bytes, modification time
+    and crop of every file."""
+    digest = hashlib.sha256(f"{CACHE_VERSION} {size} {upright}".encode())
+    name_start = len(str(root)) + 1
     for path, crop in _with_crops(paths, crops):
         try:
             stat = os.stat(path)
@@ -104,33 +119,33 @@ def _cache_key(
             raise UserError(
                 f"{path} cannot be read ({one_line(error)}). Replace or remove it"
             ) from None
-        # a name as text: pathlib's relative_to takes seconds for the 60,000 files of CIFAR-100
-        line = f"{str(path)[beginning:]}\0{stat.st_size}\0{stat.st_mtime_ns}\0{crop}\n"
+        # by slicing: pathlib's relative_to takes seconds for the 60,000 files of CIFAR-100
+        line = f"{str(path)[name_start:]}\0{stat.st_size}\0{stat.st_mtime_ns}\0{crop}\n"
         digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:20]
 
 
 def _with_crops(paths: list[Path], crops: list[Crop] | None) -> list[tuple[Path, Crop | None]]:
-    return (
-        [(path, None) for path in paths] if crops is None else list(zip(paths, crops, strict=True))
-    )
+    if crops is None:
+        return [(path, None) for path in paths]
+    return list(zip(paths, crops, strict=True))
 
 
 def _read_cache(path: Path, key: str, count: int) -> Pictures | None:
-    """What the cache holds, mapped into memory, or None when there is nothing that can be believed."""
+    """The cache's content, mapped into memory, or None if there is none or it is damaged."""
     if not path.is_file():
         return None
     try:
         cached = _load_mapped(path)
         pictures = Pictures(*(cached[name] for name in Pictures._fields))
-        right = (
+        kinds = [(torch.uint8, 4), (torch.int32, 2), (torch.int32, 2)]
+        is_well_formed = (
             cached["key"] == key
             and [len(tensor) for tensor in pictures] == [count] * 3
-            and [(tensor.dtype, tensor.ndim) for tensor in pictures]
-            == [(torch.uint8, 4), (torch.int32, 2), (torch.int32, 2)]
+            and [(tensor.dtype, tensor.ndim) for tensor in pictures] == kinds
         )
         # torch.load does not check the bytes itself
-        if right and cached["crc32"] == _checksum(pictures):
+        if is_well_formed and cached["crc32"] == _checksum(pictures):
             return pictures
         reason = "its content is not what was written"
     except Exception as error:  # a damaged file raises nearly anything
@@ -140,15 +155,15 @@ def _read_cache(path: Path, key: str, count: int) -> Pictures | None:
 
 
 def _load_mapped(path: Path) -> dict:
-    """What torch.save wrote, mapped into memory; read, where PyTorch cannot take the name, which is
-    not in UTF-8."""
+    """Load a file of torch.save, mapped into memory. Read instead if its name is not UTF-8, which
+    PyTorch cannot map."""
     mapped = printable(path) == str(path)
     return torch.load(
         str(path) if mapped else path, map_location="cpu", weights_only=True, mmap=mapped
     )
 
 
-def _checksum(tensors: Iterable[torch.Tensor]) -> int:
+def _checksum(tensors: Iterable[Tensor]) -> int:
     value = 0
     for tensor in tensors:
         content = memoryview(tensor.numpy()).cast("B")
@@ -158,8 +173,8 @@ def _checksum(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _write_cache(path: Path, stem: str, key: str, pictures: Pictures) -> bool:
-    """Write the cache, then remove what it replaces. Without a place to write, say so and go on
-    without a cache (False)."""
+    """Write the cache, then remove the caches it replaces. If it cannot be written, print that and
+    return False."""
     made = []
     try:
         made = make_folders(path.parent)
@@ -170,24 +185,24 @@ def _write_cache(path: Path, stem: str, key: str, pictures: Pictures) -> bool:
             if old != path and _holds_key(old, old.stem[-len(key) :]):
                 old.unlink()
         return True
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
         remove_made(made)
-        _say_once(
-            f"no cache in {path.parent} ({one_line(error)[:100]}): images are decoded anew at every start"
+        reason = one_line(error)[:100]
+        _print_once(
+            f"no cache in {path.parent} ({reason}): images are decoded again at every start"
         )
         return False
 
 
 def _holds_key(path: Path, key: str) -> bool:
-    """Whether a file is a cache of that key: one of ours, whatever else has such a name."""
+    """Whether a file is a cache with that key, rather than a user's file with such a name."""
     try:
         return _load_mapped(path)["key"] == key
-    except Exception:  # a file of somebody else's raises nearly anything
+    except Exception:  # a file that is not a cache raises nearly anything
         return False
 
 
-# -------------------------------------------------------------------------------------------------
-# decoding
+# ---- decoding -----------------------------------------------------------------------------------
 
 
 def decode_images(
@@ -200,31 +215,41 @@ def decode_images(
     crops: list[Crop] | None = None,
     upright: bool = True,
 ) -> Pictures:
-    """The images of `paths`; `size` is (H, W): resized to it, or (resize=False) an error where one
-    differs. Of a picture with a crop only that part is shown; a crop is clipped to the picture.
+    """Decode the images of ``paths``.
 
-    A chunk whose worker raises or dies is decoded again in this process, so that the error a person
-    sees is the real one, with the file's name.
+    A chunk whose worker raises or dies is decoded again in this process, so that the user sees the
+    real error, with the file's name.
+
+    Args:
+        size: (H, W) of the result.
+        resize: resize to ``size`` (square), instead of an error where an image differs.
+        num_workers: processes; 0 decodes in this process.
+        progress, title: whether to show a progress bar, and its name.
+        crops: the part of each picture to decode, clipped to the picture; None for whole pictures.
+        upright: apply the EXIF orientation.
+
+    Raises:
+        UserError: an image cannot be read or is not of ``size``, or memory is too small for all.
     """
+    height, width = size
+    image_bytes = height * width * 3
     try:
         images = np.empty((len(paths), *size, 3), np.uint8)
     except (MemoryError, ValueError):
-        gib = len(paths) * size[0] * size[1] * 3 / 2**30
+        gib = len(paths) * image_bytes / 2**30
         raise UserError(
-            f"{len(paths):,} images of {size[1]}x{size[0]} pixels take {gib:,.0f} GiB of memory, more than there"
-            f" is. Give a smaller --image-size"
+            f"{len(paths):,} images of {width}x{height} pixels take {gib:,.0f} GiB of memory, "
+            f"more than is available. Give a smaller --image-size"
         ) from None
     places = np.empty((len(paths), 6), np.int32)  # crop and size
     files = _with_crops(paths, crops)
-    step = min(CHUNK, max(1, CHUNK_BYTES // (size[0] * size[1] * 3)))
+    step = min(CHUNK, max(1, CHUNK_BYTES // image_bytes))
     chunks = [files[start : start + step] for start in range(0, len(files), step)]
     workers = min(num_workers, len(chunks))
-    # spawn, because forking a process that runs torch's threads can hang the child
-    pool = (
-        _attempt(lambda: ProcessPoolExecutor(workers, get_context("spawn")))
-        if workers > 0
-        else None
-    )
+    pool = None
+    if workers > 0:
+        # spawn, because forking a process that runs torch's threads can hang the child
+        pool = _attempt(lambda: ProcessPoolExecutor(workers, get_context("spawn")))
     bar = tqdm(
         total=len(paths),
         desc=f"decoding {title}",
@@ -235,15 +260,17 @@ def decode_images(
     tasks, waiting, done = deque(), iter(chunks), 0
     try:
         for chunk in chunks:
-            # never all: pixels add up
+            # a few chunks ahead, not all: their pixels would fill the memory
             while pool and len(tasks) < 2 * workers and (later := next(waiting, None)):
                 tasks.append(
                     _attempt(lambda: pool.submit(_decode_chunk, later, size, resize, upright))
                 )
             task = tasks.popleft() if tasks else None
-            part = _attempt(task.result) if task else None
+            result = _attempt(task.result) if task else None
+            if result is None:
+                result = _decode_chunk(chunk, size, resize, upright)
             end = done + len(chunk)
-            images[done:end], places[done:end] = part or _decode_chunk(chunk, size, resize, upright)
+            images[done:end], places[done:end] = result
             bar.update(len(chunk))
             done = end
     finally:
@@ -256,15 +283,15 @@ def decode_images(
     )
 
 
-def _attempt(call):
-    """call(), or None when it fails: an image's error, no memory, a worker that died
+def _attempt(call: Callable[[], Result]) -> Result | None:
+    """call(), or None if it fails: an image's error, out of memory, a worker that died
     (BrokenProcessPool)."""
     try:
         return call()
     except Exception as error:
         if not isinstance(error, UserError):
             reason = "it was killed" if isinstance(error, BrokenExecutor) else one_line(error)[:100]
-            _say_once(f"a decoding worker failed ({reason}): going on in the main process")
+            _print_once(f"a decoding worker failed ({reason}): continuing in the main process")
         return None
 
 
@@ -281,35 +308,37 @@ def _decode_chunk(
 def _decode(
     path: Path, size: tuple[int, int], resize: bool, crop: Crop | None, upright: bool
 ) -> tuple[np.ndarray, tuple[int, ...]]:
-    """One image as (H, W, 3) uint8, and its crop, width and height. UserError when it cannot be
-    read or, without `resize`, is not of `size`."""
+    """One image as (H, W, 3) uint8, and its crop, width and height. Raises UserError if it cannot
+    be read or, without ``resize``, is not of ``size``."""
     image = open_rgb(path, upright=upright, reduce=crop is None)
-    if not resize and (image.height, image.width) != size:
+    width, height = image.size
+    if not resize and (height, width) != size:
         raise UserError(
-            f"{printable(path)} is {image.width}x{image.height} pixels, the images before it are"
-            f" {size[1]}x{size[0]}. Give --image-size to resize them all"
+            f"{printable(path)} is {width}x{height} pixels, the images before it are "
+            f"{size[1]}x{size[0]}. Give --image-size to resize them all"
         )
-    place = (*(_clipped(crop, *image.size) if crop else (0, 0, *image.size)), *image.size)
+    box = (0, 0, width, height)
     if crop:
-        with _sane_sizes(path):  # a crop, too, counts its pixels
-            image = image.crop(place[:4])
-    return resized(image, size[0]) if resize else np.asarray(image), place
+        box = _clipped(crop, width, height)
+        with _sane_sizes(path):  # PIL checks a crop's pixels too
+            image = image.crop(box)
+    pixels = resized(image, size[0]) if resize else np.asarray(image)
+    return pixels, (*box, width, height)
 
 
 def _clipped(crop: Crop, width: int, height: int) -> Crop:
-    """The part of a crop that is in the picture; of a crop beyond its edge, the pixel next to it."""
+    """The part of a crop inside the picture; for a crop outside, the picture's nearest pixel."""
     x0, y0, x1, y1 = crop
     x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
     return x0, y0, min(max(x1, x0 + 1), width), min(max(y1, y0 + 1), height)
 
 
-# -------------------------------------------------------------------------------------------------
-# opening
+# ---- opening ------------------------------------------------------------------------------------
 
 
 @functools.cache
 def image_endings() -> frozenset[str]:
-    """The endings of the files that the Pillow of this machine can decode, in lower case with their
+    """The file name endings that this machine's Pillow can decode, in lower case with their
     dots."""
     Image.init()
     formats = {*image_formats(), "MPO"}  # phones' JPEG with several pictures, opened as a JPEG
@@ -322,53 +351,52 @@ def image_endings() -> frozenset[str]:
 def image_formats() -> tuple[str, ...]:
     """The formats that are decoded, whatever a file is called, the frequent ones first."""
     Image.init()
-    return tuple(
-        sorted(
-            Image.OPEN.keys() - NOT_PICTURES, key=lambda name: (name not in ("JPEG", "PNG"), name)
-        )
-    )
+    names = Image.OPEN.keys() - NOT_PICTURES
+    return tuple(sorted(names, key=lambda name: (name not in ("JPEG", "PNG"), name)))
 
 
 def images_and_others(folder: Path) -> tuple[list[str], list[str]]:
-    """The names in a folder that end as an image's, and the others, sorted; a folder's ends in a
-    slash and is no image. Hidden ones are left out."""
+    """(names with an image's ending, other names) in a folder, sorted. A folder's name ends in a
+    slash and is never an image's. Hidden names are left out."""
     images, others = [], []
-    for name in sorted(
-        e.name + "/" * e.is_dir() for e in os.scandir(folder) if not e.name.startswith(".")
-    ):
-        (images if os.path.splitext(name)[1].lower() in image_endings() else others).append(name)
+    entries = (entry for entry in os.scandir(folder) if not entry.name.startswith("."))
+    for name in sorted(entry.name + "/" * entry.is_dir() for entry in entries):
+        is_image = os.path.splitext(name)[1].lower() in image_endings()
+        (images if is_image else others).append(name)
     return images, others
 
 
-def some(names: list[str]) -> str:
-    """The first names of a list, for people."""
-    return ", ".join(map(printable, names[:3])) + (
-        f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    )
+def preview_names(names: list[str]) -> str:
+    """The first three names of a list, and how many more there are, for messages."""
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return ", ".join(map(printable, names[:3])) + more
 
 
 def passed_over(folder: Path, names: list[str], total: int) -> str:
-    """A line about what in a folder is not taken for images, by the names in it; a folder's ends in
-    a slash."""
+    """A line on the names in a folder that are not taken for images; a folder's ends in a slash."""
     kinds = Counter(
         "a folder" if name.endswith("/") else os.path.splitext(name)[1].lower() or "no ending"
         for name in names
     )
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) + (
-        ", ..." if len(kinds) > 5 else ""
-    )
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+    if len(kinds) > 5:
+        counts += ", ..."
     return (
-        f"{printable(folder)}: passed over {len(names):,} of {total:,} names, which do not end as those of images that "
-        f"Pillow reads here ({counts}): {some(names)}"
+        f"{printable(folder)}: passed over {len(names):,} of {total:,} names without an ending of "
+        f"an image format that Pillow reads here ({counts}): {preview_names(names)}"
     )
 
 
 def open_rgb(path: Path, *, upright: bool = True, reduce: bool = True) -> Image.Image:
-    """An image file of any mode as an RGB image, the way that every viewer shows it: the way up
-    that its EXIF data say (unless `upright` is false), and white where it is transparent. With
-    `reduce`, one of over REDUCED_ABOVE pixels comes smaller where its format can be decoded so.
+    """Open an image file of any mode as an RGB image, as viewers show it: transparency on white.
 
-    Raises UserError, which names the file; also for one of over MAX_PIXELS, before it is decoded.
+    Args:
+        upright: apply the EXIF orientation.
+        reduce: decode an image of over REDUCED_ABOVE pixels smaller, if its format can.
+
+    Raises:
+        UserError: naming the file: it cannot be read, or is of over MAX_PIXELS (found before it is
+            decoded).
     """
     with _sane_sizes(path), _opened(path) as image:
         if reduce and image.width * image.height > REDUCED_ABOVE:
@@ -376,7 +404,7 @@ def open_rgb(path: Path, *, upright: bool = True, reduce: bool = True) -> Image.
         if image.mode[0] in "IF":
             # PIL would clip them to white
             raise ValueError(f"pixels of type {image.mode}, more than 8 bits a channel")
-        image.load()  # of a TIFF this heeds the orientation, and takes it out of the EXIF data
+        image.load()  # for a TIFF this applies the orientation and removes it from the EXIF data
         if upright:
             image = _turned_upright(image)
         if image.has_transparency_data:
@@ -400,15 +428,15 @@ UPRIGHT = {
 def _turned_upright(image: Image.Image) -> Image.Image:
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # damaged EXIF data, of a picture that can be seen all the same
+    except Exception:  # damaged EXIF data; the picture itself can still be shown
         return image
     return image if turn is None else image.transpose(turn)
 
 
 @contextlib.contextmanager
 def _sane_sizes(path: Path) -> Iterator[None]:
-    """PIL's guard against small files that claim to be enormous, at our limit. Raises UserError,
-    which says the size."""
+    """PIL's guard against small files that claim to be enormous, at MAX_PIXELS. Raises UserError
+    with the size."""
     before = Image.MAX_IMAGE_PIXELS
     try:
         with warnings.catch_warnings():
@@ -421,8 +449,8 @@ def _sane_sizes(path: Path) -> Iterator[None]:
         with contextlib.suppress(Exception), Image.open(path, formats=image_formats()) as image:
             size = f"{image.width}x{image.height}"
         raise UserError(
-            f"{printable(path)} has {size} pixels: more than {MAX_PIXELS / 1e6:,.0f} megapixels are not read."
-            f" Replace or remove it"
+            f"{printable(path)} has {size} pixels: more than {MAX_PIXELS / 1e6:,.0f} megapixels "
+            f"are not read. Replace or remove it"
         ) from None
     finally:
         Image.MAX_IMAGE_PIXELS = before
@@ -430,7 +458,7 @@ def _sane_sizes(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image, with every error of reading it turned into a UserError that names the file."""
+    """The image; every error of reading it becomes a UserError that names the file."""
     try:
         with Image.open(path, formats=image_formats()) as image:
             yield image
@@ -438,33 +466,37 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise
     # PIL raises OSError, SyntaxError, ValueError, struct.error and more for bad files
     except Exception as error:
-        reason = (
-            error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-        )
+        strerror = error.strerror if isinstance(error, OSError) else None
+        reason = strerror or one_line(error)
         raise UserError(
             f"{printable(path)} cannot be read as an image ({reason}). Replace or remove it"
         ) from None
 
 
 def resized(image: Image.Image, size: int) -> np.ndarray:
-    # PIL's bilinear antialiases
+    """The image as (size, size, 3) uint8. PIL's bilinear antialiases."""
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _size_of(path: Path, upright: bool) -> tuple[int, int]:
+    """(height, width) of an image. Raises UserError for one below MIN_IMAGE_SIZE."""
     image = open_rgb(path, upright=upright)
     if min(image.size) < MIN_IMAGE_SIZE:
         raise UserError(
-            f"{printable(path)} is only {image.width}x{image.height} pixels. Give --image-size, at least"
-            f" {MIN_IMAGE_SIZE}"
+            f"{printable(path)} is only {image.width}x{image.height} pixels. "
+            f"Give --image-size, at least {MIN_IMAGE_SIZE}"
         )
     return image.height, image.width
 
 
+# ---- messages -----------------------------------------------------------------------------------
+
+
 def shows_progress(progress: bool) -> bool:
+    """Whether to show a progress bar: on a terminal only."""
     return progress and sys.stderr is not None and sys.stderr.isatty()
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _print_once(message: str) -> None:
     print(message, flush=True)

@@ -334,7 +334,7 @@ def test_what_is_passed_over_in_a_folder_is_said(cli, ours_on_disk):
     status, out, err = cli("--checkpoint", ours_on_disk, "photos")
     assert status == 0 and "3 images done" in out, err
     assert (
-        "photos: passed over 2 of 5 names, which do not end as those of images that Pillow reads "
+        "photos: passed over 2 of 5 names without an ending of an image format that Pillow reads "
         "here (1 .heic, 1 a "
         "folder): IMG.HEIC, more/\n"
     ) in out

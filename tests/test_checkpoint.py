@@ -71,7 +71,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_takes_over(
         read_checkpoint(path)
     assert str(path) in str(error.value)
     assert checkpoint.read_last(folder)["mark"] == "first"
-    assert "Going on from the checkpoint before it" in capsys.readouterr().out
+    assert "Resuming from the checkpoint before it" in capsys.readouterr().out
 
 
 def test_every_flipped_byte_of_a_tensor_is_found(saved):

@@ -189,7 +189,7 @@ def test_class_names(root, names, expected):
         ("bounding_boxes", "20.5", "inf", ["line 1", "not numbers of pixels"]),
         ("bounding_boxes", "20.5", "1e300", ["line 1", "not numbers of pixels"]),
         ("bounding_boxes", "20.5", "wide", ["line 1", "3.2 4.6 wide 15.1"]),
-        ("bounding_boxes", "20.5", "", ["line 1", "5 fields are expected, not 4"]),
+        ("bounding_boxes", "20.5", "", ["line 1", "expected 5 fields, found 4"]),
         ("bounding_boxes", "20.5", "0.0", ["line 1", "holds no pixel"]),
         ("bounding_boxes", "20.5", "-7", ["line 1", "holds no pixel"]),
         ("bounding_boxes", "3.2", "-99", ["line 1", "holds no pixel"]),
@@ -422,7 +422,7 @@ def test_workers(root, monkeypatch, capsys, chunk, reason):
     ]
     assert got.sizes.tolist() == [list(BIRDS[i][3]) for i in BIRDS]
     out = capsys.readouterr().out
-    assert out.count("going on in the main process") == 1 and reason in out
+    assert out.count("continuing in the main process") == 1 and reason in out
 
 
 def test_few_chunks_are_in_flight_at_a_time(root, monkeypatch):

@@ -144,10 +144,10 @@ def test_broken_downloads_are_taken_up(root, archive, server, capsys, sends, ran
 def test_downloads_that_fail(root, archive, server):
     target = root.parent / "new"
     asked = server(archive, (500, 0))
-    download_fails(target, f"500 of {len(archive):,} bytes came")
+    download_fails(target, f"received 500 of {len(archive):,} bytes")
     assert asked == [None, 500, 500, 500]
     asked = server(archive, (500,), ranges=False)
-    download_fails(target, f"500 of {len(archive):,} bytes came")
+    download_fails(target, f"received 500 of {len(archive):,} bytes")
     assert asked == [None, 500, 500, 500]
     server(archive[:-7])
     download_fails(target, "half a download", f"{len(archive) - 7:,} bytes")
@@ -243,7 +243,7 @@ def test_crafted_archives(root, tmp_path, capsys, crafted):
         )
     )
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="no plain file or folder") as caught:
+    with pytest.raises(UserError, match="not a plain file or folder") as caught:
         download.unpack(path, CUB_FOLDER, target, progress=False)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before and not Path("/escaped").exists()

@@ -274,8 +274,8 @@ def test_every_ending_that_pillow_decodes_counts(tmp_path, capsys):
     train, _ = load(tmp_path)
     assert train.labels.tolist().count(0) == 3 + len(names)
     assert capsys.readouterr().out == (
-        f"{tmp_path / 'cifar100/train'}: passed over 6 of {12 + len(names)} names, which do not "
-        "end as those of images that Pillow reads "
+        f"{tmp_path / 'cifar100/train'}: passed over 6 of {12 + len(names)} names without "
+        "an ending of an image format that Pillow reads "
         "here (2 .heic, 1 no ending, 1 a folder, 1 .txt, 1 .eps): cat/README, cat/h.HEIC, "
         "cat/i.heic and 3 more\n"
     )
@@ -321,7 +321,7 @@ def test_a_worker_that_dies_or_fails_is_replaced_by_the_main_process(
     monkeypatch.setattr(image_files, "_decode_chunk", functools.partial(chunk, os.getpid()))
     images = image_files.decode_images(paths, (16, 20), False, num_workers=1, progress=False).images
     assert (images.numpy() == np.stack([np.asarray(Image.open(path)) for path in paths])).all()
-    assert capsys.readouterr().out.count("going on in the main process") == 1
+    assert capsys.readouterr().out.count("continuing in the main process") == 1
 
 
 def test_no_processes_to_be_had(tmp_path, monkeypatch):

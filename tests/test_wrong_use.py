@@ -325,7 +325,7 @@ def test_the_command_that_resumes_can_be_pasted_whatever_the_folder_is_called(tm
 def test_what_is_printed_to_be_typed_is_quoted(cli, unhurt):
     shutil.copytree(unhurt, "my run")
     assert "--resume 'my run' --epochs 8" in cli("--resume", "my run")[1]
-    assert "go on with it by --resume 'my run'," in cli(*NARROW, "--run-dir", "my run")[2]
+    assert "resume it with --resume 'my run'," in cli(*NARROW, "--run-dir", "my run")[2]
     with pytest.raises(UserError, match="then --resume 'my file'"):
         Path("my file").write_text("")
         checkpoint.save_file(Path("my file/last.pt"), {})
@@ -341,7 +341,7 @@ def test_what_is_missing_exits_with_1(cli, monkeypatch):
 
 def test_a_run_is_never_overwritten_nor_contradicted(cli, unhurt):
     status, _, err = cli(*NARROW, "--run-dir", unhurt)
-    assert status == 2 and "holds a run already: go on with it by --resume" in err
+    assert status == 2 and "holds a run already: resume it with --resume" in err
     status, _, err = cli("--resume", unhurt, "--lr", 0.3)
     assert status == 2 and "this run has --lr 0.05, and 0.3 would make it another run" in err
     status, _, err = cli("--resume", unhurt, "--set", "momentum=0.5")
