@@ -31,7 +31,7 @@ PAPER = {
     "lr_by_width": 0.0,         # factor on lr: 1 / width, at most this (not on Muon's); 0: 1
     "momentum": 0.9,            # authors' code
     "nesterov": False,          # authors' code
-    "muon": 0.0,                # Muon for the 3x3 filters, at this times lr (optim.py); 0: SGD
+    "muon": 0.0,                # 3x3 filters by Muon (training/optim.py) at this times lr; 0: SGD
     "weight_decay": 5e-4,       # authors' code
     "decay_all": True,          # on every parameter; authors' code
     "schedule": "double-halve", # lr doubled after halve_every epochs and again, then halved ...

@@ -1,30 +1,31 @@
-"""What the command lines of all scripts share: types of options, and how a wrong word is told."""
+"""Types of command-line options, and their errors, for all scripts."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Callable
 
 from common.files import expand_user
 
-MAX_DIGITS = 40  # characters; Python itself refuses some thousands
-
-
-MAX_WORKERS = 256
+MAX_DIGITS = 40  # characters; Python itself refuses several thousand
+MAX_WORKERS = 256  # processes
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something."""
+    """Hides None, False and empty defaults."""
 
-    def _get_help_string(self, action):
-        return (
-            action.help if action.default in (None, [], False) else super()._get_help_string(action)
-        )
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, [], False):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """The options of a command line. A shell makes an empty word of a variable that is not set, and
-    no option means anything by one. Exits with status 2 where argv is wrong."""
+    """Parse a command line. Exits with status 2 if it is wrong.
+
+    Empty words are errors: a shell makes one of an unset variable, and no option takes one.
+    """
     for before, word in itertools.pairwise(["", *argv]):
         name, equals, value = word.partition("=")
         if not word.strip():
@@ -34,40 +35,54 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     return parser.parse_args(argv)
 
 
+def was_given(name: str, argv: list[str]) -> bool:
+    """Whether the option of this dest, or its --no- form, is on the command line."""
+    dashed = name.replace("_", "-")
+    options = (f"--{dashed}", f"--no-{dashed}")
+    words = {word.partition("=")[0] for word in argv}
+    return any(option in words for option in options)
+
+
+# ---- types of options ---------------------------------------------------------------------------
+
+
 def expanded_path(text: str) -> str:
-    """A file or folder, ~ expanded: a shell leaves it as it is behind the = of --option=~/x."""
+    """A file or folder with ~ expanded, which a shell does not do in --option=~/x."""
     try:
         expanded = str(expand_user(text))
-        # what is expanded once more stays itself
-        return f"./{expanded}" if expanded.startswith("~") else expanded
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    # a second expansion must not change the result
+    return f"./{expanded}" if expanded.startswith("~") else expanded
 
 
-def int_at_least(least: int, most: int = 2**31 - 1):
+def int_at_least(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of an integer option from ``least`` to ``most``."""
+
     def number(text: str) -> int:
         if len(text) > MAX_DIGITS:
-            raise argparse.ArgumentTypeError(
-                f"{text[:MAX_DIGITS]}... is not between {least} and {most}"
-            )
+            shortened = f"{text[:MAX_DIGITS]}..."
+            raise argparse.ArgumentTypeError(f"{shortened} is not between {least} and {most}")
         value = int(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(
-                f"{text} is {f'below {least}' if value < least else f'above {most}'}"
-            )
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text} is above {most}")
         return value
 
     number.__name__ = "whole number"
     return number
 
 
-def positive(most: float):
+def positive(most: float) -> Callable[[str], float]:
+    """The type of a float option above 0, up to ``most``."""
+
     def number(text: str) -> float:
         value = float(text)
-        if not 0 < value <= most:
-            raise argparse.ArgumentTypeError(
-                f"{text} is {f'above {most:g}' if value > most else 'not above 0'}"
-            )
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text} is above {most:g}")
+        if not value > 0:  # NaN, too
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
         return value
 
     number.__name__ = "number above 0"
@@ -92,11 +107,7 @@ def auto_or_whole(text: str) -> int | str:
     return text if text == "auto" else int_at_least(1)(text)
 
 
-def was_given(name: str, argv: list[str]) -> bool:
-    words = (f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}")
-    return any(word == w or word.startswith(w + "=") for word in argv for w in words)
-
-
-# argparse puts these into its "invalid ... value".
-at_least_0.__name__, fraction.__name__ = "number of 0 or more", "fraction"
+# argparse shows these names in "invalid ... value"
+at_least_0.__name__ = "number of 0 or more"
+fraction.__name__ = "fraction"
 auto_or_whole.__name__ = "auto or whole number"

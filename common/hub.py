@@ -1,4 +1,4 @@
-"""Weights on a server: torchvision's, kept where torch keeps them."""
+"""Pretrained weights of torchvision, in torch's own cache."""
 
 from __future__ import annotations
 
@@ -13,29 +13,22 @@ import torch
 
 from common.errors import UserError, one_line
 
-SOCKET_TIMEOUT = 30.0  # seconds without an answer until a connection counts as broken
-
-
-def hub_file(url: str) -> Path:
-    """Where torch keeps the weights of that address (TORCH_HOME moves it)."""
-    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
-        if os.environ.get(name) == "":  # not set, by accident; torch would take the current folder
-            del os.environ[name]
-    return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+SOCKET_TIMEOUT = 30.0  # seconds without an answer after which a connection counts as broken
 
 
 def hub_weights(url: str, otherwise: str) -> dict[str, torch.Tensor]:
-    """A state dict from torch's cache or its server, whose code never runs. The cache holds whole
-    files only.
+    """A state dict from torch's cache, or downloaded into it. Its code never runs; the cache holds
+    complete files only.
 
-    Raises UserError, which ends in what else can be done."""
+    ``otherwise``: the last words of the error message, what else the user can do. Raises UserError.
+    """
     path, timeout = hub_file(url), socket.getdefaulttimeout()
     by_hand = f"Fetch {url} yourself and put it at {path}, {otherwise}"
-    there = path.is_file()
-    if not there:
+    cached = path.is_file()
+    if not cached:
         print(f"downloading {url} to {path}", flush=True)
     try:
-        # torch.hub sets none: a silent server would hold us for ever
+        # torch.hub sets no timeout: a silent server would block the run for ever
         socket.setdefaulttimeout(SOCKET_TIMEOUT)
         return torch.hub.load_state_dict_from_url(
             url,
@@ -53,13 +46,23 @@ def hub_weights(url: str, otherwise: str) -> dict[str, torch.Tensor]:
         pickle.UnpicklingError,
         http.client.HTTPException,
     ) as error:
-        if there:
+        reason = one_line(error)[:100]
+        if cached:
             raise UserError(
-                f"{path} is damaged ({one_line(error)[:100]}). Move it away and start again, to have it "
-                f"downloaded. {by_hand}"
+                f"{path} is damaged ({reason}). "
+                f"Move it away and start again to download it. {by_hand}"
             ) from None
         raise UserError(
-            f"the ImageNet weights could not be downloaded ({one_line(error)[:100]}). {by_hand}"
+            f"the ImageNet weights could not be downloaded ({reason}). {by_hand}"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
+
+
+def hub_file(url: str) -> Path:
+    """Where torch caches the weights of this address (TORCH_HOME moves the cache)."""
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        # empty means unset by accident; torch would use the current folder
+        if os.environ.get(name) == "":
+            del os.environ[name]
+    return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])

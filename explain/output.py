@@ -1,9 +1,9 @@
-"""Images in, pictures out: what cam.py reads from files, and the overlays and sheets that it
-writes."""
+"""Files of cam.py: the images that it reads, and the overlays and sheets that it writes."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +19,10 @@ from explain.pictures import attention_sheet, overlay, shown
 
 # pixels of an overlay: smaller images are enlarged, larger ones shrunk
 MIN_SIDE, MAX_SIDE = 224, 1024
-MAX_STEM_BYTES = 200  # bytes: with the map's name it has to stay below a file system's 255
+MAX_STEM_BYTES = 200  # with the name of the map, a file name stays below a file system's 255
 SHEET_SIDE = 288  # pixels of the longer side of a picture on an image's own sheet, at most
+# written into every picture, which a later one may replace
+SOFTWARE = "learn-to-pay-attention"
 
 
 # ---- in -----------------------------------------------------------------------------------------
@@ -28,9 +30,9 @@ SHEET_SIDE = 288  # pixels of the longer side of a picture on an image's own she
 
 @dataclass
 class Picture:
-    """An image as a person sees it, and what is known of it."""
+    """An image for display, and what is known of it."""
 
-    name: str  # for people
+    name: str  # in messages
     stem: str  # of the files that are written
     pixels: np.ndarray  # (H, W, 3) uint8
     truth: str | None = None  # class name
@@ -38,29 +40,32 @@ class Picture:
 
 def list_files(words: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """The files that the command line names, a folder's images sorted by name; and the folders
-    without any, which are told, as is what is passed over in the others."""
-    paths, bad = [], []
+    without images, which are reported."""
+    paths, without_images = [], []
     for path in map(Path, words):
-        found = [path]
-        if path.is_dir():
-            images, others = images_and_others(path)
-            if others:
-                print(passed_over(path, others, len(images) + len(others)), flush=True)
-            found = [path / name for name in images if not is_ours(path / name)]
-            if len(found) < len(images):
-                print(
-                    f"{printable(path)}: passed over {len(images) - len(found):,} of cam.py's own pictures",
-                    flush=True,
-                )
-            if not found:
-                print_error(f"{printable(path)} holds no images; its folders are not searched")
-                bad.append(path)
+        found = images_in(path) if path.is_dir() else [path]
+        if not found:
+            print_error(f"{printable(path)} holds no images; its folders are not searched")
+            without_images.append(path)
         paths += found
-    return list(dict.fromkeys(paths)), bad
+    return list(dict.fromkeys(paths)), without_images
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a file is a picture that we made: it says so."""
+def images_in(folder: Path) -> list[Path]:
+    """The images in a folder, sorted by name. Files of other types and cam.py's own pictures are
+    left out, and reported."""
+    images, others = images_and_others(folder)
+    if others:
+        print(passed_over(folder, others, len(images) + len(others)), flush=True)
+    found = [folder / name for name in images if not is_own_picture(folder / name)]
+    own = len(images) - len(found)
+    if own:
+        print(f"{printable(folder)}: passed over {own:,} of cam.py's own pictures", flush=True)
+    return found
+
+
+def is_own_picture(path: Path) -> bool:
+    """Whether cam.py wrote this picture, by the mark in it."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return image.info.get("Software") == SOFTWARE
@@ -69,14 +74,13 @@ def is_ours(path: Path) -> bool:
 
 
 def parse_index(text: str, count: int) -> list[int]:
-    """ "3,7,9-12" -> [3, 7, 9, 10, 11, 12]. Raises UserError for what is no such list, or beyond
-    ``count`` images."""
+    """Parse --index: "3,7,9-12" -> [3, 7, 9, 10, 11, 12]. Raises UserError for any other text, or a
+    number that is not below ``count``."""
     indices = []
     for part in text.split(","):
         ends = [end.strip() for end in part.split("-", 1)]
-        if not all(end.isascii() and end.isdigit() and len(end) < 20 for end in ends) or int(
-            ends[0]
-        ) > int(ends[-1]):
+        are_numbers = all(end.isascii() and end.isdigit() and len(end) < 20 for end in ends)
+        if not are_numbers or int(ends[0]) > int(ends[-1]):
             raise UserError(f"--index {text}: expected numbers and ranges, as in 3,7,9-12", 2)
         if int(ends[-1]) >= count:
             raise UserError(f"--index {text}: there are {count:,} images, numbered from 0", 2)
@@ -88,138 +92,133 @@ def parse_index(text: str, count: int) -> list[int]:
 
 
 class Overview:
-    """What goes on the sheet of a whole selection: images of one size with their maps."""
+    """The content of the sheet of a whole selection: images of one size with their maps."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.pixels: list[np.ndarray] = []
         self.titles: list[str] = []
         self.maps: dict[str, list[np.ndarray]] = {}
 
     def add(self, picture: Picture, maps: Mapping[str, np.ndarray], title: str) -> None:
+        """Add an image with its maps {name: (H, W)}."""
         self.pixels.append(picture.pixels)
         self.titles.append(title)
-        for name, each in maps.items():
-            self.maps.setdefault(name, []).append(each)
-
-
-# is written into a picture of ours, which may be replaced by a later one
-SOFTWARE = "learn-to-pay-attention"
+        for name, values in maps.items():
+            self.maps.setdefault(name, []).append(values)
 
 
 class Writer:
     """Writes files into a folder, each whole or not at all. None takes the name of an input, of
-    another of its own, or of a file that was there before and is not an earlier one of ours.
+    another file of this writer, or of an existing file unless an earlier run wrote that one.
 
-    raw: the maps as .npy too. opacity, colors: see training/pictures.py.
+    raw: also write the maps as .npy. opacity, colors: see explain/pictures.py.
     """
 
     def __init__(
         self, out: Path, inputs: Sequence[Path], *, raw: bool, opacity: float, colors: str
-    ):
+    ) -> None:
         self.out, self.raw, self.opacity, self.colors = out, raw, opacity, colors
         self.inputs = {identity for path in inputs for identity in identities(path)}
-        self.taken: set[str] = set()
+        self.taken: set[str] = set()  # names of this writer's files, case folded
         self.written = 0
 
-    def image(
+    def write_image(
         self,
         picture: Picture,
         maps: Mapping[str, np.ndarray],
         headings: Mapping[str, str],
         title: str,
     ) -> str:
-        """An overlay for each map {name: (H, W)}, and a sheet with the input and them. Returns the
-        files' stem."""
-        raw = {f"{name}.npy": npy(each) for name, each in maps.items()} if self.raw else {}
+        """Write an overlay per map {name: (H, W)}, and a sheet of the input and the overlays.
+        Returns the stem of the files."""
+        raw = {}
+        if self.raw:
+            raw = {f"{name}.npy": npy_bytes(values) for name, values in maps.items()}
         stem = self.free_stem(picture.stem, [*(f"{name}.png" for name in maps), "sheet.png"], raw)
         large = shown(picture.pixels, MIN_SIDE, MAX_SIDE)
-        for name, each in maps.items():
-            self.png(f"{stem}-{name}.png", overlay(large, each, self.opacity, self.colors))
+        for name, values in maps.items():
+            self.write_png(f"{stem}-{name}.png", overlay(large, values, self.opacity, self.colors))
         for ending, content in raw.items():
-            self.write(f"{stem}-{ending}", content)
-        self.png(
-            f"{stem}-sheet.png",
-            attention_sheet(
-                picture.pixels[None],
-                {name: each[None] for name, each in maps.items()},
-                [title],
-                headings=headings,
-                opacity=self.opacity,
-                min_side=MIN_SIDE,
-                max_side=SHEET_SIDE,
-                name=self.colors,
-            ),
+            self.write_file(f"{stem}-{ending}", content)
+        sheet = attention_sheet(
+            picture.pixels[None],
+            {name: values[None] for name, values in maps.items()},
+            [title],
+            headings=headings,
+            opacity=self.opacity,
+            min_side=MIN_SIDE,
+            max_side=SHEET_SIDE,
+            color_map=self.colors,
         )
+        self.write_png(f"{stem}-sheet.png", sheet)
         return stem
 
-    def overview(self, stem: str, overview: Overview) -> None:
-        """One sheet of a whole selection."""
+    def write_overview(self, stem: str, overview: Overview) -> None:
+        """Write one sheet of a whole selection."""
         stem = self.free_stem(stem, ["sheet.png"], {})
-        self.png(
-            f"{stem}-sheet.png",
-            attention_sheet(
-                np.stack(overview.pixels),
-                {name: np.stack(each) for name, each in overview.maps.items()},
-                overview.titles,
-                opacity=self.opacity,
-                name=self.colors,
-            ),
+        sheet = attention_sheet(
+            np.stack(overview.pixels),
+            {name: np.stack(values) for name, values in overview.maps.items()},
+            overview.titles,
+            opacity=self.opacity,
+            color_map=self.colors,
         )
+        self.write_png(f"{stem}-sheet.png", sheet)
 
-    def free_stem(self, wanted: str, pictures: list[str], raw: Mapping[str, bytes]) -> str:
-        """``wanted``, or with a number behind it, so that each file STEM-ENDING, a picture or one
-        with that content, may be written. Cut to a length that file systems take."""
-        stem, number = in_bytes(wanted, MAX_STEM_BYTES), 1
-        while any(
-            f"{stem}-{ending}".casefold() in self.taken
-            or not self.may_write(self.out / f"{stem}-{ending}", raw.get(ending))
-            for ending in (*pictures, *raw)
-        ):
-            number += 1
-            stem = f"{in_bytes(wanted, MAX_STEM_BYTES)}-{number}"
-        self.taken |= {f"{stem}-{ending}".casefold() for ending in (*pictures, *raw)}
+    def free_stem(self, wanted: str, pictures: Sequence[str], raw: Mapping[str, bytes]) -> str:
+        """``wanted``, with a number if needed, so that each file STEM-ENDING may be written, for
+        the endings of pictures and of ``raw`` {ending: content}. Cut to a length that file systems
+        take."""
+        contents: dict[str, bytes | None] = dict.fromkeys(pictures) | dict(raw)
+        base = cut_to_bytes(wanted, MAX_STEM_BYTES)
+        numbered = (f"{base}-{number}" for number in itertools.count(2))
+        for stem in itertools.chain([base], numbered):
+            names = {f"{stem}-{ending}": content for ending, content in contents.items()}
+            if all(self.may_write(name, content) for name, content in names.items()):
+                break
+        self.taken |= {name.casefold() for name in names}
         return stem
 
-    def may_write(self, path: Path, content: bytes | None) -> bool:
-        """Whether nothing has that name, or an earlier file of ours: a picture that says so, or one
-        of the same content."""
+    def may_write(self, name: str, content: bytes | None) -> bool:
+        """Whether this name is free, or that of an earlier run's file: of the same ``content``, or,
+        with None, a picture with our mark."""
+        path = self.out / name
+        if name.casefold() in self.taken:
+            return False
         if not os.path.lexists(path):
             return True
         if self.inputs.intersection(identities(path)) or not path.is_file():
             return False
         if content is not None:
             return path.stat().st_size == len(content) and path.read_bytes() == content
-        return is_ours(path)
+        return is_own_picture(path)
 
-    def png(self, name: str, pixels: np.ndarray) -> None:
+    def write_png(self, name: str, pixels: np.ndarray) -> None:
         content, mark = io.BytesIO(), PngImagePlugin.PngInfo()
         mark.add_text("Software", SOFTWARE)
         Image.fromarray(pixels).save(content, "PNG", pnginfo=mark)
-        self.write(name, content.getvalue())
+        self.write_file(name, content.getvalue())
 
-    def write(self, name: str, content: bytes) -> None:
+    def write_file(self, name: str, content: bytes) -> None:
         make_folders(self.out)
         replace_file(self.out / name, lambda file: file.write(content))
         self.written += 1
 
 
-def npy(values: np.ndarray) -> bytes:
+def npy_bytes(values: np.ndarray) -> bytes:
     content = io.BytesIO()
     np.save(content, values)
     return content.getvalue()
 
 
-def in_bytes(text: str, count: int) -> str:
-    """As much of a file's name as fits so many bytes."""
-    return (
-        os.fsencode(text)[:count].decode("utf-8", "ignore")
-        if len(os.fsencode(text)) > count
-        else text
-    )
+def cut_to_bytes(text: str, count: int) -> str:
+    """As much of a file name as fits into ``count`` bytes."""
+    encoded = os.fsencode(text)
+    return text if len(encoded) <= count else encoded[:count].decode("utf-8", "ignore")
 
 
 def identities(path: Path) -> set[tuple[int, int]]:
-    """What a file is on its disk, and what it is a link to; empty where there is none."""
+    """Device and inode of a file, and of the link if it is one; empty if it does not exist."""
     try:
         return {(stat.st_dev, stat.st_ino) for stat in (os.stat(path), os.lstat(path))}
     except OSError:

@@ -661,7 +661,7 @@ def test_files_that_are_no_checkpoints_are_refused(cli, ours_on_disk):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--target", "pare"], "there is no such class; near it: pear"),
+        (["--target", "pare"], "there is no such class; nearest: pear"),
         (["--target", "3"], "numbered 0 to 2"),
         (["--layer", "trunk.block6"], "no layer 'trunk.block6'; it has trunk.block"),
         (["--layer", "global_branch.linear"], "gives (1, 32)"),
@@ -702,7 +702,7 @@ def test_wrong_selections(cli, ours_on_disk, words, message):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--arch", "resnet19", "--weights", "DEFAULT"], "no such classifier; near it: resnet1"),
+        (["--arch", "resnet19", "--weights", "DEFAULT"], "no such classifier; nearest: resnet1"),
         (["--arch", "resnet18"], "needs weights: --weights DEFAULT"),
         (
             ["--arch", "resnet18", "--weights", "V9"],

@@ -16,7 +16,7 @@ def test_the_peak_rate_that_is_told_is_the_peak(epochs):
     config = FAST | {"epochs": epochs, "batch_size": 64, "lr": 0.02, "width": 0.5}
     trainer = types.SimpleNamespace(config=config, batches=range(781), transferred=())
     told = re.fullmatch(
-        r"Peak learning rate (.*) for batches of 64: 0.00062 an image; 0.006 for the 3x3 filters, "
+        r"Peak learning rate (.*) for batches of 64: 0.00062 per image; 0.006 for the 3x3 filters, "
         r"by Muon",
         estimate.rate_in_words(trainer),
     )

@@ -27,7 +27,7 @@ def test_sanity_pass_and_what_tensorboard_shows_of_it(cli, tmp_path):
         "gradients",
         "reload",
         "resume",
-        "an epoch of 50,000 images",
+        "per epoch of 50,000 images",
         "Peak memory",
     ):
         assert word in out

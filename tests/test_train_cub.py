@@ -151,7 +151,7 @@ def test_stopped_in_a_stage_and_resumed_equals_the_unhurt_run(
     )
     assert status == 143 and "python train_cub.py --resume hurt" in out
     assert re.search(
-        r"Peak learning rate [\d.]+ for batches of 8: 0.00[\d.]+ an image; transferred layers at "
+        r"Peak learning rate [\d.]+ for batches of 8: 0.00[\d.]+ per image; transferred layers at "
         r"0.5 times their rate,"
         r" whose trunk trains after 2 epochs",
         out,

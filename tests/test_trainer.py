@@ -137,11 +137,11 @@ def test_when_the_loss_is_looked_at(monkeypatch):
     always."""
     ours, now = make_trainer(), [100.0]
     monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: now[0])
-    assert ours.sync_due(1, looked=100.0)
+    assert ours.sync_due(1, checked_at=100.0)
     ours.device = torch.device("cuda")
-    assert not ours.sync_due(20, looked=99.5) and ours.sync_due(7, looked=98.9)
+    assert not ours.sync_due(20, checked_at=99.5) and ours.sync_due(7, checked_at=98.9)
     ours.ranks = Ranks(0, 2, 0)
-    assert [step for step in range(1, 50) if ours.sync_due(step, looked=0.0)] == [20, 40]
+    assert [step for step in range(1, 50) if ours.sync_due(step, checked_at=0.0)] == [20, 40]
 
 
 def test_saving_is_not_counted_as_training(monkeypatch):

@@ -1,4 +1,4 @@
-"""What a user can do about a run that failed: memory that ran out, weights that diverged."""
+"""What a user can do about a run that failed: out of memory, or diverged."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ def out_of_memory(
     ranks: int,
     reason: str,
 ) -> UserError:
-    """When a smaller micro-batch is not wanted, or not possible."""
+    """The error for a micro-batch that does not fit and is not to be, or cannot be, halved."""
+    plural = "s" * (micro_batch > 1)
     peak = f"peak {peak_memory_mib(device):.0f} MiB"
+    options = what_saves_memory(config, model, device, precision, micro_batch, ranks)
     return UserError(
-        f"out of memory at {micro_batch} image{'s' * (micro_batch > 1)} at once ({peak}): {reason}\n"
-        f"Try, in this order: {', '.join(what_saves_memory(config, model, device, precision, micro_batch, ranks))}"
+        f"out of memory at {micro_batch} image{plural} at once ({peak}): {reason}\n"
+        f"Try, in this order: {', '.join(options)}"
     )
 
 
@@ -37,7 +39,7 @@ def what_saves_memory(
     micro_batch: int | None,
     ranks: int,
 ) -> list[str]:
-    """Options that would help and aren't in use, the cheapest first."""
+    """At most three options that would help and are not in use, the cheapest first."""
     now = micro_batch or math.ceil(config["batch_size"] / ranks)
     options = {
         "--micro-batch auto": ranks == 1 and config["micro_batch"] != "auto",
@@ -53,11 +55,14 @@ def what_saves_memory(
     return [option for option, helps in options.items() if helps][:3]
 
 
-def diverged(what: str, *, epoch: int, step: int, steps: int, precision: str) -> UserError:
-    """``what`` is not finite in this step (from 1) of this epoch (from 1)."""
-    exact = "" if precision == "fp32" else ", --precision fp32"
+def diverged(subject: str, *, epoch: int, step: int, steps: int, precision: str) -> UserError:
+    """The error for a ``subject`` ("the loss") that is not finite at this step (from 1) of this
+    epoch (from 1)."""
+    fp32 = "" if precision == "fp32" else ", --precision fp32"
     return UserError(
-        f"{what} is not finite at epoch {epoch}, step {step} of {steps}: the training diverged. The last good checkpoint is "
-        f"kept.\nStart a new run with, in this order: a lower --lr, a longer warm-up (--set warmup=0.3){exact}. --resume keeps a "
-        f"run's settings; --init-from RUN_DIR/last.pt takes its weights along"
+        f"{subject} is not finite at epoch {epoch}, step {step} of {steps}: the training diverged. "
+        f"The last good checkpoint is kept.\n"
+        f"Start a new run with, in this order: a lower --lr, a longer warm-up "
+        f"(--set warmup=0.3){fp32}. --resume keeps a run's settings; "
+        f"--init-from RUN_DIR/last.pt takes its weights along"
     )

@@ -1,5 +1,4 @@
-"""Where the network looks while it trains: the same images after every epoch, their health and
-their pictures."""
+"""Watch the attention maps of the same images after every epoch: health, warnings, overlays."""
 
 from __future__ import annotations
 
@@ -16,8 +15,9 @@ from training.report import Report
 
 
 class AttentionMonitor:
-    """Looks at the maps of the same images of the evaluation set after every epoch: their health,
-    warnings, and overlays."""
+    """Reports the attention maps of IMAGES images, evenly spread over the evaluation set.
+
+    ``mean``, ``std`` and ``size`` (height, width): of the network's input."""
 
     IMAGES = 16
 
@@ -29,15 +29,11 @@ class AttentionMonitor:
         std: Sequence[float],
         size: Sequence[int],
     ):
-        self.eval_set, self.device, self.mean, self.std, self.size = (
-            eval_set,
-            device,
-            mean,
-            std,
-            size,
-        )
+        self.eval_set = eval_set
+        self.device = device
+        self.mean, self.std, self.size = mean, std, size
         self.health: dict[str, LevelHealth] = {}  # of the last epoch, per attention level
-        self.warned: set[str] = set()  # keys of the warnings that the last epoch gave
+        self.warned: set[str] = set()  # keys of the last epoch's warnings
 
     @torch.no_grad()
     def look(
@@ -50,32 +46,41 @@ class AttentionMonitor:
         *,
         overlays: bool,
     ) -> None:
-        """Report the health and, with ``overlays``, the pictures; a warning is printed when it is
-        new."""
+        """Report the health and, with ``overlays``, the pictures. Prints the warnings that the
+        epoch before did not have. The model's mode is restored."""
         if not model.levels:
             return
-        chosen = evenly_spread(self.IMAGES, len(self.eval_set)).to(self.eval_set.images.device)
-        images, labels = self.eval_set.images[chosen], self.eval_set.labels[chosen].tolist()
+        indices = evenly_spread(self.IMAGES, len(self.eval_set)).to(self.eval_set.images.device)
+        images, labels = self.eval_set.images[indices], self.eval_set.labels[indices].tolist()
         was_training = model.training
         model.eval()
         with precision.context():
-            logits, scores = model.logits_and_scores(
-                to_input(images.to(self.device), self.mean, self.std, self.size)
-            )
+            inputs = to_input(images.to(self.device), self.mean, self.std, self.size)
+            logits, scores = model.logits_and_scores(inputs)
         model.train(was_training)
         self.health = attention_health(scores, gate_gradients, model.sigmoid_levels)
         report.health(epoch, self.health)
+        self.warn()
+        if overlays:
+            maps = {level: model.map_of(level, s).cpu().numpy() for level, s in scores.items()}
+            titles = self.titles(labels, logits)
+            report.overlays(epoch, attention_sheet(images.cpu().numpy(), maps, titles))
+
+    def warn(self) -> None:
+        """Print the warnings that are new since the last epoch."""
         warnings = dict(health_warnings(self.health))
         for key, text in warnings.items():
             if key not in self.warned:
                 print(f"warning: {text}")
         self.warned = set(warnings)
-        if overlays:
-            maps = {level: model.map_of(level, s).cpu().numpy() for level, s in scores.items()}
-            probability, predicted = logits.float().softmax(1).max(1)
-            names = self.eval_set.class_names
-            titles = [
-                title_of(names[t], names[s], p)
-                for t, s, p in zip(labels, predicted.tolist(), probability.tolist(), strict=True)
-            ]
-            report.overlays(epoch, attention_sheet(images.cpu().numpy(), maps, titles))
+
+    def titles(self, labels: list[int], logits: torch.Tensor) -> list[str]:
+        """The title of each image: its class, and the network's answer with its probability."""
+        names = self.eval_set.class_names
+        probability, predicted = logits.float().softmax(1).max(1)
+        return [
+            title_of(names[label], names[answer], p)
+            for label, answer, p in zip(
+                labels, predicted.tolist(), probability.tolist(), strict=True
+            )
+        ]

@@ -1,5 +1,5 @@
-"""How batch norm is treated: what is frozen, what sees too few images, and the statistics that an
-evaluation uses."""
+"""Batch norm during a run: what is frozen, what sees too few images, and the statistics used in an
+evaluation."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ MIN_BN_BATCH = 8  # images; batch norm's mean and variance of fewer are mostly n
 
 
 class BatchNormPolicy:
-    """Which batch norms of a network in training use their running statistics, and which weights of
-    its trunk are frozen.
+    """Decides which batch norms of a network in training use their running statistics, and which
+    weights of its trunk are frozen.
 
-    While it is frozen (for ``freeze_steps``), the transferred trunk neither trains nor moves its
+    While it is frozen (for ``freeze_steps``), the transferred trunk neither trains nor updates its
     batch-norm statistics. Batch norm that sees fewer than MIN_BN_BATCH images at a time (a small
-    batch or micro-batch) uses its running statistics, as they are, where these came with
+    batch or micro-batch) uses its running statistics, without updating them, where these came with
     transferred weights, and everywhere when it sees one image.
 
-    ``transferred``: names of the weights that came from another network. ``images_per_step``: of
-    all ranks together."""
+    Args:
+        transferred: names of the weights that came from another network.
+        images_per_step: of all ranks together."""
 
     def __init__(
         self,
@@ -47,15 +48,15 @@ class BatchNormPolicy:
     def batch_size(self, micro_batch: int | None) -> int:
         """How many images batch norm sees at a time, at most."""
         ranks = self.ranks.world_size
-        here = min(micro_batch or self.images_per_step, math.ceil(self.images_per_step / ranks))
-        return here * ranks if self.device.type == "cuda" else here  # SyncBatchNorm
+        per_rank = min(micro_batch or self.images_per_step, math.ceil(self.images_per_step / ranks))
+        return per_rank * ranks if self.device.type == "cuda" else per_rank  # SyncBatchNorm
 
     def set_train_mode(self, step: int, micro_batch: int | None) -> None:
         """Put the network into training mode for optimizer step ``step`` (from 0, over the whole
         run)."""
-        frozen, batch = step < self.freeze_steps, self.batch_size(micro_batch)
-        few = batch < MIN_BN_BATCH
-        mode = frozen, batch if few else None
+        frozen, images = step < self.freeze_steps, self.batch_size(micro_batch)
+        too_few = images < MIN_BN_BATCH
+        mode = frozen, images if too_few else None
         if mode == self.mode:
             return
         self.mode = mode
@@ -65,9 +66,9 @@ class BatchNormPolicy:
         trunk = set(self.model.trunk.modules())
         for name, module in self.model.named_modules():
             if isinstance(module, BatchNorm):
-                known = f"{name}.running_mean" in self.transferred
-                still = known and frozen and module in trunk
-                module.train(not (still or few and (known or batch == 1)))
+                is_transferred = f"{name}.running_mean" in self.transferred
+                is_frozen = is_transferred and frozen and module in trunk
+                module.train(not (is_frozen or too_few and (is_transferred or images == 1)))
 
     @torch.no_grad()
     def recalibrate(
@@ -78,21 +79,21 @@ class BatchNormPolicy:
         step: int,
         micro_batch: int | None,
     ) -> None:
-        """Take the statistics of ``model`` (the network, or its moving average) anew from training
+        """Recompute the statistics of ``model`` (the network, or its moving average) from training
         images, batches (N, 3, H, W).
 
-        The running ones are not those of its weights: they are of smaller images (progressive
-        resizing), of the weights before they were averaged (arXiv 1803.05407), and of activations
-        that dropout had widened (arXiv 1801.05134; a convolution that starts as the identity
-        averages none of that out). Norms that kept theirs in ``step`` keep them here."""
+        The running ones do not fit its weights: they are of smaller images (progressive resizing),
+        of the weights before they were averaged (arXiv 1803.05407), and of activations that dropout
+        had widened (arXiv 1801.05134; a convolution that starts as the identity averages none of
+        that out). Norms that kept theirs in ``step`` keep them here."""
         self.mode = None
         self.set_train_mode(step, micro_batch)
-        moving = {
+        updating = {
             name
-            for name, m in self.model.named_modules()
-            if isinstance(m, BatchNorm) and m.training
+            for name, module in self.model.named_modules()
+            if isinstance(module, BatchNorm) and module.training
         }
-        norms = [m for name, m in model.named_modules() if name in moving]
+        norms = [module for name, module in model.named_modules() if name in updating]
         before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
         model.eval()
         for norm in norms:
@@ -116,11 +117,14 @@ class BatchNormPolicy:
             return f"Batch norm sees {count} images at a time."
         if count == 1:
             return (
-                "Batch norm uses its running statistics as they are, since one image has none worth using: fit to fine-tune "
-                "with, not to train from scratch."
+                "Batch norm uses its running statistics as they are, since one image has none "
+                "worth using: good for fine-tuning, not for training from scratch."
             )
         if self.transferred:
-            return "Batch norm uses the running statistics that came with the transferred weights, as they are."
+            return (
+                "Batch norm uses the running statistics that came with the transferred weights, "
+                "as they are."
+            )
         if micro_batch and micro_batch < self.images_per_step:
             advice = "--checkpoint-activations or a smaller --image-size would allow"
         else:

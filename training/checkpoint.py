@@ -1,8 +1,7 @@
-"""Checkpoints: written so that a crash at any moment leaves a whole one, verified when read, never
-executed.
+"""A run's folder: its checkpoints, config.json and lock.
 
-A checkpoint is one plain dict (see Trainer.state and run.checkpoint_of) that
-``torch.load(weights_only=True)`` reads.
+A crash at any moment leaves a whole checkpoint. It is one plain dict (see Run.checkpoint_dict and
+Trainer.state) that ``torch.load(weights_only=True)`` reads; common/checkpoint.py verifies it.
 """
 
 from __future__ import annotations
@@ -36,44 +35,46 @@ from common.process import quoted
 from training.options import MAY_CHANGE
 
 BEST_NAME = "best.pt"
-# What a run writes besides TensorBoard's event files. In the folder of a new run none of it may be
-# there.
+# What a run writes besides TensorBoard's event files. The folder of a new run must hold none of it.
 RUN_FILES = ("config.json", "metrics.csv", CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME)
 
 
 def save_file(path: Path, saved: dict, previous: Path | None = None) -> None:
-    """Save to ``path``, whole or not at all; what it held stays under the name ``previous``, if one
-    is given.
+    """Save to ``path``, whole or not at all. What ``path`` held is kept as ``previous``, if that is
+    given.
 
-    Raises UserError when there is no room, or no way to write there."""
+    Raises UserError where the disk is full or ``path`` cannot be written."""
     try:
         # a run folder that was moved away must not lose the run
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, functools.partial(torch.save, saved), previous=previous)
-    # torch makes a RuntimeError of its own out of a full disk
-    except (OSError, RuntimeError) as error:
-        cause = error
-        while not isinstance(cause, OSError) and cause.__context__:
-            cause = cause.__context__
-        reason = (
-            cause.strerror
-            if isinstance(cause, OSError) and cause.strerror
-            else str(error).splitlines()[0]
-        )
+    except (OSError, RuntimeError) as error:  # on a full disk torch raises a RuntimeError
         raise UserError(
-            f"{path} could not be written: {reason}. What was saved before is untouched: make room there, "
-            f"then --resume {quoted(path.parent)}"
+            f"{path} could not be written: {disk_error(error)}. What was saved before is "
+            f"untouched: make room there, then --resume {quoted(path.parent)}"
         ) from error
 
 
+def disk_error(error: BaseException) -> str:
+    """The system's text of the OSError behind an error, else the error's first line."""
+    cause = error
+    while not isinstance(cause, OSError) and cause.__context__:
+        cause = cause.__context__
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return str(error).splitlines()[0]
+
+
 def save_checkpoint(run_dir: Path, saved: dict) -> None:
-    """The new last.pt; the one before stays as last.prev.pt."""
+    """Write last.pt; the one before becomes last.prev.pt."""
     save_file(run_dir / CHECKPOINT_NAME, saved, previous=run_dir / PREVIOUS_NAME)
 
 
 def read_last(run_dir: Path) -> dict | None:
-    """The newest checkpoint of a run that can be read; None when there is none yet. Says when it is
-    the one before."""
+    """A run's newest readable checkpoint: last.pt, else last.prev.pt, with a note. None when there
+    is none yet.
+
+    Raises UserError when neither can be read, or they belong to another run."""
     last, previous = run_dir / CHECKPOINT_NAME, run_dir / PREVIOUS_NAME
     if not last.exists() and not previous.exists():
         return None
@@ -83,16 +84,18 @@ def read_last(run_dir: Path) -> dict | None:
         if not previous.exists():
             raise
         saved = check_own(run_dir, previous, read_checkpoint(previous))
-        print(f"{error}\nGoing on from the checkpoint before it, {previous}.")
+        print(f"{error}\nResuming from the checkpoint before it, {previous}.")
         return saved
 
 
 def prepare_to_write(run_dir: Path, config: dict) -> None:
-    """Before a resumed run with these settings writes: what has a name of ours and is not this
-    run's would go with the next save, so it gets another name; of a last.pt that cannot be used,
-    the one before takes the place. What a killed process left half-written is removed."""
+    """Prepare the folder of a resumed run with this config for writing.
 
-    def is_ours(path: Path) -> bool:
+    The next save would overwrite files under a run's names: those that are damaged, or another
+    run's, get another name. An unusable last.pt is replaced by last.prev.pt. Half-written files of
+    a killed process are removed."""
+
+    def is_of_this_run(path: Path) -> bool:
         try:
             return not differences(read_checkpoint(path)["config"], config)
         except UserError:
@@ -100,37 +103,35 @@ def prepare_to_write(run_dir: Path, config: dict) -> None:
 
     last, previous, best = (run_dir / name for name in (CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME))
     for path in (last, previous, best) if config["val_fraction"] else (last, previous):
-        if os.path.lexists(path) and not is_ours(path):
+        if os.path.lexists(path) and not is_of_this_run(path):
             set_aside(path, "is damaged, or not this run's")
-    if previous.exists() and not last.exists():  # else the first save would have none to keep
+    if previous.exists() and not last.exists():  # else the next save would have none to keep
         os.replace(previous, last)
     if os.path.lexists(run_dir / "config.json"):
         try:
             read_settings(run_dir)
-        # FileNotFoundError: a link that leads nowhere
-        except (FileNotFoundError, IsADirectoryError, ValueError):
+        except (FileNotFoundError, IsADirectoryError, ValueError):  # the first: a broken link
             set_aside(run_dir / "config.json", "is damaged, or not this run's")
     remove_leftovers(run_dir, age=0)
 
 
 def check_own(run_dir: Path, path: Path, saved: dict) -> dict:
-    """The saved, unless the settings in config.json say that it is another run's: then a
-    UserError."""
+    """Return ``saved``. Raises UserError where config.json has the settings of another run."""
     try:
         settings = upgrade_config(read_settings(run_dir))
     except (OSError, ValueError):  # lost or damaged: the checkpoint holds all of it
         return saved
     for name in differences(saved["config"], settings):
         raise UserError(
-            f"{path} belongs to another run: {name} is {saved['config'][name]} in it, and {settings[name]} in "
-            f"{run_dir / 'config.json'}"
+            f"{path} belongs to another run: {name} is {saved['config'][name]} in it, "
+            f"and {settings[name]} in {run_dir / 'config.json'}"
         )
     return saved
 
 
 def differences(config: dict, settings: dict) -> list[str]:
-    """The settings that one run has in two ways. Values as JSON has them, which a config.json went
-    through."""
+    """Names of the settings that no resume may change and that differ, after a round trip through
+    JSON (config.json)."""
     return [
         name
         for name in sorted((config.keys() & settings.keys()) - set(MAY_CHANGE))
@@ -139,29 +140,29 @@ def differences(config: dict, settings: dict) -> list[str]:
 
 
 def newest_unfinished(runs: Path) -> Path:
-    """The run of ``runs`` that was written to last, has not finished and is not being trained;
-    sanity passes do not count. Raises UserError."""
+    """The run in ``runs`` that was written to last, is unfinished and is not being trained; sanity
+    passes do not count. Raises UserError where there is none."""
     found = []
     for config_path in runs.glob("*/config.json"):
+        run_dir = config_path.parent
         with contextlib.suppress(OSError, ValueError):
-            read_settings(config_path.parent)  # anybody may have a config.json
-            config = read_config(config_path.parent)
+            read_settings(run_dir)  # anybody may have a config.json
+            config = read_config(run_dir)
             if not config.get("sanity") and not config.get("finished"):
-                found.append(
-                    (
-                        max(p.lstat().st_mtime for p in config_path.parent.iterdir()),
-                        config_path.parent,
-                    )
-                )
+                written = max(path.lstat().st_mtime for path in run_dir.iterdir())
+                found.append((written, run_dir))
     for _, run_dir in sorted(found, reverse=True):
         with contextlib.suppress(UserError), lock(run_dir):
             return run_dir
-    which = (
+    problem = (
         f"every unfinished run in {runs} is being trained"
         if found
         else f"there is no unfinished run in {runs}"
     )
-    raise UserError(f"--resume: {which}; name the run's folder", 2)
+    raise UserError(f"--resume: {problem}; name the run's folder", 2)
+
+
+# ---- config.json --------------------------------------------------------------------------------
 
 
 def write_config(run_dir: Path, record: dict) -> None:
@@ -174,7 +175,7 @@ def read_config(run_dir: Path) -> dict:
 
 
 def read_settings(run_dir: Path) -> dict:
-    """The settings in a run's config.json. Raises OSError, or ValueError for any other file of that
+    """The settings in a run's config.json. Raises OSError, and ValueError for another file of that
     name."""
     try:
         settings = read_config(run_dir)["config"]
@@ -186,7 +187,7 @@ def read_settings(run_dir: Path) -> dict:
 
 
 def earlier_commands(run_dir: Path) -> list[str]:
-    """The command lines that this run was started and resumed by so far."""
+    """The command lines that started and resumed this run so far; [] where they are lost."""
     try:
         return list(read_config(run_dir)["commands"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -198,9 +199,9 @@ def earlier_commands(run_dir: Path) -> list[str]:
 
 @contextlib.contextmanager
 def new_folder(candidates: Iterator[Path]) -> Iterator[Path]:
-    """The folder of a new run, made and locked: the first of ``candidates`` that is not there yet,
-    or the last of them. At its end it goes again, with the parents that were made for it, if
-    nothing came into it.
+    """The folder of a new run, made and locked: the first of ``candidates`` that does not exist,
+    else the last of them. If it is still empty at the end, it is removed, with the parents that
+    were made for it.
 
     Raises UserError for a folder that holds what a run would write."""
     with contextlib.ExitStack() as stack:
@@ -209,40 +210,41 @@ def new_folder(candidates: Iterator[Path]) -> Iterator[Path]:
             if run_dir in made:
                 break
         stack.enter_context(lock(run_dir))
-        # before the lock is given up: nobody else's folder, and nobody in it
-        stack.callback(remove_made, made)
+        stack.callback(remove_made, made)  # while the lock keeps others out of it
         check_new(run_dir)
         yield run_dir
 
 
 def check_new(run_dir: Path) -> None:
-    """Raises UserError where a new run in this folder would write over something, or mix its curves
+    """Raises UserError where a new run in this folder would overwrite something, or mix its curves
     with others."""
     found = [name for name in RUN_FILES if os.path.lexists(run_dir / name)]
     found += sorted(path.name for path in run_dir.iterdir() if "tfevents" in path.name)
     if "config.json" in found or CHECKPOINT_NAME in found:
         raise UserError(
-            f"{run_dir} holds a run already: go on with it by --resume {quoted(run_dir)}, or name another "
-            f"--run-dir",
+            f"{run_dir} holds a run already: resume it with --resume {quoted(run_dir)}, "
+            f"or name another --run-dir",
             2,
         )
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise UserError(
-            f"{run_dir} holds {', '.join(found[:3])}{more}, which a run writes too: name another --run-dir, or "
-            f"move them away",
+            f"{run_dir} holds {', '.join(found[:3])}{more}, which a run writes too: "
+            f"name another --run-dir, or move them away",
             2,
         )
 
 
 @contextlib.contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
-    """One process a run directory. The lock is on the folder itself and ends with the process,
-    however it ends."""
+    """Keep a run directory to one process. The lock is on the folder itself and ends with the
+    process, however it ends.
+
+    Raises UserError where another process has it."""
     in_use = UserError(f"{run_dir} is in use by another process: wait for it, or stop it first")
     try:
         import fcntl
-    except ImportError:  # Windows has no flock; there the check for an existing run is all there is
+    except ImportError:  # Windows has no flock: only the check for an existing run protects there
         yield
         return
     try:
@@ -257,7 +259,7 @@ def lock(run_dir: Path) -> Iterator[None]:
         except OSError:  # some network file systems lock no folders
             pass
         if identity(run_dir) != identity(descriptor):
-            raise in_use  # it had made the folder, and has just taken it away again
+            raise in_use  # the other process had made the folder, and has just removed it
         yield
     finally:
         os.close(descriptor)
@@ -267,8 +269,8 @@ def lock(run_dir: Path) -> Iterator[None]:
 
 
 def random_states() -> dict:
-    """torch's (dropout, initialisation), each GPU's and Python's; the order and augmentation need
-    none."""
+    """The state of torch's generators (initialization, dropout; CPU and each GPU) and Python's. The
+    order and the augmentation need none."""
     states = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()
@@ -276,6 +278,7 @@ def random_states() -> dict:
 
 
 def restore_random_states(states: dict) -> None:
+    """Set the states of ``random_states``; those of the GPUs only on as many GPUs."""
     torch.set_rng_state(states["torch"].cpu())
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
@@ -285,6 +288,3 @@ def restore_random_states(states: dict) -> None:
         and len(states["cuda"]) == torch.cuda.device_count()
     ):
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
-
-
-# ---- networks from checkpoints ------------------------------------------------------------------

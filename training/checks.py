@@ -12,18 +12,32 @@ from training.memory import check_memory
 from training.optim import SCHEDULES, parse_progressive
 from training.ranks import Ranks
 
+CHOICES = {"schedule": SCHEDULES, "crop": ("box", "whole")}
+UPPER_LIMITS = {  # exclusive
+    "momentum": 1,
+    "label_smoothing": 1,
+    "ema_decay": 1,
+    "warmup": 1,
+    "crop_pad": 16,
+    "zoom": 1,
+    "jitter": 1,
+    "cutout": 4096,
+    "pool4": 4096,
+}
+
 
 def check_batch(config: dict, ranks: Ranks) -> None:
+    """Whether the batch is large enough for every rank."""
     if config["batch_size"] < 2 * ranks.world_size:
         raise UserError(
-            f"--batch-size {config['batch_size']} is too small for {ranks.world_size} ranks: 2 images each are "
-            f"the least",
+            f"--batch-size {config['batch_size']} is too small for {ranks.world_size} ranks: "
+            f"2 images each are the least",
             2,
         )
 
 
 def check_recipe(config: dict) -> None:
-    """The values of a recipe, and what this machine can do."""
+    """The values of a recipe, and whether this machine can run it."""
     device = choose_device(config["device"])
     choose_precision(config["precision"], device)
     with torch.device("meta"):
@@ -32,22 +46,10 @@ def check_recipe(config: dict) -> None:
         parse_progressive(config["progressive"])
     except ValueError as error:
         raise UserError(f"--set progressive: {error}", 2) from None
-    choices = {"schedule": SCHEDULES, "crop": ("box", "whole")}
-    for name in choices.keys() & config.keys():
-        if config[name] not in choices[name]:
-            raise UserError(f"--set {name}={config[name]}: choose {' or '.join(choices[name])}", 2)
-    below = {
-        "momentum": 1,
-        "label_smoothing": 1,
-        "ema_decay": 1,
-        "warmup": 1,
-        "crop_pad": 16,
-        "zoom": 1,
-        "jitter": 1,
-        "cutout": 4096,
-        "pool4": 4096,
-    }
-    for name, limit in below.items():
+    for name in CHOICES.keys() & config.keys():
+        if config[name] not in CHOICES[name]:
+            raise UserError(f"--set {name}={config[name]}: choose {' or '.join(CHOICES[name])}", 2)
+    for name, limit in UPPER_LIMITS.items():
         if config[name] >= limit:
             raise UserError(f"--set {name}={config[name]}: expected a number below {limit}", 2)
     if config["nesterov"] and not config["momentum"]:
@@ -56,30 +58,31 @@ def check_recipe(config: dict) -> None:
         raise UserError("--set halve_every=0: expected 1 epoch or more", 2)
     if config["freeze_epochs"] >= config["epochs"]:
         raise UserError(
-            f"--freeze-epochs {config['freeze_epochs']:g}: fewer than the {config['epochs']} epochs of the run "
-            f"are needed, or the trunk would never train",
+            f"--freeze-epochs {config['freeze_epochs']:g}: fewer than the {config['epochs']} "
+            f"epochs of the run are needed, or the trunk would never train",
             2,
         )
 
 
 def check_start(config: dict) -> None:
-    """--init-from of a new run, before an image is read. Raises UserError."""
+    """--init-from of a new run, before an image is read."""
     if not config["init_from"]:
         raise UserError(
-            "this recipe starts from a CIFAR-100 network, which train_cifar100.py trains: give --init-from "
-            "RUN_DIR/last.pt. Else --init-from imagenet (--set trunk=pooled), or --init-from none",
+            "this recipe starts from a CIFAR-100 network, which train_cifar100.py trains: "
+            "give --init-from RUN_DIR/last.pt. Else --init-from imagenet (--set trunk=pooled), "
+            "or --init-from none",
             2,
         )
     if config["init_from"] == "none" and config["freeze_epochs"]:
         raise UserError(
-            "--freeze-epochs keeps a transferred trunk as it is, and --init-from none transfers none: leave one "
-            "of them out",
+            "--freeze-epochs keeps a transferred trunk as it is, and --init-from none transfers "
+            "none: leave one of them out",
             2,
         )
     if config["init_from"] == "imagenet" and scaled(64, config["width"]) != 64:
         raise UserError(
-            f"ImageNet weights fit --width 1, not {config['width']:g}: give --init-from none, or a checkpoint of "
-            f"that width",
+            f"ImageNet weights fit --width 1, not {config['width']:g}: give --init-from none, "
+            f"or a checkpoint of that width",
             2,
         )
     if config["init_from"] not in ("none", "imagenet"):

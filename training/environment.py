@@ -31,22 +31,24 @@ def environment(device: torch.device) -> dict:
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit that this code was at when the run began, with "+changes" when files differ from
-    it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
+    """This code's commit when the run began, with "+changes" where files differ from it; None
+    outside a checkout."""
     try:
-
-        def git(*words: str) -> str:
-            return subprocess.run(
-                ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
-            ).stdout
-
-        return git("rev-parse", "HEAD").strip() + (
-            "+changes" if git("status", "--porcelain", "-uno").strip() else ""
-        )
+        commit = git("rev-parse", "HEAD").strip()
+        changes = git("status", "--porcelain", "-uno").strip()
     except (OSError, subprocess.SubprocessError):
         return None
+    return commit + ("+changes" if changes else "")
+
+
+def git(*words: str) -> str:
+    """What git prints about this checkout."""
+    here = Path(__file__).resolve().parent
+    return subprocess.run(
+        ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
+    ).stdout
 
 
 def command_line(argv: list[str]) -> str:
+    """The command line of this process, for a shell."""
     return shlex.join(["python", Path(sys.argv[0]).name, *argv])

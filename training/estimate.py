@@ -1,5 +1,7 @@
-"""What a run takes: time, memory, and its learning rate in words. All is measured on copies; the
-run is left untouched."""
+"""Estimates of a run: its time, its memory, and its learning rate in words.
+
+Measured on copies: the run itself does not change.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +20,21 @@ from training.optim import lr_at, stages, width_factor
 from training.run import Run, recalibration_count
 from training.trainer import Trainer
 
-MAX_TRIED = 1024  # images at once, when the largest micro-batch is looked for
+MAX_TRIED = 1024  # images at once, in the search for the largest micro-batch
 
 
 def rate_in_words(trainer: Trainer) -> str:
-    """The peak learning rate, for an image too: what a step does to the weights depends on both
-    rate and batch."""
+    """The peak learning rate, also per image: what a step does to the weights depends on both rate
+    and batch."""
     config, steps = trainer.config, len(trainer.batches)
     total, rising = config["epochs"] * steps, int(config["warmup"] * config["epochs"] * steps)
-    # Where a schedule turns: around the warm-up's end, and at the first epochs at which the rate is
+    # Where a schedule peaks: around the warm-up's end, or at the first epochs at which the rate is
     # doubled or halved.
-    turns = [rising + more for more in (-2, -1, 0, 1)] + [
-        number * config["halve_every"] * steps for number in range(4)
-    ]
+    turns = [rising + offset for offset in (-2, -1, 0, 1)]
+    turns += [number * config["halve_every"] * steps for number in range(4)]
     at_full_width = max(lr_at(config, min(max(0, step), total - 1), steps) for step in turns)
-    peak = at_full_width * width_factor(config)
-    words = f"Peak learning rate {peak:.3g} for batches of {config['batch_size']}: {peak / config['batch_size']:.2g} an image"
+    peak, batch = at_full_width * width_factor(config), config["batch_size"]
+    words = f"Peak learning rate {peak:.3g} for batches of {batch}: {peak / batch:.2g} per image"
     if config["muon"]:
         words += f"; {config['muon'] * at_full_width:.2g} for the 3x3 filters, by Muon"
     if trainer.transferred:
@@ -44,17 +45,18 @@ def rate_in_words(trainer: Trainer) -> str:
 
 
 def seconds_left(run: Run) -> float:
-    """Without a GPU: what the rest of the run takes here, from a small step."""
+    """Seconds of the rest of a run without a GPU, from a small step."""
     height, width = run.config["input_size"]
-    cost = measure(run.trainer, images=max(1, min(8, 8 * 224**2 // (height * width))))
+    images = max(1, min(8, 8 * 224**2 // (height * width)))
+    cost = measure(run.trainer, images)
     position, epochs = run.trainer.position, run.config["epochs"]
     begun = (position.epoch + position.step / len(run.trainer.batches)) / epochs
     return run_seconds(run.config, cost, len(run.train_set), len(run.eval_set), begun)
 
 
 def measure(trainer: Trainer, images: int) -> tuple[float, float]:
-    """Seconds an image of a training step and of an evaluation, at full input size. The run is left
-    untouched: it works on a copy of the network and puts the random states back."""
+    """Seconds per image of a training step and of an evaluation on ``images`` images, at full input
+    size. Works on a copy of the network and restores the random states."""
     states = random_states()
     model = copy.deepcopy(trainer.model)
     compiled = trainer.run_model is not trainer.model
@@ -73,7 +75,7 @@ def measure(trainer: Trainer, images: int) -> tuple[float, float]:
     net.train()
     if images == 1:  # as in the run: BatchNormPolicy
         norms_to_eval(model)
-    step()  # the first step also sets up kernels, and takes several times what the next ones do
+    step()  # also sets up kernels, which takes several times as long as a step
     training = timed(step, trainer.device)
     model.eval()
     with torch.no_grad():
@@ -84,8 +86,8 @@ def measure(trainer: Trainer, images: int) -> tuple[float, float]:
 
 
 def most_that_fit(trainer: Trainer, start: int) -> int:
-    """Images whose forward and backward pass fit in memory at once, found by doubling (or halving)
-    ``start`` up to MAX_TRIED; 0 when not even one fits. On a copy of the network, not compiled."""
+    """How many images fit in memory in a forward and backward pass, found by doubling (or halving)
+    ``start`` up to MAX_TRIED; 0 if not even one does. On a copy of the network, not compiled."""
     states = random_states()
     model = copy.deepcopy(trainer.model).train()
     norms_to_eval(model)  # so that a single image can be tried
@@ -102,13 +104,14 @@ def most_that_fit(trainer: Trainer, start: int) -> int:
 
 
 def norms_to_eval(model: nn.Module) -> None:
+    """Have the batch norms use their running statistics."""
     for module in model.modules():
         if isinstance(module, BatchNorm):
             module.eval()
 
 
 def fits_in_memory(trainer: Trainer, model: nn.Module, count: int) -> bool:
-    """Whether a step on so many images has enough memory."""
+    """Whether a forward and backward pass on ``count`` images has enough memory."""
     try:
         batch = torch.zeros(count, 3, *trainer.config["input_size"], device=trainer.device)
         with trainer.precision.context():
@@ -126,7 +129,7 @@ def fits_in_memory(trainer: Trainer, model: nn.Module, count: int) -> bool:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call; on a GPU, whose calls are short, of the mean of ten."""
+    """Seconds per call; on a GPU, where calls are short, the mean of ten."""
     calls = 10 if device.type == "cuda" else 1
     started = synced_time(device)
     for _ in range(calls):
@@ -137,11 +140,16 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 def run_seconds(
     config: dict, cost: tuple[float, float], train_images: int, test_images: int, begun: float = 0.0
 ) -> float:
-    """Seconds of what is left of a run, evaluations included, when ``begun`` (0 to 1) of it is
-    done; a progressively resized image costs its share of pixels."""
-    share, done, steps_per_epoch = 0.0, begun, max(1, train_images // config["batch_size"])
+    """Seconds of the rest of a run, evaluations included, after ``begun`` (0 to 1) of it. A
+    progressively resized image costs its share of the pixels.
+
+    ``cost``: seconds per image, in training and in evaluation (see ``measure``)."""
+    steps_per_epoch = max(1, train_images // config["batch_size"])
+    # the cost of the rest, in units of the whole run at full size
+    share, done = 0.0, begun
     for scale, until in [*stages(config, steps_per_epoch), (1.0, 1.0)]:
-        share, done = share + max(0.0, until - done) * scale**2, max(done, until)
+        share += max(0.0, until - done) * scale**2
+        done = max(done, until)
     evaluations = config["epochs"] - int(begun * config["epochs"])
     evaluated = evaluations * (test_images + recalibration_count(train_images))
     return config["epochs"] * train_images * cost[0] * share + evaluated * cost[1]

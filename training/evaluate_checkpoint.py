@@ -17,15 +17,16 @@ from training.task import Task
 
 
 def evaluate_checkpoint(task: Task, args: argparse.Namespace, argv: list[str]) -> int:
-    """Loss, top-1, top-5 and each class, from the checkpoint alone; where the images are may be
-    told."""
-    taken = ("data_dir", "num_workers", "device", "precision", "evaluate")
-    ignored = [name for name in vars(args) if was_given(name, argv) and name not in taken]
+    """Evaluate the checkpoint of --evaluate on the test set and print the results. Returns the exit
+    status.
+
+    Raises UserError for an option that contradicts the checkpoint, and for other images."""
+    allowed = ("data_dir", "num_workers", "device", "precision", "evaluate")
+    ignored = [name for name in vars(args) if was_given(name, argv) and name not in allowed]
     if ignored:
+        options = ", ".join("--" + name.replace("_", "-") for name in ignored)
         raise UserError(
-            f"--evaluate takes the run's settings from the checkpoint: leave out "
-            f"{', '.join('--' + name.replace('_', '-') for name in ignored)}",
-            2,
+            f"--evaluate takes the run's settings from the checkpoint: leave out {options}", 2
         )
     saved = read_checkpoint(args.evaluate)
     config = saved["config"] | {
@@ -35,9 +36,8 @@ def evaluate_checkpoint(task: Task, args: argparse.Namespace, argv: list[str]) -
         raise UserError(f"{args.evaluate} is a checkpoint of train_{config['dataset']}.py", 2)
     device = choose_device(args.device)
     torch.backends.cudnn.benchmark = True  # as in training
-    precision = choose_precision(
-        getattr(args, "precision", precision_here(config["precision"], device)), device
-    )
+    asked = getattr(args, "precision", precision_here(config["precision"], device))
+    precision = choose_precision(asked, device)
     model = load_model(saved).to(device, memory_format=torch.channels_last)
     _, test = task.data.sets(config, download=False)
     if tuple(saved["class_names"]) != test.class_names:
@@ -46,17 +46,19 @@ def evaluate_checkpoint(task: Task, args: argparse.Namespace, argv: list[str]) -
     batches = eval_batches(test, device, saved["mean"], saved["std"], saved["input_size"])
     result = evaluate(model, batches, len(test.class_names), Precision(precision, device))
     seconds = time.perf_counter() - started
+    average = ", moving average of the weights" if saved["ema"] else ""
     print(
-        f"{args.evaluate}: {config['model']}, width {config['width']:g}, after epoch {saved['position']['epoch']} of "
-        f"{config['epochs']}" + (", moving average of the weights" if saved["ema"] else "")
+        f"{args.evaluate}: {config['model']}, width {config['width']:g}, "
+        f"after epoch {saved['position']['epoch']} of {config['epochs']}{average}"
     )
     if saved["position"]["step"]:
         print(
-            "It was saved in the middle of an epoch, so batch norm's statistics are not taken anew yet: --resume to the epoch's "
-            "end gives its accuracy."
+            "It was saved in the middle of an epoch, so batch norm's statistics are not "
+            "recalibrated yet: --resume to the epoch's end gives its accuracy."
         )
     print(
-        f"{len(test):,} test images ({test.source}), {device_name(device)}, {precision}, {seconds:.1f} s"
+        f"{len(test):,} test images ({test.source}), {device_name(device)}, {precision}, "
+        f"{seconds:.1f} s"
     )
     print(f"loss {result.loss:.4f}   top-1 {result.top1:.2f} %   top-5 {result.top5:.2f} %\n")
     print_classes(test.class_names, result.class_counts, result.class_correct)
@@ -64,25 +66,23 @@ def evaluate_checkpoint(task: Task, args: argparse.Namespace, argv: list[str]) -
 
 
 def precision_here(trained_in: str, device: torch.device) -> str:
-    """The precision of a run, where this device has it; else "auto": emulated bf16 would seem to
-    hang."""
-    native = trained_in in ("fp32", choose_precision("auto", device)) or (
-        trained_in,
-        device.type,
-    ) == ("fp16", "cuda")
+    """A run's precision where this device has it, else "auto": emulated bf16 would seem to hang."""
+    if trained_in == "fp16" and device.type == "cuda":
+        return trained_in
+    native = trained_in in ("fp32", choose_precision("auto", device))
     return trained_in if native else "auto"
 
 
 def print_classes(names: tuple[str, ...], counts: list[int], correct: list[int]) -> None:
     """Top-1 of each class, worst first, in as many columns as fit 100 characters."""
     names = tuple(map(printable, names))
-    column = max(len(name) for name in names) + 16
+    longest = max(len(name) for name in names)
     order = sorted(range(len(names)), key=lambda i: (correct[i] / max(1, counts[i]), names[i]))
-    cells = [
-        f"{names[i]:<{column - 16}} {100 * correct[i] / max(1, counts[i]):5.1f} % {f'of {counts[i]}':<7}"
-        for i in order
-    ]
-    columns = max(1, 100 // column)
+    cells = []
+    for i in order:
+        percent, images = 100 * correct[i] / max(1, counts[i]), f"of {counts[i]}"
+        cells.append(f"{names[i]:<{longest}} {percent:5.1f} % {images:<7}")
+    columns = max(1, 100 // (longest + 16))
     print("top-1 of each class, worst first")
     for first in range(0, len(cells), columns):
         print("  ".join(cells[first : first + columns]).rstrip())

@@ -17,7 +17,7 @@ from training.ranks import ALONE, Ranks
 
 @dataclasses.dataclass
 class Evaluation:
-    """Loss (cross-entropy in nats), top-1 and top-5 in percent; images and correct ones of each
+    """Loss (cross-entropy in nats), top-1 and top-5 in percent; images and correct answers per
     class."""
 
     loss: float
@@ -36,18 +36,18 @@ def evaluate(
     should_stop: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """The network on every batch (images (N, 3, H, W), labels (N,)), in evaluation mode; its mode
-    is restored.
+    """Loss and accuracy over all batches (images (N, 3, H, W), labels (N,)). The network runs in
+    evaluation mode; its mode is restored. Each of several ranks has its own batches and gets the
+    result of all.
 
-    With several ranks, each has its batches, and all get the result of all. Raises Interrupted."""
+    Raises Interrupted (on a single rank) when ``should_stop``."""
     was_training, device = model.training, precision.device
     model.eval()
     network = fuse_conv_bn(model) if device.type == "cpu" else model
     try:
         sums = torch.zeros(3, dtype=torch.float64, device=device)
-        counts, right = (
-            torch.zeros(num_classes, dtype=torch.int64, device=device) for _ in range(2)
-        )
+        counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        correct = torch.zeros_like(counts)
         for images, labels in batches:
             if ranks.world_size == 1 and should_stop():
                 raise Interrupted
@@ -56,14 +56,13 @@ def evaluate(
             logits = logits.float()
             hits = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack(
-                [loss.double(), hits[:, 0].sum().double(), hits.any(1).sum().double()]
-            )
+            top1, top5 = hits[:, 0].sum(), hits.any(1).sum()
+            sums += torch.stack([loss.double(), top1.double(), top5.double()])
             counts.index_add_(0, labels, torch.ones_like(labels))
-            right.index_add_(0, labels, hits[:, 0].long())
+            correct.index_add_(0, labels, hits[:, 0].long())
     finally:
         model.train(was_training)
-    ranks.all_reduce(sums, counts, right)
+    ranks.all_reduce(sums, counts, correct)
     total = max(1, int(counts.sum()))
     loss, top1, top5 = (sums / total).tolist()
-    return Evaluation(loss, 100 * top1, 100 * top5, counts.tolist(), right.tolist())
+    return Evaluation(loss, 100 * top1, 100 * top5, counts.tolist(), correct.tolist())

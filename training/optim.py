@@ -1,7 +1,7 @@
-"""The optimizer's side of a run: parameter groups, learning rate, precision, moving average of the
-weights.
+"""The optimizer of a run: parameter groups, SGD and Muon, learning rate, progressive resizing,
+moving average of the weights.
 
-Every number comes from the run's config (the dicts at the top of each script).
+Every number comes from the run's config (the recipes at the top of each script).
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,34 +18,40 @@ from torch import nn
 from attention_model import SMALLEST_IMAGE, Network
 from common.device import DTYPES
 
+# ---- parameter groups ---------------------------------------------------------------------------
+
 
 def width_factor(config: dict) -> float:
-    """What all but Muon's filters learn at, in units of the schedule's rate, which is that of full
-    width: 1 / width, at most ``lr_by_width`` (0: 1 at every width). Scores and logits are sums over
-    channels, and a step moves each summand alike, so wide networks want smaller steps (the idea of
-    arXiv 2203.03466, not its exact rules)."""
+    """Factor on the learning rate of all but Muon's filters: 1 / width, at most ``lr_by_width`` (0:
+    1 at every width). The schedule's rate is that of full width.
+
+    Scores and logits are sums over channels, and a step moves each summand alike, so wide networks
+    need smaller steps (the idea of arXiv 2203.03466, not its exact rules)."""
     return min(config["lr_by_width"], 1 / config["width"]) if config["lr_by_width"] else 1.0
 
 
 def parameter_groups(
     model: Network, config: dict, transferred: frozenset[str] = frozenset()
 ) -> list[dict]:
-    """The parameters and options that torch.optim takes, one dict for each kind of parameter.
+    """The parameter groups for torch.optim, one dict per kind of parameter.
 
-    Weight decay is on everything (the paper's), or on the matrices and filters alone: not on
-    biases, batch norms, nor on a gate's vector u, which decay pulls towards a uniform map. With
-    ``muon`` the 3x3 filters have groups of their own, whose rate is that many times the schedule's
-    ("scale"). So have the weights named in ``transferred``, with ``transfer_lr``; those of the
-    trunk apart from the others, as all weights of a group must get their first gradient in the same
-    step (the fused SGD asks for that)."""
+    ``weight_decay`` is on all parameters (``decay_all``, the paper's), or on matrices and filters
+    alone: not on biases, batch norms, and a gate's vector u, which decay pulls towards a uniform
+    map. ``scale`` is a group's factor on the schedule's rate: ``muon`` for the 3x3 filters,
+    ``transfer_lr`` for the weights named in ``transferred``. The transferred trunk has groups of
+    its own, as all weights of a group must get their first gradient in the same step (the fused
+    SGD asks for that)."""
     in_trunk = set(map(id, model.trunk.parameters()))
     gate_vectors = set(map(id, model.gate_vectors()))
-    filters = (
-        {id(conv.weight) for conv in model.normalized_convs()} if config["muon"] > 0 else set()
-    )
+    filters = set()
+    if config["muon"] > 0:
+        filters = {id(conv.weight) for conv in model.normalized_convs()}
 
     def kind(name: str, p: nn.Parameter) -> tuple[str, bool, bool]:
-        origin = "new" if name not in transferred else "trunk" if id(p) in in_trunk else "other"
+        if name not in transferred:
+            origin = "new"
+        else:
+            origin = "trunk" if id(p) in in_trunk else "other"
         decays = config["decay_all"] or (p.ndim > 1 and id(p) not in gate_vectors)
         return origin, decays, id(p) in filters
 
@@ -60,7 +68,7 @@ def parameter_groups(
                 "weight_decay": config["weight_decay"] if decays else 0.0,
                 "scale": 1.0 if origin == "new" else config["transfer_lr"],
             }
-            if by_muon:  # which has a momentum of its own, and keeps the norm
+            if by_muon:  # with a momentum of its own and no decay, as it keeps the norm
                 group |= {
                     "filter_momentum": config["momentum"],
                     "momentum": 0.0,
@@ -77,43 +85,44 @@ def parameter_groups(
 def make_optimizer(
     model: Network, config: dict, precision: str, transferred: frozenset[str] = frozenset()
 ) -> torch.optim.SGD:
-    """SGD, with Muon for the 3x3 filters where the config asks for it; the learning rate is set at
-    every step by the schedule.
+    """SGD, with Muon for the 3x3 filters if the config has ``muon``. The schedule sets the learning
+    rate at every step.
 
-    The fused kernel makes one pass over the weights instead of one for each operation. Not with
-    fp16: when the loss scaler skips the very first step, it leaves a momentum that was never
-    written."""
+    The fused kernel makes one pass over the weights instead of one per operation. Not with fp16:
+    when the loss scaler skips the very first step, it leaves an uninitialized momentum."""
     groups = parameter_groups(model, config, transferred)
     options = {
         "lr": config["lr"],
         "momentum": config["momentum"],
         "nesterov": config["nesterov"],
-        # None: PyTorch's choice, on a GPU the foreach loop
-        "fused": precision != "fp16" or None,
+        "fused": precision != "fp16" or None,  # None: PyTorch's choice, on a GPU foreach
     }
     if not config["muon"]:
         return torch.optim.SGD(groups, **options)
     return Muon(groups, DTYPES[precision], **options)
 
 
+# ---- Muon ---------------------------------------------------------------------------------------
+
+
 class Muon(torch.optim.SGD):
-    """Muon (Keller Jordan, kellerjordan.github.io/posts/muon) for the groups that have a
+    """Muon (Keller Jordan, kellerjordan.github.io/posts/muon) for the groups with a
     ``filter_momentum``: 3x3 filters in front of a batch norm. SGD for the others.
 
     A layer's filters (C', C, 3, 3) count as a matrix C' x 9C. Its Nesterov momentum is replaced by
-    the nearest matrix whose singular values are all equal, so that every direction of it learns at
-    the same speed, not the loudest alone. The filters keep the norm that they began with, as the
-    batch norm does not see it: the learning rate is their relative change in a step, and they need
-    no decay. (torch.optim.Muon, from PyTorch 2.9 on, takes matrices only.)
+    the nearest matrix with equal singular values, so that every direction learns at the same speed,
+    not only the strongest. The filters keep their initial norm, which the batch norm cancels: the
+    learning rate is their relative change per step, and they need no decay. (torch.optim.Muon, from
+    PyTorch 2.9 on, takes matrices only.)
 
-    ``dtype``: what the products are calculated in."""
+    ``dtype``: of the matrix products."""
 
-    def __init__(self, groups: list[dict], dtype: torch.dtype, **options):
+    def __init__(self, groups: list[dict], dtype: torch.dtype, **options: Any):
         super().__init__(groups, **options)
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         for group in self.param_groups:
             if "filter_momentum" in group:
                 filters = [p for p in group["params"] if p.grad is not None]
@@ -130,21 +139,21 @@ class Muon(torch.optim.SGD):
         norms, momenta = (
             [self.state[p][name] for p in filters] for name in ("filter_norm", "filter_momentum")
         )
-        # Nesterov's momentum, but for a factor that newton_schulz() takes away.
+        # Nesterov's momentum, but for a factor that newton_schulz() cancels.
         gradients = [p.grad for p in filters]
         torch._foreach_lerp_(momenta, gradients, 1 - decay)
         ahead = torch._foreach_lerp(gradients, momenta, decay)
         torch._foreach_mul_(filters, torch._foreach_div(norms, torch._foreach_norm(filters)))
         # Input channels last, as channels_last has them in memory: the order of a matrix's columns
         # does not matter.
-        rows = [each.permute(0, 2, 3, 1).flatten(1) for each in ahead]
+        matrices = [x.permute(0, 2, 3, 1).flatten(1) for x in ahead]
         steps = [
             step.view_as(p.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            for step, p in zip(newton_schulz(rows, self.dtype), filters, strict=True)
+            for step, p in zip(newton_schulz(matrices, self.dtype), filters, strict=True)
         ]
-        # All singular values 1: the norm is the root of their number.
-        sizes = torch._foreach_div(norms, [math.sqrt(min(each.shape)) for each in rows])
-        # the fused SGD goes through memory in order: weight and gradient must lie in the same one
+        # All singular values are 1: the norm is the root of their number.
+        sizes = torch._foreach_div(norms, [math.sqrt(min(x.shape)) for x in matrices])
+        # The fused SGD needs weight and gradient in the same memory format.
         for p in filters:
             if p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p)
@@ -153,37 +162,33 @@ class Muon(torch.optim.SGD):
         torch._foreach_mul_(gradients, sizes)
 
 
-# iterations; five, calculated as below, overshoot in bfloat16 (singular values up to 4)
+# iterations; five, computed as below, overshoot in bfloat16 (singular values up to 4)
 NEWTON_SCHULZ = 3
-# smaller matrices are filled up with zeros: few large products are sooner done than many small ones
+# smaller matrices are padded with zeros: a few large products are faster than many small ones
 SMALLEST_GRAM = 64
 
 
 def newton_schulz(matrices: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Matrices (R, C) in float32, of any shapes -> the nearest ones whose singular values are 1,
-    roughly (most end between 0.5 and 1.2), calculated in ``dtype``: Newton-Schulz iterations x <-
-    (a + b x x^T + c (x x^T)^2) x, whose polynomial (Jordan's) lifts small singular values fast.
+    """Matrices (R, C) in float32, of any shapes -> the nearest ones with all singular values 1,
+    roughly (most end between 0.5 and 1.2).
 
-    The factors are polynomials of the Gram matrix g = x x^T, so they are multiplied up there, R x
-    R, and x is only needed at the beginning and at the end: for R = 512, C = 4608 that is half of
-    the arithmetic. Matrices of one shape are calculated together, and Gram matrices of one size
-    multiplied up together: fewer, larger products."""
-    order = sorted(
-        range(len(matrices)),
-        key=lambda number: (gram_side(matrices[number]), matrices[number].shape),
-    )
-    matrices = [matrices[number] for number in order]
+    Newton-Schulz iterations x <- (a + b x x^T + c (x x^T)^2) x in ``dtype``, whose polynomial
+    (Jordan's) lifts small singular values fast. The factors are polynomials of the Gram matrix
+    g = x x^T, so they are multiplied there, R x R, and x is only needed at the beginning and at the
+    end: for R = 512, C = 4608 that is half of the arithmetic. Matrices of one shape are computed
+    together, and Gram matrices of one size multiplied together: fewer, larger products."""
+    order = sorted(range(len(matrices)), key=lambda i: (gram_side(matrices[i]), matrices[i].shape))
+    matrices = [matrices[i] for i in order]
     lengths = torch._foreach_norm(matrices)
     torch._foreach_add_(lengths, 1e-20)
     stacks = [
-        matrices[0].new_empty(len(list(alike)), *shape, dtype=dtype)
-        for shape, alike in itertools.groupby(matrix.shape for matrix in matrices)
+        matrices[0].new_empty(len(list(same_shape)), *shape, dtype=dtype)
+        for shape, same_shape in itertools.groupby(matrix.shape for matrix in matrices)
     ]
-    torch._foreach_copy_(
-        [x for stack in stacks for x in stack], torch._foreach_div(matrices, lengths)
-    )
-    wide = [x if x.shape[1] <= x.shape[2] else x.mT for x in stacks]
-    groups = [list(alike) for _, alike in itertools.groupby(wide, gram_side)]
+    slots = [x for stack in stacks for x in stack]
+    torch._foreach_copy_(slots, torch._foreach_div(matrices, lengths))
+    wide_stacks = [x if x.shape[1] <= x.shape[2] else x.mT for x in stacks]
+    groups = [list(same_side) for _, same_side in itertools.groupby(wide_stacks, gram_side)]
     products = products_of_factors([gram_matrices(group) for group in groups])
     results = [
         factor @ x
@@ -195,48 +200,50 @@ def newton_schulz(matrices: list[torch.Tensor], dtype: torch.dtype) -> list[torc
         for result, stack in zip(results, stacks, strict=True)
         for step in (result if result.shape == stack.shape else result.mT)
     ]
-    return [steps[order.index(number)] for number in range(len(order))]
+    return [steps[order.index(i)] for i in range(len(order))]
 
 
 def gram_side(x: torch.Tensor) -> int:
-    """Side of the Gram matrix of x (..., R, C), filled up."""
+    """Side of the padded Gram matrix of x (..., R, C)."""
     return max(SMALLEST_GRAM, min(x.shape[-2:]))
 
 
 def gram_matrices(stacks: list[torch.Tensor]) -> torch.Tensor:
-    """x x^T of stacks x (B, R, C), R <= C, with one gram_side S, filled up with zeros: (sum of B,
-    S, S)."""
+    """x x^T of stacks x (B, R, C), R <= C, that have the same gram_side S, padded with zeros: (sum
+    of B, S, S)."""
     side = gram_side(stacks[0])
-    make = stacks[0].new_empty if all(x.shape[1] == side for x in stacks) else stacks[0].new_zeros
-    grams = make(sum(map(len, stacks)), side, side)
+    no_padding = all(x.shape[1] == side for x in stacks)
+    new = stacks[0].new_empty if no_padding else stacks[0].new_zeros
+    grams = new(sum(map(len, stacks)), side, side)
     for gram, x in zip(corners(grams, stacks), stacks, strict=True):
         torch.bmm(x, x.mT, out=gram)
     return grams
 
 
-def corners(filled_up: torch.Tensor, stacks: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The part (B, R, R) of each stack (B, R, C) in matrices (sum of B, S, S)."""
-    parts = filled_up.split([len(x) for x in stacks])
-    return [part[:, : x.shape[1], : x.shape[1]] for part, x in zip(parts, stacks, strict=True)]
+def corners(padded: torch.Tensor, stacks: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Views of ``padded`` (sum of B, S, S): the matrices (B, R, R) of each stack (B, R, C)."""
+    split = padded.split([len(x) for x in stacks])
+    return [grams[:, : x.shape[1], : x.shape[1]] for grams, x in zip(split, stacks, strict=True)]
 
 
 def products_of_factors(grams: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Gram matrices of some x, each (B, S, S) -> the products of the iterations' factors, to be
-    multiplied with x."""
+    """Gram matrices of stacks x, (B, S, S) each -> the product of the iterations' factors for each
+    x, by which x is to be multiplied."""
     a, b, c = 3.4445, -4.7750, 2.0315
     products = None
     for number in range(NEWTON_SCHULZ):
         factors = [torch.baddbmm(g, g, g, beta=b, alpha=c) for g in grams]
         torch._foreach_add_([factor.diagonal(dim1=1, dim2=2) for factor in factors], a)
-        products = (
-            factors
-            if products is None
-            else [f @ product for f, product in zip(factors, products, strict=True)]
-        )
+        if products is None:
+            products = factors
+        else:
+            products = [f @ product for f, product in zip(factors, products, strict=True)]
         if number < NEWTON_SCHULZ - 1:
             grams = [f @ g @ f for f, g in zip(factors, grams, strict=True)]
     return products
 
+
+# ---- schedules ----------------------------------------------------------------------------------
 
 SCHEDULES = ("linear", "halve", "double-halve")
 
@@ -244,12 +251,12 @@ SCHEDULES = ("linear", "halve", "double-halve")
 def lr_at(config: dict, step: int, steps_per_epoch: int) -> float:
     """Learning rate of optimizer step ``step`` (from 0, over the whole run).
 
-    The rate rises linearly over the first ``warmup`` of the run (0 to 1), whatever the schedule.
+    With every ``schedule``, the rate rises linearly over the first ``warmup`` of the run (0 to 1).
 
     "linear": after the warm-up linearly down to 0 at the end of the run.
     "halve": the paper's for CIFAR, ``lr`` halved every ``halve_every`` epochs.
     "double-halve": the authors' for CUB, ``lr`` doubled after ``halve_every`` epochs and after
-    twice as many, from then on halved every ``halve_every``.
+    twice as many, then halved every ``halve_every``.
     """
     total = config["epochs"] * steps_per_epoch
     rising = config["warmup"] * total
@@ -264,76 +271,75 @@ def lr_at(config: dict, step: int, steps_per_epoch: int) -> float:
 
 
 def stages(config: dict, steps_per_epoch: int) -> list[tuple[float, float]]:
-    """Progressive resizing: (factor on the side, share of the run until which it holds) of each
-    stage before the full size.
+    """Progressive resizing: (factor on the side, share of the run at which it ends) of each stage
+    before the full size.
 
-    ``progressive`` = "0.5:0.6 0.75:0.8" reads: half the side for the first 0.6 of the run, three
-    quarters until 0.8. The small images carry most of what the early steps learn, at a quarter of
-    the cost. A run of fewer steps than ``progressive_from`` has no such stages: too few steps would
-    be left at full size."""
+    ``progressive`` = "0.5:0.6 0.75:0.8" means half the side for the first 0.6 of the run, then
+    three quarters until 0.8. Early steps learn most of what they would from full-size images, at a
+    quarter of the cost. A run of fewer steps than ``progressive_from`` has no such stages: too few
+    steps would be left at full size."""
     if config["epochs"] * steps_per_epoch < config["progressive_from"]:
         return []
     return parse_progressive(config["progressive"])
 
 
 def input_size_at(config: dict, step: int, steps_per_epoch: int) -> tuple[int, int] | None:
-    """Height and width to train at in optimizer step ``step`` (from 0, over the whole run); None:
-    the full ones."""
+    """(height, width) of the training images in optimizer step ``step`` (from 0, over the whole
+    run); None: the full size."""
+    done = step / (config["epochs"] * steps_per_epoch)
     for scale, until in stages(config, steps_per_epoch):
-        if step / (config["epochs"] * steps_per_epoch) < until:
-            height, width = (
-                max(SMALLEST_IMAGE, round(side * scale)) for side in config["input_size"]
+        if done < until:
+            height, width = config["input_size"]
+            return (
+                max(SMALLEST_IMAGE, round(height * scale)),
+                max(SMALLEST_IMAGE, round(width * scale)),
             )
-            return height, width
     return None
 
 
 def parse_progressive(text: str) -> list[tuple[float, float]]:
-    """ "0.5:0.6 0.75:0.8" -> [(0.5, 0.6), (0.75, 0.8)]; "none" or "" -> []. Raises ValueError for
-    anything else."""
+    """The (scale, until) pairs of a text like "0.5:0.6 0.75:0.8"; [] for "none" or "". Raises
+    ValueError for anything else."""
+    words = [word for word in text.split() if word != "none"]
     try:
-        stages = [
-            tuple(float(number) for number in stage.split(":"))
-            for stage in text.split()
-            if stage != "none"
-        ]
-    except ValueError:
-        stages = [()]
-    if any(
-        len(s) != 2 or not 0 < s[0] <= 1 or not 0 < s[1] <= 1 for s in stages
-    ) or stages != sorted(stages, key=lambda s: s[-1]):
+        pairs = [tuple(float(number) for number in word.split(":")) for word in words]
+        in_range = all(0 < scale <= 1 and 0 < until <= 1 for scale, until in pairs)
+        in_order = pairs == sorted(pairs, key=lambda pair: pair[-1])
+    except ValueError:  # not numbers, or not two
+        in_range = in_order = False
+    if not (in_range and in_order):
         raise ValueError(
-            f"progressive '{text}': expected SCALE:UNTIL pairs, both above 0 and at most 1, in order"
+            f"progressive '{text}': expected SCALE:UNTIL pairs, "
+            f"both above 0 and at most 1, in order"
         )
-    return stages
+    return pairs
+
+
+# ---- moving average and norms -------------------------------------------------------------------
 
 
 class EMA:
-    """Exponential moving average of the weights, with their batch-norm buffers: what is evaluated
-    and used.
+    """Exponential moving average of the weights, with their batch-norm buffers, to evaluate and to
+    use.
 
-    The average looks back over 1 / (1 - ``decay``) steps, but over no more than ``share`` of the
-    run: in a short run, whose weights move fast, a longer one lags behind them. Early on it is
-    taken over few steps (decay (1 + t) / (10 + t)), so that it is never of the first, random
-    weights."""
+    The average spans 1 / (1 - ``decay``) steps, but at most ``share`` of the run: in a short run,
+    whose weights move fast, a longer one lags behind. At first it spans few steps (decay (1 + t) /
+    (10 + t)), so that the random initial weights drop out soon."""
 
     def __init__(self, model: nn.Module, decay: float, share: float = 1.0):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.share = decay, share
-        # Collected once: the tensors stay the same ones, optimizer steps and load_state_dict write
-        # into them.
-        pairs = list(
-            zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
-        )
-        self.averages, self.values = zip(
-            *(pair for pair in pairs if pair[0].is_floating_point()), strict=True
-        )
+        # Collected once: optimizer steps and load_state_dict write into the same tensors.
+        own, others = self.model.state_dict().values(), model.state_dict().values()
+        pairs = list(zip(own, others, strict=True))
+        averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         counters = [pair for pair in pairs if not pair[0].is_floating_point()]  # of batch norm
+        self.averages, self.values = zip(*averaged, strict=True)
         self.counters, self.counted = ([pair[i] for pair in counters] for i in (0, 1))
 
     @torch.no_grad()
     def update(self, step: int, steps: int) -> None:
-        """After optimizer step ``step`` (from 0) of the run's ``steps``."""
+        """Add the weights after optimizer step ``step`` (from 0) of the run's ``steps``."""
         decay = min(self.decay, (1 + step) / (10 + step), 1 - 1 / max(1.0, self.share * steps))
         torch._foreach_lerp_(self.averages, self.values, 1 - decay)
         if self.counters:
@@ -341,7 +347,7 @@ class EMA:
 
 
 def grad_norm(parameters: list[nn.Parameter]) -> float | None:
-    """Euclidean norm of the gradients; None where there are none. Reads the device: not for the
+    """Euclidean norm of all gradients; None where there are none. Waits for the device: not for the
     inner loop."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:

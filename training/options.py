@@ -1,8 +1,8 @@
-"""The command line that both scripts share, and what it resolves to: one flat dict of plain values,
-the run's config.
+"""The command line of the training scripts, and what it resolves to: the run's config, one flat
+dict of plain values.
 
-The config is saved in config.json and in every checkpoint. A default stands in one place only: the
-dicts at the top of the script, or the constants below for what is no part of a recipe.
+The config is saved in config.json and in every checkpoint. A default is in one place only: in the
+recipe at the top of the script, or below for what is not part of a recipe.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from common.arguments import (
 )
 from common.errors import UserError
 
-NEWEST = True  # what a bare --resume gives
-SHORT_RUN = 10  # epochs; below, a recipe's changes for short runs hold
+NEWEST = True  # the value of a bare --resume
+SHORT_RUN = 10  # epochs; a recipe's changes for short runs apply below this
 
-# Options with a command-line word of their own whose value is part of the recipe.
+# Recipe values with an option of their own; the others are changed by --set.
 RECIPE_OPTIONS = ("epochs", "batch_size", "lr", "image_size", "init_from", "freeze_epochs")
-# What a resumed run may change: where and how it runs, and how long. All else decides the
-# mathematics.
+# What a resumed run may change: where and how it runs, and how long. All else is its mathematics.
 MAY_CHANGE = (
     "data_dir",
     "device",
@@ -43,172 +42,30 @@ MAY_CHANGE = (
 )
 
 
+# Options of no recipe, whose default is below.
+ALWAYS_GIVEN = (
+    "data_dir",
+    "device",
+    "num_workers",
+    "micro_batch",
+    "checkpoint_activations",
+    "overlay_every",
+)
+UNLESS_GIVEN = argparse.SUPPRESS  # as a default: not in the result unless it was given
+
+
 def make_parser(
     description: str, recipes: dict[str, dict], *, model: str, dataset: str
 ) -> argparse.ArgumentParser:
-    """The options of both scripts. None as a default means: from the recipe, or from the checkpoint
-    on resume."""
+    """The options of a training script. ``model``: the default network. ``dataset``: names the
+    folder of the runs."""
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=HelpFormatter
     )
-    quiet = argparse.SUPPRESS  # not in the result unless it was given
-    where = parser.add_argument_group("what and where")
-    where.add_argument(
-        "--data-dir",
-        type=expanded_path,
-        default="data",
-        help="folder that holds (or will hold) the data set",
-    )
-    where.add_argument(
-        "--run-dir",
-        type=expanded_path,
-        default=quiet,
-        help=f"folder of this run (default: runs/{dataset}/<time>-<model>)",
-    )
-    where.add_argument(
-        "--sample", action="store_true", default=quiet, help="train on the small built-in sample"
-    )
-    where.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N")
-    where.add_argument(
-        "--num-workers",
-        type=int_at_least(0, MAX_WORKERS),
-        default=2,
-        help="processes that decode images into the cache; 0: the main process",
-    )
-
-    what = parser.add_argument_group(
-        "the run (part of its mathematics: fixed when a run is resumed)"
-    )
-    what.add_argument(
-        "--recipe",
-        choices=sorted(recipes),
-        default=quiet,
-        help=f"settings to start from (default: {next(iter(recipes))})",
-    )
-    what.add_argument(
-        "--model",
-        choices=MODEL_NAMES,
-        metavar="NAME",
-        default=quiet,
-        help=f"network: {', '.join(MODEL_NAMES)} (default: {model})",
-    )
-    what.add_argument(
-        "--width", type=positive(16), default=quiet, help="factor on all channels (default: 1.0)"
-    )
-    what.add_argument(
-        "--image-size",
-        type=int_at_least(16, 4096),
-        default=quiet,
-        help="side in pixels (default: the recipe's)",
-    )
-    what.add_argument(
-        "--epochs", type=int_at_least(1, 10**6), default=quiet, help="(default: the recipe's)"
-    )
-    what.add_argument(
-        "--batch-size",
-        type=int_at_least(2, 10**6),
-        default=quiet,
-        help="images an optimizer step (default: the recipe's)",
-    )
-    what.add_argument(
-        "--lr",
-        type=positive(1e6),
-        default=quiet,
-        help="peak learning rate, with lr_by_width that of full width (default: the recipe's)",
-    )
-    what.add_argument(
-        "--seed",
-        type=int_at_least(0, 2**63 - 1),
-        default=quiet,
-        help="of weights, order, augmentation, dropout (default: 0)",
-    )
-    what.add_argument(
-        "--val-fraction",
-        type=fraction,
-        default=quiet,
-        help="part of the training images held out; they are evaluated instead of the test set, "
-        "and best.pt is kept (default: 0)",
-    )
-    what.add_argument(
-        "--precision",
-        choices=("auto", "bf16", "fp16", "fp32"),
-        default=quiet,
-        help="(default: auto: bf16 where it is native, else fp16 on a GPU, fp32 on a CPU)",
-    )
-    what.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="change a constant of the recipe; may be repeated; names: "
-        + ", ".join(name for name in next(iter(recipes.values())) if name not in RECIPE_OPTIONS),
-    )
-    what.add_argument(
-        "--init-from",
-        type=expanded_path,
-        metavar="{imagenet,none,CHECKPOINT}",
-        default=quiet,
-        help="weights to start from: torchvision's vgg16_bn, none, or a last.pt (default: the recipe's)",
-    )
-    what.add_argument(
-        "--freeze-epochs",
-        type=at_least_0,
-        default=quiet,
-        metavar="N",
-        help="train head and gates alone, on the transferred trunk as it is, for so many epochs "
-        "(default: the recipe's)",
-    )
-
-    how = parser.add_argument_group("speed and memory")
-    how.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=quiet,
-        help="torch.compile (default: on GPUs of compute capability 7.0 or more)",
-    )
-    how.add_argument(
-        "--micro-batch",
-        type=auto_or_whole,
-        default="auto",
-        metavar="{auto,N}",
-        help="images in memory at once; gradients accumulate to the batch. auto: the batch, halved on "
-        "out-of-memory",
-    )
-    how.add_argument(
-        "--checkpoint-activations",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="compute activations twice, store fewer",
-    )
-
-    modes = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
-    modes.add_argument(
-        "--sanity",
-        action="store_true",
-        help="one short epoch through every path of a real run, in a minute or two",
-    )
-    modes.add_argument(
-        "--resume",
-        nargs="?",
-        type=expanded_path,
-        const=NEWEST,
-        metavar="RUN_DIR",
-        help="go on with a run; no folder: the newest unfinished one",
-    )
-    modes.add_argument(
-        "--evaluate",
-        type=expanded_path,
-        metavar="CHECKPOINT",
-        help="loss, top-1, top-5 and each class of a checkpoint",
-    )
-    modes.add_argument(
-        "--benchmark",
-        nargs="?",
-        const=25,
-        type=int_at_least(1, 10**5),
-        metavar="STEPS",
-        help="speed of the training step, its parts, and of the plain way to write it",
-    )
+    add_places(parser, dataset)
+    add_mathematics(parser, recipes, model)
+    add_speed(parser)
+    add_modes(parser)
     parser.add_argument(
         "--json",
         type=expanded_path,
@@ -220,12 +77,193 @@ def make_parser(
         type=int_at_least(0),
         default=1,
         metavar="EPOCHS",
-        help="attention pictures every so many epochs; 0: none",
+        help="epochs between attention pictures; 0: none",
     )
     return parser
 
 
-# ---- types of options, for argparse -------------------------------------------------------------
+def add_places(parser: argparse.ArgumentParser, dataset: str) -> None:
+    """Data, run folder and device."""
+    group = parser.add_argument_group("what and where")
+    group.add_argument(
+        "--data-dir",
+        type=expanded_path,
+        default="data",
+        help="folder that holds (or will hold) the data set",
+    )
+    group.add_argument(
+        "--run-dir",
+        type=expanded_path,
+        default=UNLESS_GIVEN,
+        help=f"folder of this run (default: runs/{dataset}/<time>-<model>)",
+    )
+    group.add_argument(
+        "--sample",
+        action="store_true",
+        default=UNLESS_GIVEN,
+        help="train on the small built-in sample",
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N")
+    group.add_argument(
+        "--num-workers",
+        type=int_at_least(0, MAX_WORKERS),
+        default=2,
+        help="processes that decode images into the cache; 0: the main process",
+    )
+
+
+def add_mathematics(parser: argparse.ArgumentParser, recipes: dict[str, dict], model: str) -> None:
+    """The options that decide a run's mathematics. Their defaults are the recipe's, or the
+    checkpoint's on resume."""
+    group = parser.add_argument_group(
+        "the run (part of its mathematics: fixed when a run is resumed)"
+    )
+    group.add_argument(
+        "--recipe",
+        choices=sorted(recipes),
+        default=UNLESS_GIVEN,
+        help=f"settings to start from (default: {next(iter(recipes))})",
+    )
+    group.add_argument(
+        "--model",
+        choices=MODEL_NAMES,
+        metavar="NAME",
+        default=UNLESS_GIVEN,
+        help=f"network: {', '.join(MODEL_NAMES)} (default: {model})",
+    )
+    group.add_argument(
+        "--width",
+        type=positive(16),
+        default=UNLESS_GIVEN,
+        help="factor on all channels (default: 1.0)",
+    )
+    group.add_argument(
+        "--image-size",
+        type=int_at_least(16, 4096),
+        default=UNLESS_GIVEN,
+        help="side in pixels (default: the recipe's)",
+    )
+    group.add_argument(
+        "--epochs",
+        type=int_at_least(1, 10**6),
+        default=UNLESS_GIVEN,
+        help="(default: the recipe's)",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=int_at_least(2, 10**6),
+        default=UNLESS_GIVEN,
+        help="images per optimizer step (default: the recipe's)",
+    )
+    group.add_argument(
+        "--lr",
+        type=positive(1e6),
+        default=UNLESS_GIVEN,
+        help="peak learning rate, with lr_by_width that of full width (default: the recipe's)",
+    )
+    group.add_argument(
+        "--seed",
+        type=int_at_least(0, 2**63 - 1),
+        default=UNLESS_GIVEN,
+        help="of weights, order, augmentation, dropout (default: 0)",
+    )
+    group.add_argument(
+        "--val-fraction",
+        type=fraction,
+        default=UNLESS_GIVEN,
+        help="part of the training images held out; they are evaluated instead of the test set, "
+        "and best.pt is kept (default: 0)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default=UNLESS_GIVEN,
+        help="(default: auto: bf16 where it is native, else fp16 on a GPU, fp32 on a CPU)",
+    )
+    constants = [name for name in next(iter(recipes.values())) if name not in RECIPE_OPTIONS]
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"change a constant of the recipe; may be repeated; names: {', '.join(constants)}",
+    )
+    group.add_argument(
+        "--init-from",
+        type=expanded_path,
+        metavar="{imagenet,none,CHECKPOINT}",
+        default=UNLESS_GIVEN,
+        help="weights to start from: torchvision's vgg16_bn, none, or a last.pt "
+        "(default: the recipe's)",
+    )
+    group.add_argument(
+        "--freeze-epochs",
+        type=at_least_0,
+        default=UNLESS_GIVEN,
+        metavar="N",
+        help="first epochs in which only head and gates train, on the frozen transferred trunk "
+        "(default: the recipe's)",
+    )
+
+
+def add_speed(parser: argparse.ArgumentParser) -> None:
+    """Compilation and memory."""
+    group = parser.add_argument_group("speed and memory")
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=UNLESS_GIVEN,
+        help="torch.compile (default: on GPUs of compute capability 7.0 or more)",
+    )
+    group.add_argument(
+        "--micro-batch",
+        type=auto_or_whole,
+        default="auto",
+        metavar="{auto,N}",
+        help="images in memory at once; gradients accumulate to the batch. auto: the batch, "
+        "halved on out-of-memory",
+    )
+    group.add_argument(
+        "--checkpoint-activations",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compute activations twice, store fewer",
+    )
+
+
+def add_modes(parser: argparse.ArgumentParser) -> None:
+    """What a script does instead of a new run."""
+    group = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
+    group.add_argument(
+        "--sanity",
+        action="store_true",
+        help="one short epoch through every path of a real run, in a minute or two",
+    )
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        type=expanded_path,
+        const=NEWEST,
+        metavar="RUN_DIR",
+        help="resume a run (default: the newest unfinished)",
+    )
+    group.add_argument(
+        "--evaluate",
+        type=expanded_path,
+        metavar="CHECKPOINT",
+        help="loss, top-1, top-5 and each class of a checkpoint",
+    )
+    group.add_argument(
+        "--benchmark",
+        nargs="?",
+        const=25,
+        type=int_at_least(1, 10**5),
+        metavar="STEPS",
+        help="speed of the training step, its parts, and of the plain way to write it",
+    )
+
+
+# ---- the config ---------------------------------------------------------------------------------
 
 
 def resolve(
@@ -236,8 +274,8 @@ def resolve(
     model: str,
     dataset: str,
 ) -> dict:
-    """A new run's config: the recipe (with what it changes for a short run), then --set and the
-    options on top.
+    """A new run's config: the recipe, with its changes for a short run, then --set and the options
+    on top.
 
     Raises UserError for a wrong --set."""
     given = vars(args)
@@ -258,22 +296,12 @@ def resolve(
     }
     changes = parse_set(args.set, base)
     if changes.get("momentum") == 0:
-        changes.setdefault("nesterov", False)  # which has no meaning without one
+        changes.setdefault("nesterov", False)  # which needs a momentum
     config |= base | changes
     config |= {name: given[name] for name in config if name in given}
-    config |= {
-        name: given[name]
-        for name in (
-            "data_dir",
-            "device",
-            "num_workers",
-            "micro_batch",
-            "checkpoint_activations",
-            "overlay_every",
-        )
-    }
+    config |= {name: given[name] for name in ALWAYS_GIVEN}
     config["compile"] = given.get("compile", "auto")
-    # none where there is nothing to keep as it is, and no more than a quarter of a run
+    # by default none without transferred weights, and at most a quarter of the run
     if "freeze_epochs" not in given:
         config["freeze_epochs"] *= config["init_from"] != "none"
         config["freeze_epochs"] = min(config["freeze_epochs"], config["epochs"] / 4)
@@ -281,7 +309,9 @@ def resolve(
 
 
 def parse_set(pairs: list[str], recipe: dict) -> dict:
-    """["momentum=0.8"] -> {"momentum": 0.8}, each checked against the recipe's value of that name."""
+    """["momentum=0.8"] -> {"momentum": 0.8}, with the type of the recipe's value.
+
+    Raises UserError for another name, for one that has an option, and for a wrong value."""
     changes = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -297,7 +327,8 @@ def parse_set(pairs: list[str], recipe: dict) -> dict:
 
 
 def same_type(pair: str, text: str, default: object) -> object:
-    """The text as a value of the default's type."""
+    """``text`` as a value of the default's type; a number must be finite and 0 or more. Raises
+    UserError naming ``pair``."""
     if isinstance(default, bool):
         if text.lower() not in ("true", "false"):
             raise UserError(f"--set {pair}: expected true or false", 2)
@@ -307,16 +338,11 @@ def same_type(pair: str, text: str, default: object) -> object:
             raise ValueError
         value = type(default)(text)
     except ValueError:
-        what = "a whole number" if isinstance(default, int) else "a number"
+        kind = "a whole number" if isinstance(default, int) else "a number"
         raise UserError(
-            f"--set {pair[: 2 * MAX_DIGITS]}: expected {what}, as in the default {default}", 2
+            f"--set {pair[: 2 * MAX_DIGITS]}: expected {kind}, as in the default {default}", 2
         ) from None
-    if (
-        isinstance(value, float)
-        and not 0 <= value < float("inf")
-        or isinstance(value, int)
-        and value < 0
-    ):
+    if isinstance(value, (int, float)) and not 0 <= value < float("inf"):
         raise UserError(f"--set {pair}: expected a finite number, 0 or more", 2)
     return value
 
@@ -324,21 +350,18 @@ def same_type(pair: str, text: str, default: object) -> object:
 def resumed(
     config: dict, args: argparse.Namespace, recipes: dict[str, dict], argv: list[str]
 ) -> dict:
-    """The config of a checkpoint with what the command line may change on top.
+    """The config of a checkpoint, with the given options that may change (MAY_CHANGE).
 
-    Raises UserError when an option that was given contradicts the run."""
+    Raises UserError where another option contradicts the run."""
     given = vars(args)
     asked = {name: given[name] for name in given if name in config and was_given(name, argv)}
     asked |= parse_set(args.set, recipes[config["recipe"]])
     for name, value in asked.items():
-        if (
-            name not in MAY_CHANGE
-            and value != config[name]
-            and (name, value) != ("precision", "auto")
-        ):
-            raise UserError(
-                f"this run has --{name.replace('_', '-')} {config[name]}, and {value} would make it another "
-                f"run: leave the option out, or start a new run",
-                2,
-            )
+        if name in MAY_CHANGE or value == config[name] or (name, value) == ("precision", "auto"):
+            continue
+        raise UserError(
+            f"this run has --{name.replace('_', '-')} {config[name]}, and {value} would make it "
+            f"another run: leave the option out, or start a new run",
+            2,
+        )
     return config | {name: value for name, value in asked.items() if name in MAY_CHANGE}

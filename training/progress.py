@@ -1,4 +1,4 @@
-"""How far a run is, on the screen and in log files."""
+"""The progress of a run, on the screen and in log files."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from training.trainer import Trainer
 
 
 class Progress:
-    """The progress of the epoch under way: a bar in a terminal or a notebook; in a log file a line
-    a minute."""
+    """The progress of the current epoch: a bar in a terminal or a notebook, a line per minute in a
+    log file."""
 
     def __init__(self, trainer: Trainer, epochs: int):
         self.title = f"epoch {trainer.position.epoch + 1}/{epochs}"
         self.steps, self.start = len(trainer.batches), trainer.position.step
         self.batch_size = trainer.batches.images_per_step
-        self.said_at = self.began = time.monotonic()
-        self.live = (
-            sys.stderr.isatty() or "ipykernel" in sys.modules
-        ) and ranks_from_environment().is_main
+        self.printed_at = self.began = time.monotonic()
+        interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self.live = interactive and ranks_from_environment().is_main
         self.bar = tqdm(
             total=self.steps * self.batch_size,
             initial=self.start * self.batch_size,
@@ -46,13 +45,14 @@ class Progress:
         self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         self.bar.update(step * self.batch_size - self.bar.n)
         now = time.monotonic()
-        if not self.live and now - self.said_at >= 60:
-            self.said_at = now
-            rate = (step - self.start) / (now - self.began)
-            left = format_duration((self.steps - step) / rate)
+        if not self.live and now - self.printed_at >= 60:
+            self.printed_at = now
+            steps_per_second = (step - self.start) / (now - self.began)
+            images_per_second = steps_per_second * self.batch_size
+            left = format_duration((self.steps - step) / steps_per_second)
             print(
-                f"{self.title}  step {step}/{self.steps}  loss {loss:.3f}  {rate * self.batch_size:.0f} images/s  "
-                f"{left} left in this epoch",
+                f"{self.title}  step {step}/{self.steps}  loss {loss:.3f}  "
+                f"{images_per_second:.0f} images/s  {left} left in this epoch",
                 flush=True,
             )
 
@@ -66,16 +66,22 @@ def epoch_line(
     *,
     averaged: bool,
 ) -> str:
-    """What is printed after an epoch. ``row``: its line of metrics.csv. ``trained_at``: (height,
-    width) of the images in its first and last step. ``averaged``: the moving average was evaluated.
-    """
+    """The line that is printed after an epoch.
+
+    Args:
+        row: its line of metrics.csv.
+        trained_at: (height, width) of the images in its first and last step.
+        full_size: (height, width) of the evaluation.
+        averaged: whether the moving average was evaluated."""
     trained = " to ".join(dict.fromkeys(map(in_pixels, trained_at)))
     average = ", moving average" if averaged else ""
     lags = " (lags while training images are smaller)" if trained_at[1] != full_size else ""
     return (
-        f"epoch {row['epoch']}/{epochs}  train ({trained}) loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f} %  "
-        f"{eval_name} ({in_pixels(full_size)}{average}) loss {row['eval_loss']:.4f}, top-1 {row['eval_top1']:.2f} %, "
-        f"top-5 {row['eval_top5']:.2f} %{lags}  {row['images_per_second']:.0f} images/s, {row['seconds']:.1f} s"
+        f"epoch {row['epoch']}/{epochs}  "
+        f"train ({trained}) loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f} %  "
+        f"{eval_name} ({in_pixels(full_size)}{average}) loss {row['eval_loss']:.4f}, "
+        f"top-1 {row['eval_top1']:.2f} %, top-5 {row['eval_top5']:.2f} %{lags}  "
+        f"{row['images_per_second']:.0f} images/s, {row['seconds']:.1f} s"
     )
 
 

@@ -1,5 +1,4 @@
-"""Several processes, a GPU each, that train one network: torchrun --nproc-per-node=N
-train_cifar100.py.
+"""Train one network on several GPUs, a process each: torchrun --nproc-per-node=N train_cifar100.py.
 
 Every rank takes its part of each batch and of the evaluation set; gradients, sums and counts are
 added up, so that all ranks hold the same numbers at every step. Rank 0 alone writes files and
@@ -13,8 +12,9 @@ import dataclasses
 import io
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,14 +22,14 @@ from torch.distributed import rendezvous
 
 from common.errors import UserError, one_line, printable
 
-MEETING = timedelta(minutes=5)  # for all ranks to have started
-PATIENCE = timedelta(hours=2)  # of a rank with the others, once they have met
+MEETING = timedelta(minutes=5)  # until all ranks must have started
+PATIENCE = timedelta(hours=2)  # a rank's timeout for the others, once they have met
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """This process among ``world_size``; ``local_rank`` is its number on this machine. Alone, every
-    method does nothing."""
+    """This process (``rank``) of ``world_size``; ``local_rank`` is its number on this machine. In a
+    process alone, every method does nothing."""
 
     rank: int = 0
     world_size: int = 1
@@ -37,14 +37,15 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def share(self, total: int) -> slice:
-        """This rank's part of so many things: near-equal parts in order, as Tensor.tensor_split
-        makes them."""
-        each, more = divmod(total, self.world_size)
-        start = self.rank * each + min(self.rank, more)
-        return slice(start, start + each + (self.rank < more))
+        """This rank's part of ``total`` items: near-equal parts in order, as those of
+        Tensor.tensor_split."""
+        least, larger = divmod(total, self.world_size)  # the first ranks have one item more
+        start = self.rank * least + min(self.rank, larger)
+        return slice(start, start + least + (self.rank < larger))
 
     def all_reduce(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by its sum over the ranks."""
@@ -60,7 +61,7 @@ class Ranks:
         dist.all_reduce(total)
         return total.item() > 0
 
-    def broadcast_object(self, value):
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         if self.world_size == 1:
             return value
@@ -68,28 +69,27 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, device=device_of_this_rank(self))
         return box[0]
 
-    def broadcast(self, tensors) -> None:
+    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Copy rank 0's tensors into those of every rank."""
         if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
     def is_peer_failure(self, error: RuntimeError) -> bool:
-        """Whether an error says that another rank has gone, in which case it is not this rank's
-        own."""
-        return self.world_size > 1 and (
-            isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-        )
+        """Whether an error means that another rank has failed, not this one."""
+        if self.world_size == 1:
+            return False
+        return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
     @property
     def steps_are_whole(self) -> bool:
-        """Whether the weights may be saved when a rank has gone. NCCL's calls end before their sums
-        are there: steps that were under way then go on with sums that are not whole."""
+        """Whether the weights may be saved after a rank has failed. NCCL is asynchronous: after a
+        rank dies, this step may hold partial sums."""
         return self.world_size == 1 or dist.get_backend() != "nccl"
 
     @contextlib.contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """Rank 0 runs the block before the others, which find its work done (a download, a cache)."""
+        """Rank 0 runs the block first; the others then find its work done (a download, a cache)."""
         if self.world_size > 1 and not self.is_main:
             dist.barrier()
         yield
@@ -101,11 +101,9 @@ ALONE = Ranks()
 
 
 def device_of_this_rank(ranks: Ranks) -> torch.device:
-    return (
-        torch.device("cuda", ranks.local_rank)
-        if dist.get_backend() == "nccl"
-        else torch.device("cpu")
-    )
+    """Where this rank's tensors must be for a collective call."""
+    on_gpus = dist.get_backend() == "nccl"
+    return torch.device("cuda", ranks.local_rank) if on_gpus else torch.device("cpu")
 
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -113,10 +111,11 @@ REMEDY = f"start with torchrun, or without it unset {' '.join(VARIABLES)}"
 
 
 def ranks_from_environment() -> Ranks:
-    """What torchrun tells its processes; alone without it, where a variable that is empty counts as
-    not set.
+    """The ranks as torchrun sets them; a process alone without it. An empty variable counts as
+    unset.
 
-    Raises UserError where they were left over from something else."""
+    Raises UserError where the variables are incomplete or contradict each other, left over from
+    something else."""
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if given.get("WORLD_SIZE", "1") == "1":
         return Ranks()
@@ -129,17 +128,17 @@ def ranks_from_environment() -> Ranks:
             return Ranks(rank, world_size, local_rank)
     except ValueError:
         pass
-    told = " ".join(f"{name}={printable(value)[:50]}" for name, value in given.items())
+    found = " ".join(f"{name}={printable(value)[:50]}" for name, value in given.items())
     without = f" without {', '.join(missing)}" if missing else ""
-    raise UserError(f"the environment says {told}{without}, as torchrun would not: {REMEDY}", 2)
+    raise UserError(f"the environment says {found}{without}, as torchrun would not: {REMEDY}", 2)
 
 
 @contextlib.contextmanager
 def init_distributed(device: str) -> Iterator[Ranks]:
-    """Meet the other ranks (NCCL where every rank has a GPU, else gloo), and leave them at the end.
+    """Join the other ranks (NCCL where every rank has a GPU, else gloo), and leave them at the end.
     On every rank but the first, standard output is silent; errors are not.
 
-    Raises UserError where this machine has fewer GPUs than ranks."""
+    Raises UserError where this machine has fewer GPUs than ranks, or a rank is missing."""
     ranks = ranks_from_environment()
     if ranks.world_size == 1:
         yield ranks
@@ -147,27 +146,30 @@ def init_distributed(device: str) -> Iterator[Ranks]:
     on_gpus = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
     if on_gpus and (":" in device or ranks.local_rank >= torch.cuda.device_count()):
         raise UserError(
-            f"torchrun started rank {ranks.local_rank} on a machine with {torch.cuda.device_count()} GPUs: give "
-            f"--nproc-per-node at most that, and no number in --device (CUDA_VISIBLE_DEVICES chooses)",
+            f"torchrun started rank {ranks.local_rank} on a machine with "
+            f"{torch.cuda.device_count()} GPUs: give --nproc-per-node at most that, and no number "
+            f"in --device (CUDA_VISIBLE_DEVICES chooses)",
             2,
         )
     if on_gpus:
         torch.cuda.set_device(ranks.local_rank)
-    where = {"device_id": torch.device("cuda", ranks.local_rank)} if on_gpus else {}
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    options = {"device_id": torch.device("cuda", ranks.local_rank)} if on_gpus else {}
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if ranks.is_main:
         print(
-            f"Waiting for {ranks.world_size} ranks to meet at {place}, as RANK, WORLD_SIZE and MASTER_ADDR say.",
+            f"Waiting for {ranks.world_size} ranks to meet at {address}, "
+            f"as RANK, WORLD_SIZE and MASTER_ADDR say.",
             flush=True,
         )
     try:
         store, rank, count = next(rendezvous("env://", timeout=MEETING))
     except (RuntimeError, ValueError, OSError) as error:  # DistError among them
         raise UserError(
-            f"rank {ranks.rank} has not met the {ranks.world_size - 1} others at {place} ({one_line(error)[:150]}). "
-            f"Are they running, and can this machine reach MASTER_ADDR? Else {REMEDY}"
+            f"rank {ranks.rank} has not met the {ranks.world_size - 1} others at {address} "
+            f"({one_line(error)[:150]}). Are they running, and can this machine reach "
+            f"MASTER_ADDR? Else {REMEDY}"
         ) from None
-    # The others wait while the first one downloads and decodes the data set.
+    # the others wait while the first one downloads and decodes the data set
     store.set_timeout(PATIENCE)
     dist.init_process_group(
         "nccl" if on_gpus else "gloo",
@@ -175,25 +177,23 @@ def init_distributed(device: str) -> Iterator[Ranks]:
         rank=rank,
         world_size=count,
         timeout=PATIENCE,
-        **where,
+        **options,
     )
-    ended_well = False
+    succeeded = False
     try:
-        with (
-            contextlib.nullcontext() if ranks.is_main else contextlib.redirect_stdout(io.StringIO())
-        ):
+        silence = contextlib.redirect_stdout(io.StringIO())
+        with contextlib.nullcontext() if ranks.is_main else silence:
             yield ranks
         with contextlib.suppress(RuntimeError):
-            # rank 0 keeps the meeting place: it must not leave before the others are done
+            # rank 0 hosts the store: it must not leave before the others are done
             dist.barrier()
-        ended_well = True
+        succeeded = True
     finally:
+        if not on_gpus:
+            # before 2.8 PyTorch holds the GIL while it waits for gloo's threads, which may need it
+            time.sleep(0.2)
         # After an error on this rank alone, NCCL would wait here for the others, and they for this
         # one: torchrun ends them as soon as this process has ended.
-        # before 2.8 PyTorch holds the GIL while it waits for gloo's threads, which may need it once
-        # more
-        if not on_gpus:
-            time.sleep(0.2)
-        if ended_well or not on_gpus:
+        if succeeded or not on_gpus:
             with contextlib.suppress(RuntimeError):  # a rank that died is missing here too
                 dist.destroy_process_group()

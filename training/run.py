@@ -1,5 +1,7 @@
-"""One run: data, network, trainer, report and checkpoints together. Both scripts, the sanity pass
-and a resumed run use it."""
+"""One run: data, network, trainer, report and checkpoints together.
+
+New runs, resumed runs, the sanity pass and the benchmark use it.
+"""
 
 from __future__ import annotations
 
@@ -42,20 +44,21 @@ from training.task import Task
 from training.trainer import Trainer, split_micro_batches
 
 SAVE_EVERY = 50.0  # seconds; with a step and the save itself about a minute of work is at risk
-# of the run's time may go into saving: where a save takes over a second, there are fewer
-SAVE_SHARE = 0.02
-# For recalibrating batch norm: a twelfth of the training images (3 % of a full-size epoch), at
+SAVE_SHARE = 0.02  # of the run's time: where a save takes over a second, there are fewer saves
+# Batch norm is recalibrated on a twelfth of the training images (3 % of a full-size epoch), at
 # least 512 and at most 1,024. With 256 images the accuracy is 0.2 to 0.5 points below that with
 # 1,024 (README).
 RECALIBRATION_IMAGES = 512, 1024
 
 
 class Run:
-    """A run in ``run_dir`` on a training and an evaluation set (see data.split), new, or resumed
+    """A run in ``run_dir`` on a training and an evaluation set (see data.split): new, or resumed
     from the checkpoint ``saved``.
 
-    ``config`` of the run is the given one with what this machine and these images make of it:
-    precision and input_size."""
+    ``self.config`` is ``config`` with the values that depend on this machine and these images:
+    precision and input_size.
+
+    Raises UserError where the checkpoint or the weights of --init-from do not fit."""
 
     def __init__(
         self,
@@ -69,13 +72,9 @@ class Run:
         sanity: bool = False,
         ranks: Ranks = ALONE,
     ):
-        self.task, self.run_dir, self.sanity, self.ranks, self.resumed = (
-            task,
-            run_dir,
-            sanity,
-            ranks,
-            saved is not None,
-        )
+        self.task, self.run_dir = task, run_dir
+        self.sanity, self.ranks = sanity, ranks
+        self.resumed = saved is not None
         self.device = choose_device(config["device"])
         self.config = config | {
             "precision": choose_precision(config["precision"], self.device),
@@ -87,22 +86,18 @@ class Run:
         self.class_names = train.class_names
         self.eval_name = "val" if config["val_fraction"] else "test"
         self.labels = [fingerprint(train), fingerprint(evaluation)]
-        self.check_data(saved)
-        self.train_set, self.eval_set = (
-            place_on(train, self.device),
-            place_on(evaluation, self.device),
-        )
+        if saved:
+            self.check_data(saved)
+        self.train_set = place_on(train, self.device)
+        self.eval_set = place_on(evaluation, self.device)
 
         torch.backends.cudnn.benchmark = True  # the shapes of a run are few and fixed
         random.seed(config["seed"])
         torch.manual_seed(config["seed"])
         model = build_from_config(config, len(self.class_names))
         if saved:
-            self.mean, self.std, transferred = (
-                saved["mean"],
-                saved["std"],
-                frozenset(saved["transferred"]),
-            )
+            self.mean, self.std = saved["mean"], saved["std"]
+            transferred = frozenset(saved["transferred"])
         else:
             self.mean, self.std, transferred = self.weights_and_statistics(model, train)
         self.trainer = Trainer(
@@ -121,7 +116,7 @@ class Run:
             self.trainer.load_state(saved)
             checkpoint.restore_random_states(saved["rng"])
             self.best = saved["best"]
-        if not ranks.is_main:  # dropout must differ between ranks; rank 0 is as a process alone
+        if not ranks.is_main:  # dropout must differ between ranks; rank 0's is that of one process
             position = self.trainer.position
             torch.manual_seed(
                 stable_seed("rank", config["seed"], ranks.rank, position.epoch, position.step)
@@ -133,6 +128,7 @@ class Run:
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
 
     def training_batches(self) -> TrainBatches:
+        """The training set, shuffled and augmented as the config says."""
         config = self.config
         augmentation = Augmentation(
             mean=self.mean,
@@ -156,58 +152,55 @@ class Run:
 
     def weights_and_statistics(
         self, model: Network, train: ImageSet
-    ) -> tuple[tuple, tuple, frozenset[str]]:
-        """Load what --init-from names. Returns the mean and std to normalize with, the source's
-        where there is one (its first layers know no other input), and the names of the weights that
-        were loaded."""
-        with self.ranks.main_process_first():  # to download it, once
+    ) -> tuple[tuple[float, ...], tuple[float, ...], frozenset[str]]:
+        """Load the weights of --init-from. Returns the mean and std to normalize with, the source's
+        if there is one (its first layers know no other input), and the names of the loaded
+        weights."""
+        with self.ranks.main_process_first():  # it downloads them, once
             source = transfer.source_of(self.config["init_from"], model)
         if source:
             return source.mean, source.std, transfer.transfer(model, source, self.class_names)
-        # A sanity pass without the weights takes the frozen stage all the same.
-        pretended = self.sanity and self.config["freeze_epochs"] > 0
-        names = (
-            frozenset(model.trunk.state_dict(prefix=f"{model.TRUNK}."))
-            if pretended
-            else frozenset()
-        )
+        names = frozenset()
+        if self.sanity and self.config["freeze_epochs"] > 0:
+            # a sanity pass without the weights freezes the trunk all the same
+            names = frozenset(model.trunk.state_dict(prefix=f"{model.TRUNK}."))
         return *channel_statistics(train), names
 
-    def check_data(self, saved: dict | None) -> None:
-        """Raises UserError when a checkpoint was made with other classes, another number of images
-        of one of them, or another image size than these."""
-        if not saved:
-            return
+    def check_data(self, saved: dict) -> None:
+        """Raises UserError where a checkpoint was made with other classes, other labels, another
+        number of images, or another image size."""
         if tuple(saved["class_names"]) != self.class_names:
             raise UserError(
-                "the data set has changed since the run was stopped: its classes are not those of the "
-                "checkpoint. Bring the old images back (--data-dir), or start a new run"
+                "the data set has changed since the run was stopped: its classes are not those of "
+                "the checkpoint. Bring the old images back (--data-dir), or start a new run"
             )
         for name, before, now in zip(
             ("training", self.eval_name), saved.get("labels", ()), self.labels, strict=False
         ):
             if before != now:
+                other_labels = " with other labels" if before[0] == now[0] else ""
                 raise UserError(
-                    f"the data set has changed since the run was stopped: it had {before[0]:,} {name} images and "
-                    f"has {now[0]:,}{' with other labels' if before[0] == now[0] else ''} now. Bring the old "
-                    f"images back (--data-dir), or start a new run"
+                    f"the data set has changed since the run was stopped: it had {before[0]:,} "
+                    f"{name} images and has {now[0]:,}{other_labels} now. Bring the old images "
+                    f"back (--data-dir), or start a new run"
                 )
         if list(saved["input_size"]) != self.config["input_size"]:
             raise UserError(
-                f"the images are {self.config['input_size']} px now and were {saved['input_size']} px "
-                f"when the run was stopped: bring the old ones back, or start a new run"
+                f"the images are {self.config['input_size']} px now and were "
+                f"{saved['input_size']} px when the run was stopped: bring the old ones back, "
+                f"or start a new run"
             )
 
-    # ---- the whole run ----
+    # ---- the whole run --------------------------------------------------------------------------
 
     def start(self, command: str, resumed: bool = False) -> None:
-        """Open the report; of a resumed run after cutting back to the checkpoint what an earlier
-        process has written."""
+        """Open the report. That of a resumed run is first truncated to the checkpoint. ``command``:
+        the command line, for config.json."""
         epoch = self.trainer.position.epoch
         if not self.ranks.is_main:
             return
         self.folder = identity(self.run_dir)
-        if resumed:  # and can be: a run that is refused keeps all as it is
+        if resumed:  # not earlier: where resuming fails, the folder must stay as it is
             checkpoint.prepare_to_write(self.run_dir, self.config)
             report.truncate_after(self.run_dir, epoch or -1)
         self.commands = checkpoint.earlier_commands(self.run_dir) + [command]
@@ -217,14 +210,13 @@ class Run:
             self.report.start(command, self.config, self.hparams())
 
     def hparams(self) -> dict:
-        """Few, as TensorBoard ticks the first five by the alphabet; the whole configuration is
-        there as text."""
-        return {
-            name: self.config[name]
-            for name in ("batch_size", "epochs", "lr", "model", "recipe", "seed", "width")
-        }
+        """The hyperparameters for TensorBoard. Few, as it ticks the first five in alphabetical
+        order; the whole config is there as text."""
+        names = ("batch_size", "epochs", "lr", "model", "recipe", "seed", "width")
+        return {name: self.config[name] for name in names}
 
     def write_config(self) -> None:
+        """Write config.json."""
         record = {
             "commands": self.commands,
             "config": self.config,
@@ -248,10 +240,9 @@ class Run:
         checkpoint.write_config(self.run_dir, record)
 
     def train(self) -> Evaluation:
-        """Every epoch from the position to the end. Returns the last evaluation.
+        """Train from the current position to the end. Returns the last evaluation.
 
-        Raises Interrupted after saving, when a signal came or when nobody reads what is printed any
-        more."""
+        Raises Interrupted, after saving, on a signal or when standard output is closed."""
         trainer, epochs, last = self.trainer, self.config["epochs"], None
         with Signals() as signals:
             try:
@@ -261,79 +252,82 @@ class Run:
                     last = self.finish_epoch(signals)
             except Interrupted:
                 self.save()
-                # it may have come to another rank
+                # the signal may have reached another rank only
                 raise Interrupted(signals.received or signal.SIGTERM) from None
             except BrokenPipeError:
                 if self.ranks.world_size > 1:  # the others are in the middle of a step
                     raise
                 signals.nobody_reads()
                 self.save()
-                raise Interrupted(
-                    signals.received or getattr(signal, "SIGPIPE", signal.SIGTERM)
-                ) from None
+                sigpipe = getattr(signal, "SIGPIPE", signal.SIGTERM)
+                raise Interrupted(signals.received or sigpipe) from None
             except RuntimeError as error:
                 if self.ranks.is_peer_failure(error) and self.ranks.steps_are_whole:
-                    self.save()  # here, as torchrun sends a SIGTERM in a moment
+                    self.save()  # at once: torchrun is about to send a SIGTERM
                 raise
-            last = last or self.evaluate()  # stopped between its last epoch and its end
-            self.finished = True
-            if self.ranks.is_main:
-                self.report.finish(
-                    epochs,
-                    self.hparams(),
-                    {"loss": last.loss, "top1": last.top1, "top5": last.top5},
-                )
-                self.save()
-                self.write_config()
+            last = last or self.evaluate()  # if stopped between the last epoch and the end
+            self.finish(last)
         return last
 
+    def finish(self, last: Evaluation) -> None:
+        """Mark the run as finished, in its report, checkpoint and config.json."""
+        self.finished = True
+        if self.ranks.is_main:
+            metrics = {"loss": last.loss, "top1": last.top1, "top5": last.top5}
+            self.report.finish(self.config["epochs"], self.hparams(), metrics)
+            self.save()
+            self.write_config()
+
     def on_check(self, progress: Progress, step: int, loss: float) -> None:
+        """Show the progress and save if it is time (see Trainer.train_epoch)."""
         progress.at(step, loss)
         self.save_when_due()
 
     def finish_epoch(self, should_stop: Callable[[], bool]) -> Evaluation:
         """Evaluate, report and save an epoch whose steps are done."""
-        trainer, number = self.trainer, self.trainer.position.epoch + 1
+        trainer, epoch = self.trainer, self.trainer.position.epoch + 1
         row = trainer.epoch_metrics()
         trainer.check_weights()
         result = self.evaluate(should_stop)
         row |= {"eval_loss": result.loss, "eval_top1": result.top1, "eval_top5": result.top5}
         if self.ranks.is_main:
-            every, last = self.config["overlay_every"], number == self.config["epochs"]
-            self.attention.look(
-                trainer.eval_model,
-                trainer.precision,
-                trainer.position.gate_gradients,
-                self.report,
-                number,
-                overlays=every > 0 and (number % every == 0 or last),
-            )
+            self.report_attention(epoch)
             self.report.epoch(row)
-        print(
-            epoch_line(
-                row,
-                self.config["epochs"],
-                self.eval_name,
-                trainer.trained_at(),
-                tuple(self.config["input_size"]),
-                averaged=trainer.ema is not None,
-            ),
-            flush=True,
+        line = epoch_line(
+            row,
+            self.config["epochs"],
+            self.eval_name,
+            trainer.trained_at(),
+            tuple(self.config["input_size"]),
+            averaged=trainer.ema is not None,
         )
+        print(line, flush=True)
         trainer.next_epoch()
-        if self.config["val_fraction"] and result.top1 > (self.best or {"top1": -1.0})["top1"]:
-            self.best = {"epoch": number, "top1": result.top1}
-            if self.ranks.is_main:
-                self.check_folder()
-                checkpoint.save_file(self.run_dir / checkpoint.BEST_NAME, self.checkpoint_dict())
-        if number == 1:
+        if self.config["val_fraction"]:
+            self.save_if_best(epoch, result.top1)
+        if epoch == 1:
             self.save()
         else:
             self.save_when_due()
         return result
 
+    def report_attention(self, epoch: int) -> None:
+        """Report the attention after an epoch (from 1), with overlays every ``overlay_every``
+        epochs and after the last."""
+        every, trainer = self.config["overlay_every"], self.trainer
+        is_last = epoch == self.config["epochs"]
+        self.attention.look(
+            trainer.eval_model,
+            trainer.precision,
+            trainer.position.gate_gradients,
+            self.report,
+            epoch,
+            overlays=every > 0 and (epoch % every == 0 or is_last),
+        )
+
     def evaluate(self, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
-        """Loss and accuracy on the evaluation set, with batch-norm statistics that are taken anew."""
+        """Loss and accuracy on the evaluation set, with recalibrated batch-norm statistics. Raises
+        Interrupted when ``should_stop``."""
         self.trainer.recalibrate_batch_norm(self.recalibration_batches())
         batches = eval_batches(
             self.eval_set,
@@ -353,23 +347,23 @@ class Run:
         )
 
     def recalibration_batches(self) -> Iterator[Tensor]:
-        """Training images, evenly spread over the set and augmented as in training, the same ones
-        every time."""
-        chosen = evenly_spread(recalibration_count(len(self.train_set)), len(self.train_set))
+        """Training images (N, 3, H, W), evenly spread over the set and augmented as in training;
+        the same ones every time."""
+        indices = evenly_spread(recalibration_count(len(self.train_set)), len(self.train_set))
         generator = torch.Generator(self.device)
-        chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
-        # No larger than in an evaluation, which has to fit anyway, and no single image: batch norm
-        # cannot take its variance.
+        indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
+        # At most that of an evaluation, which has to fit anyway, and at least 2: batch norm needs
+        # two images for a variance.
         batch_size = max(2, eval_batch_size(self.config["input_size"], self.device))
-        for number, (part, _) in enumerate(split_micro_batches(chosen, chosen, batch_size)):
+        for number, (batch, _) in enumerate(split_micro_batches(indices, indices, batch_size)):
             generator.manual_seed(stable_seed("statistics", self.config["seed"], number))
-            images = self.train_set.images.index_select(0, part.to(self.train_set.images.device))
+            images = self.train_set.images.index_select(0, batch.to(self.train_set.images.device))
             yield self.trainer.batches.augmentation(images.to(self.device), generator)
 
-    # ---- checkpoints ----
+    # ---- checkpoints ----------------------------------------------------------------------------
 
     def checkpoint_dict(self) -> dict:
-        """All that resuming, --evaluate and cam.py need, as plain values."""
+        """Everything that --resume, --evaluate and cam.py need, as plain values."""
         return {
             "format": FORMAT,
             **self.trainer.state(),
@@ -386,7 +380,7 @@ class Run:
 
     def save(self) -> None:
         """Write last.pt. Raises UserError where that fails, or where the weights have diverged."""
-        self.trainer.check_weights()  # never weights that have diverged over a good checkpoint
+        self.trainer.check_weights()  # diverged weights must not replace a good checkpoint
         started = time.monotonic()
         if self.ranks.is_main:
             self.check_folder()
@@ -395,18 +389,28 @@ class Run:
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - started
 
+    def save_if_best(self, epoch: int, top1: float) -> None:
+        """Write best.pt if ``top1`` is the highest so far on the validation images. Raises
+        UserError."""
+        if self.best and top1 <= self.best["top1"]:
+            return
+        self.best = {"epoch": epoch, "top1": top1}
+        if self.ranks.is_main:
+            self.check_folder()
+            checkpoint.save_file(self.run_dir / checkpoint.BEST_NAME, self.checkpoint_dict())
+
     def check_folder(self) -> None:
-        """A run's folder that was moved away is made again, so that nothing is lost. Raises
-        UserError where another one has been put in its place: what is in there is somebody's."""
+        """Raises UserError where another folder is in the place of the run's: its files are
+        somebody else's. A missing folder is fine: it is made again, so that nothing is lost."""
         if identity(self.run_dir) not in (None, self.folder):
             raise UserError(
-                f"{self.run_dir} is another folder now than the one that this run began in, and nothing was "
-                f"written there. Bring the run's folder back, then --resume it"
+                f"{self.run_dir} is another folder now than the one that this run began in, and "
+                f"nothing was written there. Bring the run's folder back, then --resume it"
             )
 
     def save_when_due(self) -> None:
-        """In mid-epoch too: about a minute of work is at risk, however long an epoch takes (or
-        fifty times what a save takes, on a slow disk)."""
+        """Save if SAVE_EVERY has passed, in mid-epoch too: about a minute of work is at risk,
+        however long an epoch takes (or fifty times what a save takes, on a slow disk)."""
         if time.monotonic() - self.saved_at >= max(SAVE_EVERY, self.save_seconds / SAVE_SHARE):
             self.save()
 
@@ -417,6 +421,6 @@ def fingerprint(image_set: ImageSet) -> list[int]:
 
 
 def recalibration_count(images: int) -> int:
-    """How many of the training images batch norm's statistics are taken anew from."""
+    """How many of the training images batch norm is recalibrated on."""
     least, most = RECALIBRATION_IMAGES
     return min(images, max(least, min(most, images // 12)))

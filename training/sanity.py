@@ -1,5 +1,5 @@
-"""--sanity: one short epoch through every path of a real run, checks on what came out, and what the
-real run will take."""
+"""--sanity: one short epoch through every path of a real run, checks of the result, and an estimate
+of the real run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from common.checkpoint import (
-    CHECKPOINT_NAME,
-    build_from_config,
-    load_model,
-    read_checkpoint,
-)
+from common.checkpoint import CHECKPOINT_NAME, build_from_config, load_model, read_checkpoint
 from common.device import choose_device, choose_precision, device_name, peak_memory_mib
 from data import ImageSet, eval_batch_size, evenly_spread, input_size, split
 from training import transfer
@@ -44,17 +39,17 @@ class Outcome(NamedTuple):
 
 
 def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
-    """Run it in a folder of its own, print the table, return the exit status: 1 when a check
+    """Run the pass in ``run_dir`` and print its table. Returns the exit status: 1 when a check
     failed. Never downloads."""
     started = time.perf_counter()
     *sets, sample = task.data.sets_or_sample(config)
     train, evaluation = split(config, *sets)
-    sizes = (
-        (task.data.train_images, task.data.test_images) if sample else (len(train), len(evaluation))
-    )
-    absent = (
-        "" if config["sample"] or not sample else f" (no {task.dataset} in {config['data_dir']})"
-    )
+    sizes = len(train), len(evaluation)
+    if sample:
+        sizes = task.data.train_images, task.data.test_images
+    absent = ""
+    if sample and not config["sample"]:
+        absent = f" (no {task.dataset} in {config['data_dir']})"
     outcomes = [Outcome("data", train.source + absent, seconds=time.perf_counter() - started)]
 
     started = time.perf_counter()
@@ -62,22 +57,17 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
     init_from, start = weights_to_start_from(config)
     small = config_of_the_pass(config, train, device) | {"init_from": init_from, "sample": sample}
     batch = small["batch_size"]
-    # On a GPU a whole batch of an evaluation, whose memory counts too.
-    tested = max(
-        2 * batch,
-        16,
-        device.type == "cuda" and eval_batch_size(input_size(config, train), device) + 1,
-    )
-    run = Run(
-        task, small, run_dir, spread(train, STEPS * batch), spread(evaluation, tested), sanity=True
-    )
+    eval_images = max(2 * batch, 16)
+    if device.type == "cuda":  # a whole batch of an evaluation, whose memory counts too
+        eval_images = max(eval_images, eval_batch_size(input_size(config, train), device) + 1)
+    train, evaluation = spread(train, STEPS * batch), spread(evaluation, eval_images)
+    run = Run(task, small, run_dir, train, evaluation, sanity=True)
     run.start(command)
     run.train()
-    peak = peak_memory_mib(device)  # what follows holds the network twice and more
-    epoch = Outcome(
-        "one epoch", what_was_trained(run, config), seconds=time.perf_counter() - started
-    )
-    outcomes += [Outcome("start", start), epoch]
+    peak = peak_memory_mib(device)  # before the checks, which hold several copies of the network
+    trained = what_was_trained(run, config)
+    outcomes.append(Outcome("start", start))
+    outcomes.append(Outcome("one epoch", trained, seconds=time.perf_counter() - started))
     for check in CHECKS:
         started = time.perf_counter()
         outcomes.append(check(run)._replace(seconds=time.perf_counter() - started))
@@ -93,64 +83,61 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
 
 
 def weights_to_start_from(config: dict) -> tuple[str, str]:
-    """--init-from of the pass, which does not download, and what to say about it."""
+    """--init-from of the pass, which does not download, and its line of the table."""
     init_from = config["init_from"]
     if not init_from:
         return "none", "from scratch; the real run needs --init-from"
     if init_from == "imagenet" and not transfer.imagenet_file().is_file():
-        return (
-            "none",
-            f"from scratch: no ImageNet weights in {transfer.imagenet_file()}; the real run downloads them",
+        return "none", (
+            f"from scratch: no ImageNet weights in {transfer.imagenet_file()}; "
+            f"the real run downloads them"
         )
     return init_from, f"--init-from {init_from}"
 
 
 def config_of_the_pass(config: dict, train: ImageSet, device: torch.device) -> dict:
-    """The config of a real run -> that of one epoch of STEPS steps, one for each image size that
-    the real run has."""
+    """The config of a real run -> that of one epoch of STEPS steps, one per image size of the real
+    run."""
     batch = config["batch_size"] if device.type == "cuda" else cpu_batch(config, train)
     batch = min(batch, len(train) // STEPS)
     scales = [scale for scale, _ in parse_progressive(config["progressive"])][: STEPS - 1]
-    progressive = (
-        " ".join(f"{scale:g}:{(number + 1) / STEPS:g}" for number, scale in enumerate(scales))
-        or "none"
-    )
-    # The rate goes down with the batch, and a run of a few steps has no time to warm up to the
-    # whole of it.
+    stages = [f"{scale:g}:{(number + 1) / STEPS:g}" for number, scale in enumerate(scales)]
+    # The rate scales with the batch; a tenth of it, as a few steps leave no time for a warm-up.
     return config | {
         "epochs": 1,
         "batch_size": batch,
         "lr": 0.1 * config["lr"] * batch / config["batch_size"],
         "overlay_every": 1,
         "freeze_epochs": 0.5 if config["freeze_epochs"] else 0.0,
-        "progressive": progressive,
+        "progressive": " ".join(stages) or "none",
         "progressive_from": 0,
     }
 
 
 def what_was_trained(run: Run, real: dict) -> str:
+    """The epoch's line of the table. ``real``: the config of the real run."""
     config, (height, width) = run.config, run.config["input_size"]
     extras = "progressive resizing, " if config["progressive"] != "none" else ""
     extras += "frozen trunk and all, " if config["freeze_epochs"] else ""
     average = ", moving average" if run.trainer.ema else ""
     return (
-        f"{STEPS} steps of {config['batch_size']} images (the real run: {real['batch_size']}) of {height}x{width} px, "
-        f"{config['precision']}: {extras}forward, backward, optimizer{average}, evaluation, checkpoint"
+        f"{STEPS} steps of {config['batch_size']} images (the real run: {real['batch_size']}) "
+        f"of {height}x{width} px, {config['precision']}: {extras}forward, backward, "
+        f"optimizer{average}, evaluation, checkpoint"
     )
 
 
 def spread(images: ImageSet, count: int) -> ImageSet:
-    """So many images, evenly spread over the set."""
+    """``count`` images, evenly spread over the set."""
     return images.subset(evenly_spread(count, len(images)))
 
 
 def cpu_batch(config: dict, train: ImageSet) -> int:
-    """The largest power of two, at most the real batch, whose STEPS steps fit CPU_SECONDS, from a
-    first small step."""
+    """The largest power of two, at most the real batch, whose STEPS steps fit CPU_SECONDS, as
+    estimated from a small first step."""
     model = build_from_config(config, len(train.class_names)).to(memory_format=torch.channels_last)
-    images = torch.rand(MIN_BATCH, 3, *input_size(config, train)).contiguous(
-        memory_format=torch.channels_last
-    )
+    images = torch.rand(MIN_BATCH, 3, *input_size(config, train))
+    images = images.contiguous(memory_format=torch.channels_last)
     started = time.perf_counter()
     precision = choose_precision(config["precision"], torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -160,21 +147,16 @@ def cpu_batch(config: dict, train: ImageSet) -> int:
     return min(config["batch_size"], max(MIN_BATCH, 2 ** int(math.log2(max(affordable, 1)))))
 
 
-# ---- checks, each of a run whose epoch is done --------------------------------------------------
+# ---- checks of a run whose epoch is done --------------------------------------------------------
 
 
 def check_gradients(run: Run) -> Outcome:
-    missing, expected = missing_gradients(run.trainer)
-    exempt = (
-        f"; {expected} parameters have none by the mathematics of {run.config['model']}"
-        if expected
-        else ""
-    )
-    return Outcome(
-        "gradients",
-        f"{len(missing)} missing{exempt}",
-        (f"no gradient reached {', '.join(missing)}",) if missing else (),
-    )
+    missing, exempt = missing_gradients(run.trainer)
+    text = f"{len(missing)} missing"
+    if exempt:
+        text += f"; {exempt} parameters have none by the mathematics of {run.config['model']}"
+    failures = (f"no gradient reached {', '.join(missing)}",) if missing else ()
+    return Outcome("gradients", text, failures)
 
 
 def check_finite(run: Run) -> Outcome:
@@ -186,19 +168,16 @@ def check_finite(run: Run) -> Outcome:
 
 def check_attention(run: Run) -> Outcome:
     health = run.attention.health
-    dead = [level for level, each in health.items() if not each.score_sd_max > DEAD_SD]
     text = "; ".join(
         f"{level}: score sd {h.score_sd:.2g}, entropy {h.entropy:.2f}"
         for level, h in health.items()
     )
-    return Outcome(
-        "attention",
-        text or "this network has none",
-        tuple(
-            f"attention level {level} is dead: its scores do not vary on any image"
-            for level in dead
-        ),
+    failures = tuple(
+        f"attention level {level} is dead: its scores do not vary on any image"
+        for level, h in health.items()
+        if not h.score_sd_max > DEAD_SD
     )
+    return Outcome("attention", text or "this network has none", failures)
 
 
 def check_reload(run: Run) -> Outcome:
@@ -211,14 +190,13 @@ def check_reload(run: Run) -> Outcome:
 
 def check_resume(run: Run) -> Outcome:
     difference = resumed_step(run, read_checkpoint(run.run_dir / CHECKPOINT_NAME))
-    # On a GPU sums may run in another order; on a CPU the same numbers must come out.
+    # on a CPU the numbers must be the same; on a GPU sums may run in another order
     same = difference == 0 if run.device.type == "cpu" else difference < 1e-2
+    failure = f"a step of the resumed run differs from the run's own by {difference:.3g}"
     return Outcome(
         "resume",
         f"one more step: largest difference of a weight {difference:.3g}",
-        ()
-        if same
-        else (f"a step of the resumed run differs from the run's own by {difference:.3g}",),
+        () if same else (failure,),
     )
 
 
@@ -232,26 +210,26 @@ CHECKS = (check_gradients, check_finite, check_attention, check_reload, check_re
 
 
 def missing_gradients(trainer: Trainer) -> tuple[list[str], int]:
-    """Names of the parameters that should have a gradient and have none (or only zeros), and how
-    many rightly have none.
+    """Names of the parameters that lack a gradient (or have only zeros), and the number of
+    parameters that lack one by the network's mathematics.
 
-    A convolution's bias in front of a batch norm is exempt from the zero test: the norm takes it
-    away again."""
+    A convolution's bias in front of a batch norm may have only zeros: the norm cancels it."""
     exempt = trainer.model.parameters_without_gradient()
-    undone_biases = {id(conv.bias) for conv in trainer.model.normalized_convs()}
+    canceled_biases = {id(conv.bias) for conv in trainer.model.normalized_convs()}
     missing = []
     for name, p in trainer.model.named_parameters():
         if not p.requires_grad or name in exempt:
             continue
-        if p.grad is None or (id(p) not in undone_biases and not p.grad.any()):
+        if p.grad is None or (id(p) not in canceled_biases and not p.grad.any()):
             missing.append(name)
-    return missing, sum(p.numel() for name, p in trainer.model.named_parameters() if name in exempt)
+    numel = {name: p.numel() for name, p in trainer.model.named_parameters()}
+    return missing, sum(numel[name] for name in numel if name in exempt)
 
 
 def non_finite(trainer: Trainer) -> list[str]:
     """Names of weights, buffers, gradients and momenta that hold a NaN or an infinity."""
     tensors = dict(trainer.model.state_dict())
-    # while it looks for its scale, it meets infinite gradients and skips them
+    # a loss scaler that searches its scale meets infinite gradients, and skips them
     if not trainer.precision.scaler.is_enabled():
         tensors |= {
             f"gradient of {name}": p.grad
@@ -270,19 +248,18 @@ def non_finite(trainer: Trainer) -> list[str]:
 
 @torch.no_grad()
 def reload_equal(run: Run, saved: dict) -> bool:
-    """Logits of the run's network and of one built from the checkpoint alone, on the same images."""
+    """Whether the run's network and one built from the checkpoint alone give equal logits on the
+    same images."""
     images, _ = next(run.trainer.batches.epoch(0))
-    fresh = load_model(saved).to(run.device, memory_format=torch.channels_last)
-    mine = run.trainer.eval_model
-    mine.eval()
+    reloaded = load_model(saved).to(run.device, memory_format=torch.channels_last)
+    trained = run.trainer.eval_model
+    trained.eval()
     with run.trainer.precision.context():
-        a, b = mine(images).float(), fresh(images).float()
+        a, b = trained(images).float(), reloaded(images).float()
+    if run.device.type == "cpu":
+        return torch.equal(a, b)
     tolerance = 1e-3 if run.trainer.precision.dtype is torch.float32 else 2e-2
-    return (
-        torch.equal(a, b)
-        if run.device.type == "cpu"
-        else torch.allclose(a, b, atol=tolerance, rtol=tolerance)
-    )
+    return torch.allclose(a, b, atol=tolerance, rtol=tolerance)
 
 
 def resumed_step(run: Run, saved: dict) -> float:
@@ -293,16 +270,13 @@ def resumed_step(run: Run, saved: dict) -> float:
     longer = run.config | {"epochs": 2}
     resumed = Run(run.task, longer, run.run_dir, run.train_set, run.eval_set, saved=saved).trainer
     trainer.config = longer
-    results = []
-    for each in (trainer, resumed):
+    states = []
+    for t in (trainer, resumed):
         restore_random_states(saved["rng"])
-        each.batch_norm.mode = None
-        each.step(*batch)
-        results.append(each.model.state_dict())
-    return max(
-        (a.double() - b.double()).abs().max().item()
-        for a, b in zip(results[0].values(), results[1].values(), strict=True)
-    )
+        t.batch_norm.mode = None
+        t.step(*batch)
+        states.append(t.model.state_dict().values())
+    return max((a.double() - b.double()).abs().max().item() for a, b in zip(*states, strict=True))
 
 
 # ---- what is printed ----------------------------------------------------------------------------
@@ -330,21 +304,28 @@ def print_estimate(
     peak: float,
     most: int | None,
 ) -> None:
-    device = trainer.device
-    whole = run_seconds(config, cost, *sizes)
-    epoch = format_duration(whole / config["epochs"])
-    cut = (
-        f" (measured with {batch} images a step instead of {config['batch_size']})"
-        if batch != config["batch_size"]
-        else ""
-    )
+    """Print how long the real run takes and its memory.
+
+    Args:
+        config: of the real run.
+        cost: seconds per image, in training and in evaluation.
+        sizes: images of the real training and evaluation set.
+        batch: the batch of the pass.
+        peak: memory of the pass in MiB.
+        most: the largest micro-batch that fits; None: not tried."""
+    device, epochs = trainer.device, config["epochs"]
+    seconds = run_seconds(config, cost, *sizes)
+    cut = ""
+    if batch != config["batch_size"]:
+        cut = f" (measured with {batch} images per step instead of {config['batch_size']})"
+    memory = "GPU" if device.type == "cuda" else "resident"
     print(
-        f"On {device_name(device)}, {trainer.config['precision']}: about {epoch} an epoch of {sizes[0]:,} "
-        f"images, {format_duration(whole)} for {config['epochs']} epochs{cut}.\n"
-        f"Peak memory {peak:,.0f} MiB ({'GPU' if device.type == 'cuda' else 'resident'})."
+        f"On {device_name(device)}, {trainer.config['precision']}: about "
+        f"{format_duration(seconds / epochs)} per epoch of {sizes[0]:,} images, "
+        f"{format_duration(seconds)} for {epochs} epochs{cut}.\n"
+        f"Peak memory {peak:,.0f} MiB ({memory})."
     )
     if most is not None:
+        more = " or more" if 2 * most > MAX_TRIED else ""
         hint = "" if config["checkpoint_activations"] else "; --checkpoint-activations allows more"
-        print(
-            f"Largest micro-batch that fits, by doubling: {most}{' or more' if 2 * most > MAX_TRIED else ''}{hint}."
-        )
+        print(f"Largest micro-batch that fits, by doubling: {most}{more}{hint}.")

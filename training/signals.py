@@ -7,52 +7,53 @@ import os
 import signal
 import stat
 import threading
+from types import FrameType
+
+STOPPING = b"\nStopping after this step; press Ctrl-C again to quit without saving.\n"
 
 
 class Signals:
-    """SIGINT, SIGTERM, a terminal that is closed (SIGHUP), and what batch systems send before they
-    end a job, ask the run to end after the step; a second SIGINT ends the process at once. Ctrl-C
-    also ends the `tee` behind a pipe, and whatever wrote there would then fail: see
-    ``nobody_reads``. Python gives signals to the main thread only: in another one there are none.
+    """A context in which SIGINT, SIGTERM, a closed terminal (SIGHUP), and the signals that batch
+    systems send before they end a job ask the run to end after the step; call it to see whether one
+    has arrived. A second SIGINT ends the process at once.
+
+    Ctrl-C also ends the ``tee`` behind a pipe, where writing then fails: see ``nobody_reads``. Only
+    the main thread can handle signals: in another one this does nothing.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: int | None = None
 
     def __enter__(self) -> Signals:
-        # Windows has the first two
-        numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
+        numbers = []
+        if threading.current_thread() is threading.main_thread():
+            # Windows has the first two
+            numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
         # nohup's SIGHUP stays ignored
         ignored = [n for n in numbers[2:] if signal.getsignal(n) == signal.SIG_IGN]
-        main = threading.current_thread() is threading.main_thread()
-        self.before = {
-            n: signal.signal(n, self.receive) for n in numbers if main and n not in ignored
-        }
+        self.before = {n: signal.signal(n, self.receive) for n in numbers if n not in ignored}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
-            # None: not Python's
+            # None: a handler that was not set from Python
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def receive(self, number: int, frame) -> None:
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """The handler of all signals."""
         if self.received is not None and number == signal.SIGINT:
             os._exit(130)
         self.received = self.received or number
         if number == getattr(signal, "SIGHUP", None):
             self.nobody_reads()
         with contextlib.suppress(OSError):
-            os.write(
-                2,
-                b"\nStopping after this step; once more Ctrl-C to leave at once without saving.\n",
-            )
+            os.write(2, STOPPING)
 
     @staticmethod
     def nobody_reads() -> None:
-        """Send what is still printed to nowhere, where it went to a terminal or a pipe: writing
-        there would be an error."""
+        """Discard further output to a terminal or a pipe: writing there would be an error."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for number in (1, 2):
             with contextlib.suppress(OSError):  # closed already
@@ -60,4 +61,5 @@ class Signals:
                     os.dup2(nowhere, number)
 
     def __call__(self) -> bool:
+        """Whether a signal has arrived."""
         return self.received is not None

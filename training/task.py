@@ -1,4 +1,4 @@
-"""What a training script brings: its recipes and its data set."""
+"""What a training script defines: its recipes and its data set."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from data import DataSource
 
 @dataclass(frozen=True)
 class Task:
-    """The recipes of a script, each a dict of every default, and where its images come from."""
+    """The recipes of a script, each a dict of all defaults, and the source of its images."""
 
     description: str
     recipes: dict[str, dict]  # the first is the default
-    short: dict[str, dict]  # what a recipe changes for runs under options.SHORT_RUN epochs
-    model: str  # default network
+    short: dict[str, dict]  # a recipe's changes for runs under options.SHORT_RUN epochs
+    model: str  # the default network
     data: DataSource
 
     @property
     def dataset(self) -> str:
-        """ "cifar100": names the folder of the runs."""
+        """The name of the data set ("cifar100"), and of the folder of its runs."""
         return self.data.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,24 +20,25 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Trained weights by the names they have here, and the input that they were trained on."""
+    """Trained weights by this project's names, and the input that they were trained on."""
 
     description: str
     weights: dict[str, torch.Tensor]
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # per channel, in [0, 1] units
     std: tuple[float, ...]
     class_names: tuple[str, ...] = ()
 
 
 def imagenet_file() -> Path:
+    """Where torch keeps the ImageNet weights."""
     return hub_file(IMAGENET_URL)
 
 
 def source_of(init_from: str, model: Network) -> Source | None:
-    """The Source that --init-from names: None for "none", ImageNet's (fetched when it isn't there),
-    or a checkpoint's.
+    """The Source of --init-from: None for "none", ImageNet's (downloaded if missing), or a
+    checkpoint's.
 
-    Raises UserError."""
+    Raises UserError where it cannot be read or does not fit the model's trunk."""
     if init_from == "none":
         return None
     if init_from == "imagenet":
@@ -58,7 +60,7 @@ def source_of(init_from: str, model: Network) -> Source | None:
 
 
 def imagenet_weights() -> dict[str, torch.Tensor]:
-    """torchvision's vgg16_bn. Raises UserError."""
+    """The state dict of torchvision's vgg16_bn, downloaded if missing. Raises UserError."""
     return hub_weights(
         IMAGENET_URL,
         "or start from a checkpoint of train_cifar100.py (--init-from RUN/last.pt) or from "
@@ -66,82 +68,72 @@ def imagenet_weights() -> dict[str, torch.Tensor]:
     )
 
 
-def trunk_weights(weights: dict, model: Network) -> dict[str, torch.Tensor]:
-    """torchvision's vgg16_bn features under the names of our pooled trunk, whose layers are the
-    same one for one.
+def trunk_weights(weights: dict[str, torch.Tensor], model: Network) -> dict[str, torch.Tensor]:
+    """The features of torchvision's vgg16_bn under the names of the pooled trunk, which has the
+    same layers.
 
-    Raises UserError where they don't fit."""
+    Raises UserError where they do not fit."""
     if not model.is_pooled:
         raise UserError(
-            "ImageNet weights fit the pooled trunk: add --set trunk=pooled, or use another --init-from",
+            "ImageNet weights fit the pooled trunk: add --set trunk=pooled, or use another "
+            "--init-from",
             2,
         )
     units = [name for name, module in model.trunk.named_modules() if isinstance(module, ConvBNReLU)]
+    named = {}
     try:
-        places = sorted(
-            {
-                int(name.split(".")[1])
-                for name, value in weights.items()
-                if name.startswith("features.") and value.ndim == 4
-            }
-        )
-        named = {}
-        for unit, place in zip(units, places, strict=True):
-            for ours, theirs in (
-                (f"{model.TRUNK}.{unit}.conv", place),
-                (f"{model.TRUNK}.{unit}.norm", place + 1),
-            ):
-                named |= {
-                    f"{ours}.{leaf}": weights[f"features.{theirs}.{leaf}"]
-                    for leaf in ("weight", "bias")
-                }
-                if ours.endswith("norm"):
-                    named |= {
-                        f"{ours}.{leaf}": weights[f"features.{theirs}.{leaf}"]
-                        for leaf in ("running_mean", "running_var")
-                    }
+        convs = {
+            int(name.split(".")[1])
+            for name, value in weights.items()
+            if name.startswith("features.") and value.ndim == 4
+        }
+        for unit, number in zip(units, sorted(convs), strict=True):
+            for leaf in ("weight", "bias"):
+                conv = f"{model.TRUNK}.{unit}.conv.{leaf}"
+                named[conv] = weights[f"features.{number}.{leaf}"]
+            for leaf in ("weight", "bias", "running_mean", "running_var"):
+                norm = f"{model.TRUNK}.{unit}.norm.{leaf}"
+                named[norm] = weights[f"features.{number + 1}.{leaf}"]
     except (AttributeError, KeyError, IndexError, ValueError) as error:
         raise UserError(
-            f"{imagenet_file()} does not hold torchvision's vgg16_bn ({one_line(error)[:80]}). Move it away "
-            f"and start again, to have it downloaded"
+            f"{imagenet_file()} does not hold torchvision's vgg16_bn ({one_line(error)[:80]}). "
+            f"Move it away and start again, to have it downloaded"
         ) from None
     return named
 
 
 def transfer(model: Network, source: Source, class_names: tuple[str, ...]) -> frozenset[str]:
-    """Copy every weight that has the same name and shape, say what was copied and what wasn't, and
-    return the names. The head goes over only when the classes are the same ones.
+    """Copy every weight that has the same name and shape, and print what was copied and what was
+    not. Returns the names. The layers of the classes are only copied for the same classes.
 
-    Raises UserError when nothing fits."""
+    Raises UserError where no filter fits."""
     own = model.state_dict()
     head = {id(p) for layer in model.class_layers() for p in layer.parameters()}
     of_classes = {name for name, p in model.named_parameters() if id(p) in head}
-    given = {
+    same_classes = source.class_names == class_names
+    loaded = {
         name: value
         for name, value in source.weights.items()
-        if source.class_names == class_names or name not in of_classes
+        if (same_classes or name not in of_classes)
+        and name in own
+        and own[name].shape == value.shape
     }
-    fits = {
-        name: value
-        for name, value in given.items()
-        if name in own and own[name].shape == value.shape
-    }
-    if not any(value.ndim > 1 for value in fits.values()):
+    if not any(value.ndim > 1 for value in loaded.values()):
         raise UserError(
-            f"--init-from: no filter of {source.description} fits this network (--width {model.width:g} here)"
+            f"--init-from: no filter of {source.description} fits this network "
+            f"(--width {model.width:g} here)"
         )
-    model.load_state_dict(fits, strict=True)
-    fresh = layers(
-        name for name in own if name not in fits and not name.endswith("num_batches_tracked")
-    )
-    unused = layers(name for name in source.weights if name not in fits)
+    model.load_state_dict(loaded, strict=False)
+    fresh = [n for n in own if n not in loaded and not n.endswith("num_batches_tracked")]
+    unused = [n for n in source.weights if n not in loaded]
     print(
-        f"--init-from {source.description}: {len(fits)} of {len(own)} tensors loaded; starting fresh: "
-        f"{', '.join(fresh) or 'nothing'}; not used: {', '.join(unused) or 'nothing'}"
+        f"--init-from {source.description}: {len(loaded)} of {len(own)} tensors loaded; "
+        f"starting fresh: {', '.join(layers(fresh)) or 'nothing'}; "
+        f"not used: {', '.join(layers(unused)) or 'nothing'}"
     )
-    return frozenset(fits)
+    return frozenset(loaded)
 
 
-def layers(names) -> list[str]:
-    """Parameter names -> the names of their layers, sorted, once each."""
+def layers(names: Iterable[str]) -> list[str]:
+    """The layers of these parameters by name, sorted, once each."""
     return sorted({name.rpartition(".")[0] for name in names})
