@@ -27,10 +27,7 @@ from datasets.download import (
     find_beside,
     find_named,
 )
-from datasets.image_files import (
-    MIN_IMAGE_SIZE,
-    resized,
-)
+from datasets.image_files import MIN_IMAGE_SIZE, resized
 from datasets.image_set import ImageSet
 
 # The official archive, its md5, and those of the three files that are read from it.

@@ -19,13 +19,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from common.errors import UserError, one_line
-from common.files import (
-    expand_user,
-    make_folders,
-    remove_leftovers,
-    remove_made,
-    temporary_in,
-)
+from common.files import expand_user, make_folders, remove_leftovers, remove_made, temporary_in
 from common.hub import SOCKET_TIMEOUT
 from datasets.image_files import shows_progress
 

@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -142,3 +143,12 @@ def serve(monkeypatch):
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def without_nohup():
+    """The tests may themselves run under nohup, where SIGHUP is ignored and so does not end a
+    run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

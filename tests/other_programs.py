@@ -11,6 +11,7 @@ Figures are medians over all windows. Run it with nothing else running.
 
 import argparse
 import ast
+import itertools
 import os
 import statistics
 import subprocess
@@ -49,7 +50,7 @@ def windows() -> list[list[float]]:
     )
     config = options.resolve(args, TASK.recipes, TASK.short, model=TASK.model, dataset=TASK.dataset)
     trainer = Run(TASK, config, Path("."), *TASK.data.sample(config)).trainer
-    batches = benchmark.endless(trainer)
+    batches = benchmark.cycle(map(trainer.batches.epoch, itertools.count()))
 
     def rate(seconds: float) -> float:
         steps, began = 0, time.perf_counter()

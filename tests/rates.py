@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402 - once the path is set
 
-from tests.helpers.runs import config_of  # noqa: E402 - the same
-from train_cifar100 import TASK  # noqa: E402 - the same
-from training.run import Run  # noqa: E402 - the same
+from tests.helpers.runs import config_of
+from train_cifar100 import TASK
+from training.run import Run
 
 STEPS, HELD_OUT = 200, 10_000
 

@@ -30,7 +30,7 @@ from common.files import temporary_in
 from data import cifar_sample
 from datasets import image_files
 from tests.helpers.runs import NARROW, assert_runs_equal
-from training import checkpoint, commands
+from training import commands, run_folder
 from training import run as run_module
 from training.report import METRIC_FIELDS
 from training.trainer import Trainer
@@ -214,7 +214,7 @@ class Campaign:
         return self.start(*words, "--num-workers", str(workers), hook=hook, after=after)
 
     def steps_saved(self) -> int:
-        content = checkpoint.read_last(self.folder / "hurt") if self.config.exists() else None
+        content = run_folder.read_last(self.folder / "hurt") if self.config.exists() else None
         return content["position"]["epoch"] * 6 + content["position"]["step"] if content else 0
 
     def hurt(self, kind: str) -> None:
@@ -379,7 +379,7 @@ class Campaign:
                 del content["transferred"], content["labels"]
                 torch.save(content | {"format": 1, "config": config | {"init_from": ""}}, self.last)
                 self.config.write_text(
-                    json.dumps(checkpoint.read_config(run) | {"config": config | {"init_from": ""}})
+                    json.dumps(run_folder.read_config(run) | {"config": config | {"init_from": ""}})
                 )
             elif kind.endswith("another run"):
                 shutil.copy(self.folder / "other" / "last.pt", self.last)
@@ -525,13 +525,13 @@ def test_a_damaged_checkpoint_never_replaces_the_good_one_before_it(calm, tmp_pa
     shutil.copytree(calm / "calm", tmp_path / "run")
     good = (tmp_path / "run" / "last.prev.pt").read_bytes()
     (tmp_path / "run" / "last.pt").write_bytes(b"damaged")
-    content = checkpoint.read_last(tmp_path / "run")
-    checkpoint.prepare_to_write(tmp_path / "run", content["config"])
+    content = run_folder.read_last(tmp_path / "run")
+    run_folder.prepare_to_write(tmp_path / "run", content["config"])
     assert (tmp_path / "run" / "last.pt").read_bytes() == good and not (
         tmp_path / "run" / "last.prev.pt"
     ).exists()
     assert (tmp_path / "run" / "last.damaged.pt").read_bytes() == b"damaged"
-    checkpoint.save_checkpoint(tmp_path / "run", content)
+    run_folder.save_checkpoint(tmp_path / "run", content)
     for name in ("last.pt", "last.prev.pt"):
         assert read_checkpoint(tmp_path / "run" / name)["position"] == content["position"]
 
@@ -540,10 +540,10 @@ def test_a_checkpoint_of_another_run_is_refused(calm, tmp_path):
     shutil.copytree(calm / "calm", tmp_path / "run")
     shutil.copy(calm / "other" / "last.pt", tmp_path / "run" / "last.pt")
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
-    content = checkpoint.read_last(tmp_path / "run")
+    content = run_folder.read_last(tmp_path / "run")
     assert content["config"]["seed"] == settings["seed"] == 0
     (tmp_path / "run" / "last.prev.pt").unlink()
     with pytest.raises(
         UserError, match="last.pt belongs to another run: seed is 1 in it, and 0 in"
     ):
-        checkpoint.read_last(tmp_path / "run")
+        run_folder.read_last(tmp_path / "run")

@@ -11,7 +11,7 @@ import torch
 from common.checkpoint import FORMAT, load_model, read_checkpoint
 from common.errors import UserError
 from tests.helpers.trainers import CONFIG, make_trainer
-from training import checkpoint
+from training import run_folder
 
 
 @pytest.fixture
@@ -26,10 +26,10 @@ def saved(tmp_path):
         "input_size": [32, 32],
         "mean": [0.5] * 3,
         "std": [0.2] * 3,
-        "rng": checkpoint.random_states(),
+        "rng": run_folder.random_states(),
     }
-    checkpoint.save_checkpoint(tmp_path, content | {"mark": "first"})
-    checkpoint.save_checkpoint(tmp_path, content | {"mark": "second"})
+    run_folder.save_checkpoint(tmp_path, content | {"mark": "first"})
+    run_folder.save_checkpoint(tmp_path, content | {"mark": "second"})
     return tmp_path, content
 
 
@@ -70,7 +70,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_takes_over(
     with pytest.raises(UserError, match=message) as error:
         read_checkpoint(path)
     assert str(path) in str(error.value)
-    assert checkpoint.read_last(folder)["mark"] == "first"
+    assert run_folder.read_last(folder)["mark"] == "first"
     assert "Resuming from the checkpoint before it" in capsys.readouterr().out
 
 
@@ -148,12 +148,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(saved, monkeypatch):
     with pytest.raises(
         UserError, match="No space left on device. What was saved before is untouched"
     ):
-        checkpoint.save_checkpoint(folder, content | {"mark": "third"})
+        run_folder.save_checkpoint(folder, content | {"mark": "third"})
     monkeypatch.undo()
-    assert checkpoint.read_last(folder)["mark"] == "second"
+    assert run_folder.read_last(folder)["mark"] == "second"
     assert {p.name for p in folder.iterdir()} == {"last.pt", "last.prev.pt"}
 
 
 def test_a_missing_run_folder_is_made_again(saved, tmp_path):
-    checkpoint.save_checkpoint(tmp_path / "gone" / "run", saved[1])
-    assert checkpoint.read_last(tmp_path / "gone" / "run")
+    run_folder.save_checkpoint(tmp_path / "gone" / "run", saved[1])
+    assert run_folder.read_last(tmp_path / "gone" / "run")

@@ -14,9 +14,7 @@ from PIL import Image
 
 import data
 from common.errors import UserError
-from data import (
-    load_cifar100,
-)
+from data import load_cifar100
 from datasets import cifar100, download, image_files
 from tests.helpers.makers import cifar_fails as fails
 from tests.helpers.makers import load_cifar as load

@@ -25,7 +25,7 @@ from tests.helpers.runs import (
     signal_after,
     with_sample,
 )
-from training import checkpoint, commands
+from training import commands, run_folder
 from training import run as run_module
 from training.ranks import Ranks
 from training.report import read_metrics
@@ -33,15 +33,6 @@ from training.signals import Signals
 from training.trainer import Trainer
 
 # ---- runs that are stopped ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def without_nohup():
-    """The tests may themselves run under nohup, where SIGHUP is ignored and so does not end a
-    run."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.usefixtures("without_nohup")
@@ -150,12 +141,12 @@ def test_a_bare_resume_takes_the_newest_unfinished_run(cli, monkeypatch):
             )
     for path in Path("runs/cifar100/older").iterdir():
         os.utime(path, (1e9, 1e9))
-    with checkpoint.lock(Path("runs/cifar100/newer")), checkpoint.lock(Path("runs/cifar100/older")):
+    with run_folder.lock(Path("runs/cifar100/newer")), run_folder.lock(Path("runs/cifar100/older")):
         status, _, err = cli("--resume")
     assert status == 2 and "every unfinished run in runs/cifar100 is being trained" in err
     for name in ("older", "newer"):  # the older one while the newer one is being trained
         with (
-            checkpoint.lock(Path("runs/cifar100/newer"))
+            run_folder.lock(Path("runs/cifar100/newer"))
             if name == "older"
             else contextlib.nullcontext()
         ):
@@ -280,7 +271,7 @@ def test_every_run_has_a_folder_of_its_own(small_task, tmp_path, monkeypatch):
     with contextlib.ExitStack() as stack:
         folders = {
             stack.enter_context(
-                checkpoint.new_folder(
+                run_folder.new_folder(
                     commands.new_run_dirs(small_task, argparse.Namespace(), "vgg")
                 )
             )

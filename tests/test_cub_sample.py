@@ -13,13 +13,7 @@ from PIL import Image
 from data import cub_sample
 from datasets.cifar_sample import CELLS, MARKS
 from datasets.cub import CUB_FOLDER
-from datasets.cub_sample import (
-    MARK_CELL,
-    PART_NAMES,
-    WORDS,
-    draw_bird,
-    write_cub_sample,
-)
+from datasets.cub_sample import MARK_CELL, PART_NAMES, WORDS, draw_bird, write_cub_sample
 from tests.helpers.makers import listing
 from tests.helpers.makers import load_birds as load
 

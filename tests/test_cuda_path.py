@@ -18,7 +18,7 @@ import train_cub
 from data import ImageSet
 from datasets import augmentation
 from tests.helpers.runs import config_of
-from training import optim, run
+from training import muon, optim, run
 from training import trainer as trainer_module
 
 CUDA = torch.device("cuda", 0)
@@ -328,7 +328,7 @@ PLACES = (
     (augmentation, "normalize"),
     (trainer_module, "resize"),
     (trainer_module.F, "cross_entropy"),
-    (optim, "products_of_factors"),
+    (muon, "products_of_factors"),
     (torch, "_foreach_lerp"),
     (optim.EMA, "update"),
 )

@@ -5,13 +5,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data import (
-    ImageSet,
-    channel_statistics,
-    place_on,
-    split_validation,
-    stable_seed,
-)
+from data import ImageSet, channel_statistics, place_on, split_validation, stable_seed
 from tests.helpers.makers import image_set
 
 

@@ -10,12 +10,7 @@ import textwrap
 import pytest
 import torch
 
-from common.device import (
-    Precision,
-    choose_compile,
-    choose_precision,
-    persist_compile_cache,
-)
+from common.device import Precision, choose_compile, choose_precision, persist_compile_cache
 from common.errors import UserError
 from tests.helpers.trainers import CPU, make_trainer
 

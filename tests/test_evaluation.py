@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from attention_model import build_model
-from common.device import (
-    Precision,
-)
+from common.device import Precision
 from tests.helpers.trainers import CPU
 from training.evaluation import evaluate
 

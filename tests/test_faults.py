@@ -20,7 +20,7 @@ from datasets import cub
 from datasets.cub_sample import write_cub_sample
 from datasets.image_files import decode_images
 from tests.helpers.trainers import make_trainer
-from training import checkpoint, commands, report
+from training import commands, report, run_folder
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
@@ -120,7 +120,7 @@ def test_hundreds_of_damaged_run_folders(tmp_path):
     written.start("python train_cifar100.py", {"lr": 0.1}, {"lr": 0.1})
     for epoch in range(1, 5):
         written.epoch(dict.fromkeys(report.METRIC_FIELDS, 0.5) | {"epoch": epoch})
-    checkpoint.write_config(
+    run_folder.write_config(
         run, {"commands": ["python train_cifar100.py"], "config": {"model": "vgg", "seed": 3}}
     )
     originals = {path: path.read_bytes() for path in run.iterdir()}
@@ -132,14 +132,14 @@ def test_hundreds_of_damaged_run_folders(tmp_path):
             path.write_bytes(content)
         path = rng.choice(sorted(originals))
         path.write_bytes(damaged(originals[path], rng))
-        assert isinstance(checkpoint.earlier_commands(run), list)
+        assert isinstance(run_folder.earlier_commands(run), list)
         try:
-            checkpoint.check_own(run, run / "last.pt", {"config": {"model": "vgg", "seed": 3}})
+            run_folder.check_own(run, run / "last.pt", {"config": {"model": "vgg", "seed": 3}})
             commands.stored_config(run)
         except UserError as error:
             assert str(run) in str(error)
         with contextlib.suppress(UserError):
-            assert checkpoint.newest_unfinished(tmp_path) == run
+            assert run_folder.newest_unfinished(tmp_path) == run
         harmed = path.read_bytes()
         report.truncate_after(run, 2)
         if (run / "metrics.csv").exists():

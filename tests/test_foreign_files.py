@@ -28,7 +28,7 @@ from tests.helpers.environment import ROOT
 from tests.helpers.makers import make_folders
 from tests.helpers.runs import NARROW, assert_runs_equal, content_of, with_sample
 from train_cifar100 import TASK
-from training import checkpoint, commands, report
+from training import commands, report, run_folder
 from training.run import Run
 
 NAMES = (
@@ -91,13 +91,13 @@ def test_a_folder_with_anything_that_a_run_writes_is_refused(cli, sanity):
 @pytest.mark.parametrize("name", NAMES)
 def test_each_name_alone_is_reason_enough(tmp_path, name):
     (tmp_path / "notes.txt").write_text("")
-    checkpoint.check_new(tmp_path)
+    run_folder.check_new(tmp_path)
     # not even a link that leads nowhere is written through or over
     (tmp_path / name).symlink_to("nowhere")
     with pytest.raises(
         UserError, match=name if name not in ("config.json", "last.pt") else "a run already"
     ) as caught:
-        checkpoint.check_new(tmp_path)
+        run_folder.check_new(tmp_path)
     assert caught.value.status == 2
 
 
@@ -418,14 +418,14 @@ import random, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from common.errors import UserError
-from training import checkpoint
+from training import run_folder
 random.seed(int(sys.argv[1]))
 held = told = 0
 ends = time.monotonic() + 2
 while time.monotonic() < ends:
     run_dir = Path("runs/cifar100/exp")
     try:
-        with checkpoint.new_folder(iter([run_dir])):
+        with run_folder.new_folder(iter([run_dir])):
             held += 1
             time.sleep(random.uniform(0, 0.003))
             assert not list(run_dir.iterdir())

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import cam
+from common.device import DTYPES
 from data import Augmentation
 from explain.maps import attention_maps, class_activation_map, grad_cam
 from tests.helpers.environment import GPU
@@ -30,8 +31,8 @@ from tests.helpers.runs import NARROW, assert_equal, config_of, content_of, sign
 from tests.helpers.trainers import CPU, Batches, make_trainer
 from train_cifar100 import TASK as CIFAR100
 from train_cub import TASK as CUB
-from training import optim
 from training.evaluation import evaluate
+from training.muon import Muon
 from training.report import read_metrics
 from training.run import Run
 from training.trainer import Trainer
@@ -134,7 +135,7 @@ def measured(ours: Trainer) -> dict[str, dict]:
     if scaler.is_enabled():
         scaler.scale(torch.ones((), device=ours.device))
         scaler.update(128.0)
-    ours.batch_norm.set_train_mode(ours.done, ours.micro_batch)
+    ours.batch_norm.set_train_mode(ours.global_step, ours.micro_batch)
     ours.gradients(images, labels)
     if scaler.is_enabled():
         scaler.unscale_(ours.optimizer)
@@ -184,7 +185,7 @@ def test_muons_step_is_that_of_float64(precision, tolerance):
     for p, gradient in zip(filters, gradients, strict=True):
         p.grad = gradient.to(DEVICE).contiguous(memory_format=torch.channels_last)
     group = {"params": filters, "momentum": 0.0, "nesterov": False, "filter_momentum": 0.9}
-    optim.Muon([group], optim.DTYPES[precision], lr=0.1, fused=True).step()
+    Muon([group], DTYPES[precision], lr=0.1, fused=True).step()
     for p, weight, gradient in zip(filters, weights, gradients, strict=True):
         direction = orthogonalized(gradient.flatten(1)).view(weight.shape)
         size = weight.norm() / math.sqrt(min(direction.flatten(1).shape))
@@ -370,7 +371,7 @@ BATCH = 256  # images, so that activations are most of what is needed
 
 
 def gradients_of(ours: Trainer) -> dict:
-    ours.batch_norm.set_train_mode(ours.done, ours.micro_batch)
+    ours.batch_norm.set_train_mode(ours.global_step, ours.micro_batch)
     ours.gradients(*ours.batches.all[0])
     return grads(ours)
 

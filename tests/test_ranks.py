@@ -231,7 +231,7 @@ def test_variables_that_were_left_over(monkeypatch, capsys, tmp_path):
 def test_others_that_never_come(monkeypatch, capsys, tmp_path, rank):
     """Rank 0 waits for them; rank 1 asks at an address where nobody answers."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("training.ranks.MEETING", timedelta(seconds=0.2))
+    monkeypatch.setattr("training.ranks.RENDEZVOUS_TIMEOUT", timedelta(seconds=0.2))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.helpers.tensorboard_http import tensorboard_over
 from training import report as report_module
-from training.health import LevelHealth
+from training.attention_health import LevelHealth
 from training.report import METRIC_FIELDS, Report, read_metrics, truncate_after
 
 HPARAMS = {"model": "vgg-gap", "lr": 0.1, "batch_size": 128, "compile": False, "micro_batch": None}

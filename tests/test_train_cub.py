@@ -10,13 +10,7 @@ import train_cifar100
 import train_cub
 from data import cifar_sample
 from datasets.cub_sample import write_cub_sample
-from tests.helpers.runs import (
-    assert_runs_equal,
-    config_of,
-    content_of,
-    signal_after,
-    with_sample,
-)
+from tests.helpers.runs import assert_runs_equal, config_of, content_of, signal_after, with_sample
 from training import commands, transfer
 from training.report import read_metrics
 
@@ -230,7 +224,7 @@ def test_out_of_memory_is_told_with_the_options_that_help(cli, monkeypatch):
 
     monkeypatch.setattr("attention_model.Network.forward", none)
     monkeypatch.setattr("training.estimate.seconds_left", lambda run: 0.0)
-    monkeypatch.setattr("training.checks.check_memory", lambda *words: None)
+    monkeypatch.setattr("training.config_checks.check_memory", lambda *words: None)
     status, out, err = cli(*SMALL, "--init-from", "none", "--run-dir", "r")
     assert (
         status == 1

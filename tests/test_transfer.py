@@ -17,7 +17,7 @@ from common.errors import UserError
 from tests.helpers.trainers import snapshot, staged
 from training import transfer
 from training.batch_norm import MIN_BN_BATCH
-from training.optim import lr_at
+from training.schedules import lr_at
 
 NAMES = ("a", "b", "c", "d")
 

@@ -15,7 +15,7 @@ from common.checkpoint import read_checkpoint
 from common.errors import UserError
 from tests.helpers.environment import ROOT
 from tests.helpers.runs import NARROW
-from training import checkpoint
+from training import run_folder
 from training.trainer import Trainer
 
 # ---- options ------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def test_what_is_printed_to_be_typed_is_quoted(cli, unhurt):
     assert "resume it with --resume 'my run'," in cli(*NARROW, "--run-dir", "my run")[2]
     with pytest.raises(UserError, match="then --resume 'my file'"):
         Path("my file").write_text("")
-        checkpoint.save_file(Path("my file/last.pt"), {})
+        run_folder.save_file(Path("my file/last.pt"), {})
 
 
 def test_what_is_missing_exits_with_1(cli, monkeypatch):
@@ -349,7 +349,7 @@ def test_a_run_is_never_overwritten_nor_contradicted(cli, unhurt):
 
 
 def test_two_processes_never_share_a_run(cli, unhurt):
-    with checkpoint.lock(unhurt):
+    with run_folder.lock(unhurt):
         status, _, err = cli("--resume", unhurt)
     assert status == 1 and "is in use by another process" in err
 

@@ -10,7 +10,7 @@ from attention_model import Network
 from common.device import Precision
 from data import ImageSet, evenly_spread, to_input
 from explain.pictures import attention_sheet, title_of
-from training.health import LevelHealth, attention_health, health_warnings
+from training.attention_health import LevelHealth, attention_health, health_warnings
 from training.report import Report
 
 
@@ -36,7 +36,7 @@ class AttentionMonitor:
         self.warned: set[str] = set()  # keys of the last epoch's warnings
 
     @torch.no_grad()
-    def look(
+    def observe(
         self,
         model: Network,
         precision: Precision,

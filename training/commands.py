@@ -24,10 +24,10 @@ from common.device import device_name, persist_compile_cache, tune_malloc
 from common.errors import Interrupted, UserError, exit_status, one_line
 from common.process import open_standard_streams, program, quoted, unbreakable_pipes
 from data import split
-from training import checkpoint, estimate, options
+from training import estimate, options, run_folder
 from training.batch_norm import MIN_BN_BATCH
 from training.benchmark import benchmark
-from training.checks import check_batch, check_recipe, check_start
+from training.config_checks import check_batch, check_recipe, check_start
 from training.environment import command_line
 from training.evaluate_checkpoint import evaluate_checkpoint
 from training.evaluation import Evaluation
@@ -56,13 +56,13 @@ def main(task: Task, argv: list[str] | None = None) -> int:
         persist_compile_cache()
     if args.device == "cpu" or not torch.cuda.is_available():
         tune_malloc()
-    command = train if not (args.evaluate or args.sanity or args.benchmark) else instead_of_a_run
+    command = train if not (args.evaluate or args.sanity or args.benchmark) else other_mode
     with exit_status("Stopped before the training began: there is nothing to save.") as status:
         status.code = command(task, args, argv)
     return status.code
 
 
-def instead_of_a_run(task: Task, args: argparse.Namespace, argv: list[str]) -> int:
+def other_mode(task: Task, args: argparse.Namespace, argv: list[str]) -> int:
     """--evaluate, --sanity or --benchmark. Returns the exit status."""
     if ranks_from_environment().world_size > 1:
         raise UserError(
@@ -79,7 +79,7 @@ def instead_of_a_run(task: Task, args: argparse.Namespace, argv: list[str]) -> i
         check_recipe(config)
         if args.benchmark:
             return benchmark(task, config, args.benchmark, args.json, command_line(argv))
-        with checkpoint.new_folder(new_run_dirs(task, args, "sanity")) as run_dir:
+        with run_folder.new_folder(new_run_dirs(task, args, "sanity")) as run_dir:
             return sanity_pass(task, config, run_dir, command_line(argv))
 
 
@@ -126,7 +126,7 @@ def new_run(
     run_dir = None
     if ranks.is_main:
         candidates = new_run_dirs(task, args, config["model"])
-        run_dir = folder.enter_context(checkpoint.new_folder(candidates))
+        run_dir = folder.enter_context(run_folder.new_folder(candidates))
     run_dir = ranks.broadcast_object(run_dir)
     with ranks.main_process_first():
         sets = split(config, *task.data.sets(config, download=True))
@@ -146,9 +146,9 @@ def resumed_run(
     Raises UserError."""
     run_dir = run_to_resume(task, args, ranks)
     if ranks.is_main:
-        folder.enter_context(checkpoint.lock(run_dir))
+        folder.enter_context(run_folder.lock(run_dir))
     with ranks.main_process_first():
-        saved = checkpoint.read_last(run_dir)
+        saved = run_folder.read_last(run_dir)
     before = saved["config"] if saved else stored_config(run_dir)
     config = options.resumed(before, args, task.recipes, argv)
     if ranks.world_size > 1:  # the stored device may be a single GPU
@@ -197,7 +197,7 @@ def run_to_resume(task: Task, args: argparse.Namespace, ranks: Ranks) -> Path:
     run_dir = named_run(args)
     if run_dir is None:
         runs = Path("runs", task.dataset)
-        run_dir = checkpoint.newest_unfinished(runs) if ranks.is_main else None
+        run_dir = run_folder.newest_unfinished(runs) if ranks.is_main else None
         run_dir = ranks.broadcast_object(run_dir)
     names = ("config.json", CHECKPOINT_NAME, PREVIOUS_NAME)
     if not any((run_dir / name).exists() for name in names):
@@ -226,14 +226,14 @@ def named_run(args: argparse.Namespace) -> Path | None:
 def mark_finished(run_dir: Path) -> None:
     """Say so in config.json, unless that is lost or damaged."""
     with contextlib.suppress(OSError, ValueError, TypeError):
-        checkpoint.write_config(run_dir, checkpoint.read_config(run_dir) | {"finished": True})
+        run_folder.write_config(run_dir, run_folder.read_config(run_dir) | {"finished": True})
 
 
 def stored_config(run_dir: Path) -> dict:
     """The config of a run without a checkpoint: it starts over with the same settings. Raises
     UserError where config.json is damaged, too."""
     try:
-        config = upgrade_config(checkpoint.read_settings(run_dir))
+        config = upgrade_config(run_folder.read_settings(run_dir))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{run_dir / 'config.json'} is damaged ({error}) and there is no checkpoint: "
@@ -333,7 +333,7 @@ def print_result(run: Run, result: Evaluation) -> None:
         f"Checkpoint: {run.run_dir / CHECKPOINT_NAME}"
     )
     if run.best:
-        best = run.run_dir / checkpoint.BEST_NAME
+        best = run.run_dir / run_folder.BEST_NAME
         print(
             f"Best on the validation images: epoch {run.best['epoch']}, "
             f"{run.best['top1']:.2f} %: {best}. "

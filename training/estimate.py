@@ -15,9 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from common.device import synced_time
 from common.errors import is_oom_error
-from training.checkpoint import random_states, restore_random_states
-from training.optim import lr_at, stages, width_factor
+from training.optim import width_factor
 from training.run import Run, recalibration_count
+from training.run_folder import random_states, restore_random_states
+from training.schedules import lr_at, stages
 from training.trainer import Trainer
 
 MAX_TRIED = 1024  # images at once, in the search for the largest micro-batch

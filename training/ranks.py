@@ -22,8 +22,8 @@ from torch.distributed import rendezvous
 
 from common.errors import UserError, one_line, printable
 
-MEETING = timedelta(minutes=5)  # until all ranks must have started
-PATIENCE = timedelta(hours=2)  # a rank's timeout for the others, once they have met
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)  # until all ranks must have started
+COLLECTIVE_TIMEOUT = timedelta(hours=2)  # a rank's timeout for the others, once they have met
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ def init_distributed(device: str) -> Iterator[Ranks]:
             flush=True,
         )
     try:
-        store, rank, count = next(rendezvous("env://", timeout=MEETING))
+        store, rank, count = next(rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
     except (RuntimeError, ValueError, OSError) as error:  # DistError among them
         raise UserError(
             f"rank {ranks.rank} has not met the {ranks.world_size - 1} others at {address} "
@@ -170,13 +170,13 @@ def init_distributed(device: str) -> Iterator[Ranks]:
             f"MASTER_ADDR? Else {REMEDY}"
         ) from None
     # the others wait while the first one downloads and decodes the data set
-    store.set_timeout(PATIENCE)
+    store.set_timeout(COLLECTIVE_TIMEOUT)
     dist.init_process_group(
         "nccl" if on_gpus else "gloo",
         store=store,
         rank=rank,
         world_size=count,
-        timeout=PATIENCE,
+        timeout=COLLECTIVE_TIMEOUT,
         **options,
     )
     succeeded = False

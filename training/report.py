@@ -24,7 +24,7 @@ from PIL import Image
 
 from common.errors import printable
 from common.files import identity, replace_file, set_aside
-from training.health import LevelHealth
+from training.attention_health import LevelHealth
 
 if TYPE_CHECKING:  # TensorBoard takes seconds to import and prints
     from tensorboard.compat.proto.event_pb2 import Event

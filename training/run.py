@@ -33,7 +33,7 @@ from data import (
     place_on,
     stable_seed,
 )
-from training import checkpoint, report, transfer
+from training import report, run_folder, transfer
 from training.attention_monitor import AttentionMonitor
 from training.environment import environment
 from training.evaluation import Evaluation, evaluate
@@ -85,7 +85,7 @@ class Run:
         )
         self.class_names = train.class_names
         self.eval_name = "val" if config["val_fraction"] else "test"
-        self.labels = [fingerprint(train), fingerprint(evaluation)]
+        self.fingerprints = [fingerprint(train), fingerprint(evaluation)]
         if saved:
             self.check_data(saved)
         self.train_set = place_on(train, self.device)
@@ -114,7 +114,7 @@ class Run:
         self.finished = False
         if saved:
             self.trainer.load_state(saved)
-            checkpoint.restore_random_states(saved["rng"])
+            run_folder.restore_random_states(saved["rng"])
             self.best = saved["best"]
         if not ranks.is_main:  # dropout must differ between ranks; rank 0's is that of one process
             position = self.trainer.position
@@ -175,7 +175,7 @@ class Run:
                 "the checkpoint. Bring the old images back (--data-dir), or start a new run"
             )
         for name, before, now in zip(
-            ("training", self.eval_name), saved.get("labels", ()), self.labels, strict=False
+            ("training", self.eval_name), saved.get("labels", ()), self.fingerprints, strict=False
         ):
             if before != now:
                 other_labels = " with other labels" if before[0] == now[0] else ""
@@ -201,9 +201,9 @@ class Run:
             return
         self.folder = identity(self.run_dir)
         if resumed:  # not earlier: where resuming fails, the folder must stay as it is
-            checkpoint.prepare_to_write(self.run_dir, self.config)
+            run_folder.prepare_to_write(self.run_dir, self.config)
             report.truncate_after(self.run_dir, epoch or -1)
-        self.commands = checkpoint.earlier_commands(self.run_dir) + [command]
+        self.commands = run_folder.earlier_commands(self.run_dir) + [command]
         self.write_config()
         self.report = report.Report(self.run_dir, eval_name=self.eval_name)
         if epoch == 0:
@@ -237,7 +237,7 @@ class Run:
             "sanity": self.sanity,
             "finished": self.finished,
         }
-        checkpoint.write_config(self.run_dir, record)
+        run_folder.write_config(self.run_dir, record)
 
     def train(self) -> Evaluation:
         """Train from the current position to the end. Returns the last evaluation.
@@ -316,7 +316,7 @@ class Run:
         epochs and after the last."""
         every, trainer = self.config["overlay_every"], self.trainer
         is_last = epoch == self.config["epochs"]
-        self.attention.look(
+        self.attention.observe(
             trainer.eval_model,
             trainer.precision,
             trainer.position.gate_gradients,
@@ -370,11 +370,11 @@ class Run:
             "best": self.best,
             "config": dict(self.config),
             "class_names": list(self.class_names),
-            "labels": self.labels,
+            "labels": self.fingerprints,
             "input_size": list(self.config["input_size"]),
             "mean": list(self.mean),
             "std": list(self.std),
-            "rng": checkpoint.random_states(),
+            "rng": run_folder.random_states(),
             "finished": self.finished,
         }
 
@@ -384,7 +384,7 @@ class Run:
         started = time.monotonic()
         if self.ranks.is_main:
             self.check_folder()
-            checkpoint.save_checkpoint(self.run_dir, self.checkpoint_dict())
+            run_folder.save_checkpoint(self.run_dir, self.checkpoint_dict())
             self.folder = identity(self.run_dir)
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - started
@@ -397,7 +397,7 @@ class Run:
         self.best = {"epoch": epoch, "top1": top1}
         if self.ranks.is_main:
             self.check_folder()
-            checkpoint.save_file(self.run_dir / checkpoint.BEST_NAME, self.checkpoint_dict())
+            run_folder.save_file(self.run_dir / run_folder.BEST_NAME, self.checkpoint_dict())
 
     def check_folder(self) -> None:
         """Raises UserError where another folder is in the place of the run's: its files are

@@ -14,13 +14,13 @@ from common.checkpoint import CHECKPOINT_NAME, build_from_config, load_model, re
 from common.device import choose_device, choose_precision, device_name, peak_memory_mib
 from data import ImageSet, eval_batch_size, evenly_spread, input_size, split
 from training import transfer
-from training.checkpoint import restore_random_states
+from training.attention_health import DEAD_SD
 from training.estimate import MAX_TRIED, measure, most_that_fit, run_seconds
-from training.health import DEAD_SD
-from training.optim import parse_progressive
 from training.progress import format_duration
 from training.report import read_metrics
 from training.run import Run
+from training.run_folder import restore_random_states
+from training.schedules import parse_progressive
 from training.task import Task
 from training.trainer import Trainer
 

@@ -21,10 +21,11 @@ from attention_model import Network
 from common.device import Precision, peak_memory_mib
 from common.errors import Interrupted, UserError, is_oom_error, one_line
 from data import TrainBatches, resize
-from training import advice
+from training import failures
 from training.batch_norm import BatchNormPolicy
-from training.optim import EMA, grad_norm, input_size_at, lr_at, make_optimizer, width_factor
+from training.optim import EMA, grad_norm, make_optimizer, width_factor
 from training.ranks import ALONE, Ranks
+from training.schedules import input_size_at, lr_at
 
 
 @dataclasses.dataclass
@@ -199,7 +200,7 @@ class Trainer:
         When memory runs out, the whole step is repeated in smaller parts: the optimizer never sees
         half a batch. Raises UserError where that is not possible."""
         config, steps = self.config, len(self.batches)
-        done = self.done
+        done = self.global_step
         images = resize(images, input_size_at(config, done, steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(config, done, steps) * group.get("scale", 1.0)
@@ -234,7 +235,7 @@ class Trainer:
         return float(self.summed * self.batches.images_per_step)
 
     @property
-    def done(self) -> int:
+    def global_step(self) -> int:
         """Optimizer steps of the run so far."""
         return self.position.epoch * len(self.batches) + self.position.step
 
@@ -243,7 +244,7 @@ class Trainer:
         steps = len(self.batches)
         return [
             input_size_at(self.config, step, steps) or tuple(self.config["input_size"])
-            for step in (self.position.epoch * steps, max(0, self.done - 1))
+            for step in (self.position.epoch * steps, max(0, self.global_step - 1))
         ]
 
     def gradients(self, images: Tensor, labels: Tensor) -> None:
@@ -282,7 +283,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         now = min(self.micro_batch or batch, batch)
         if self.config["micro_batch"] != "auto" or now <= 1 or self.ranks.world_size > 1:
-            raise advice.out_of_memory(
+            raise failures.out_of_memory(
                 self.config,
                 self.model,
                 self.device,
@@ -313,7 +314,7 @@ class Trainer:
         """Recompute the batch-norm statistics of ``eval_model`` from training images (N, 3, H, W),
         the same on all ranks. What was frozen in the last step keeps its statistics."""
         self.batch_norm.recalibrate(
-            self.eval_model, images, self.precision, max(0, self.done - 1), self.micro_batch
+            self.eval_model, images, self.precision, max(0, self.global_step - 1), self.micro_batch
         )
         self.broadcast_buffers()
 
@@ -340,7 +341,7 @@ class Trainer:
 
     def diverged(self, subject: str, step: int) -> UserError:
         """The error for a ``subject`` that is not finite at this step (from 1) of the epoch."""
-        return advice.diverged(
+        return failures.diverged(
             subject,
             epoch=self.position.epoch + 1,
             step=step,

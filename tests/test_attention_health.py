@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.health import LevelHealth, attention_health, health_warnings
+from training.attention_health import LevelHealth, attention_health, health_warnings
 
 
 def test_health_against_a_few_lines_of_numpy():

@@ -9,8 +9,8 @@ from common.checkpoint import build_from_config, read_checkpoint
 from common.device import choose_device, choose_precision
 from common.errors import UserError
 from training.memory import check_memory
-from training.optim import SCHEDULES, parse_progressive
 from training.ranks import Ranks
+from training.schedules import SCHEDULES, parse_progressive
 
 CHOICES = {"schedule": SCHEDULES, "crop": ("box", "whole")}
 UPPER_LIMITS = {  # exclusive

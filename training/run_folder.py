@@ -16,12 +16,7 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import (
-    CHECKPOINT_NAME,
-    PREVIOUS_NAME,
-    read_checkpoint,
-    upgrade_config,
-)
+from common.checkpoint import CHECKPOINT_NAME, PREVIOUS_NAME, read_checkpoint, upgrade_config
 from common.errors import UserError
 from common.files import (
     identity,
