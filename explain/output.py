@@ -116,7 +116,7 @@ class Writer:
 
     def __init__(
         self, out: Path, inputs: Sequence[Path], *, raw: bool, opacity: float, colors: str
-    ) -> None:
+    ):
         self.out, self.raw, self.opacity, self.colors = out, raw, opacity, colors
         self.inputs = {identity for path in inputs for identity in identities(path)}
         self.taken: set[str] = set()  # names of this writer's files, case folded

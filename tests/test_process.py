@@ -219,17 +219,14 @@ def test_threads_soon_sleep_unless_the_user_says_otherwise(monkeypatch, given, s
 
 def test_the_scripts_settle_before_they_load_pytorch(tmp_path):
     """libgomp reads its variables when it is loaded."""
+    light = "__future__ argparse csv io sys collections pathlib typing".split()
     for script in ("train_cifar100.py", "train_cub.py", "cam.py"):
         lines = (Path(ROOT) / script).read_text().splitlines()
         settled = lines.index("    settle()  # before PyTorch is loaded")
         loads = [
             number
             for number, line in enumerate(lines)
-            if line.startswith(("import ", "from "))
-            and not any(
-                word in line
-                for word in ("__future__", "argparse", "csv", "io", "sys", "collections", "pathlib")
-            )
+            if line.startswith(("import ", "from ")) and not any(word in line for word in light)
         ]
         assert settled < min(loads), script
     done = shell(
