@@ -58,7 +58,7 @@ PAPER = {
     "freeze_epochs": 0.0,       # nothing is frozen: authors' code
     "transfer_lr": 1.0,         # one rate for all: authors' code
 }
-DEFAULT = PAPER | {
+FAST = PAPER | {
     "epochs": 60,
     "batch_size": 32,
     "lr": 0.02,                 # of the new layers
@@ -83,7 +83,7 @@ DEFAULT = PAPER | {
 
 TASK = Task(
     description="Train a VGG with attention gates on CUB-200-2011 (arXiv 1804.02391).",
-    recipes={"fast": DEFAULT, "paper": PAPER},
+    recipes={"fast": FAST, "paper": PAPER},
     short={},
     model="vgg-att3-concat-pc",
     data=CUB,

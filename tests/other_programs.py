@@ -1,5 +1,5 @@
 """How fast the training step is alone on this machine's cores, and beside a busy loop for each of
-them, with libgomp's waiting as it is by itself and as training/process.py has it:
+them, with libgomp's waiting as it is by itself and as common/process.py has it:
 
     python tests/other_programs.py [--rounds 4] [--spin-counts 10000,100000]
 

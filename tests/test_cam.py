@@ -24,7 +24,7 @@ from tests.helpers.environment import ROOT
 from tests.helpers.makers import first_lines, make_folders, torchvisions
 from tests.helpers.runs import with_sample
 from train_cifar100 import FAST, TASK
-from train_cub import DEFAULT
+from train_cub import FAST as BIRDS
 from training import commands
 
 # ---- a network that has learned where to look ---------------------------------------------------
@@ -540,7 +540,7 @@ def test_birds_are_measured_on_whole_pictures_part_by_part(cli, tmp_path):
     path = untrained(
         tmp_path / "net.pt",
         "vgg-att3-concat-pc",
-        DEFAULT,
+        BIRDS,
         "cub",
         ["ring", "plus", "cross"],
         size=48,

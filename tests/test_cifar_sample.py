@@ -1,4 +1,4 @@
-"""sample_data.py: the same bytes everywhere, balanced, and decided by the mark alone."""
+"""cifar_sample.py: the same bytes everywhere, balanced, and decided by the mark alone."""
 
 import hashlib
 
@@ -25,7 +25,7 @@ def draw(labels, size=32, seed=3):
 
 
 def test_the_same_bytes_on_every_machine():
-    """If this fails after a change to sample_data.py, the sample has changed, and results on it
+    """If this fails after a change to cifar_sample.py, the sample has changed, and results on it
     with it."""
     train, test = cifar_sample()
     assert sha256(train) == "64978b3dfa9032f878400b9d5c84f364761be06fcaea1cfacc7047c22e2f89cd"

@@ -1,4 +1,4 @@
-"""training/explain.py: the methods against few-line references in float64, and what they leave
+"""explain/maps.py: the methods against few-line references in float64, and what they leave
 behind."""
 
 import gc

@@ -1,4 +1,4 @@
-"""training/localise.py: the measures by hand and against brute force."""
+"""explain/metrics.py: the measures by hand and against brute force."""
 
 import numpy as np
 import pytest
