@@ -311,7 +311,7 @@ def on_disk(state: dict) -> dict:
 
 def run_of(task, *words) -> Run:
     config = config_of(task, *words)
-    return Run(task, config, Path("."), *task.sample(config))
+    return Run(task, config, Path("."), *task.data.sample(config))
 
 
 # fp16's scaler asks whether the gradients are finite
