@@ -42,7 +42,7 @@ def measure(width: float, rate: float, filters: float, train, held_out) -> dict:
     )
     run = Run(TASK, config, Path("."), train, held_out)
     trainer, losses, largest = run.trainer, [], 0.0
-    weights = [p for name, p in trainer.model.named_parameters() if name.endswith(".conv.weight")]
+    weights = [conv.weight for conv in trainer.model.normalized_convs()]
     for images, labels in trainer.batches.epoch(0):
         before, sums = [p.detach().clone() for p in weights], trainer.sums.clone()
         trainer.step(images, labels)
