@@ -26,7 +26,9 @@ def lr_at(config: dict, step: int, steps_per_epoch: int) -> float:
         return config["lr"] * 0.5**periods
     if config["schedule"] == "double-halve":
         return config["lr"] * 2.0 ** (periods if periods <= 2 else 4 - periods)
-    return config["lr"] * (total - step) / max(1.0, total - rising + 1)
+    if config["schedule"] == "linear":
+        return config["lr"] * (total - step) / max(1.0, total - rising + 1)
+    raise ValueError(f"unknown schedule {config['schedule']!r}: {', '.join(SCHEDULES)}")
 
 
 def stages(config: dict, steps_per_epoch: int) -> list[tuple[float, float]]:
