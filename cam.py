@@ -14,8 +14,6 @@ class_activation_map(model, images, targets) and grad_cam(model, images, targets
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,22 +32,26 @@ from torch import Tensor
 from common.arguments import MAX_WORKERS, expanded_path, int_at_least, parse
 from common.device import choose_device
 from common.errors import UserError, exit_status, print_error, printable
-from common.files import free_path, make_folders, replace_file
+from common.files import make_folders
 from common.process import open_standard_streams, unbreakable_pipes
 from data import SOURCES, ImageSet, open_rgb
-from explain.maps import (
-    attention_maps,
-    class_activation_map,
-    default_layer,
-    feature_layers,
-    grad_cam,
-)
+from explain.maps import attention_maps, class_activation_map, grad_cam
+from explain.methods import METHODS, Methods, applicable, list_layers, maps_of
 from explain.metrics import Measures, part_lines, table_lines
 from explain.networks import TrainedNetwork, find_class, from_checkpoint, from_torchvision
-from explain.output import MAX_SIDE, Overview, Picture, Writer, list_files, parse_index
+from explain.output import (
+    MAX_SIDE,
+    Overview,
+    Picture,
+    Writer,
+    list_files,
+    parse_index,
+    write_csv,
+)
 from explain.pictures import COLOR_MAPS, shown, title_of
 
-METHODS = ("attention", "cam", "gradcam")
+__all__ = ["attention_maps", "class_activation_map", "grad_cam", "main"]
+
 FIRST_IMAGES = 16  # images of a data set that get pictures without --index
 OVERVIEW = 64  # images on the sheet of a whole selection, at most
 PHOTOS_AT_ONCE = 16  # files per batch: each is in memory at the size of its picture
@@ -241,80 +243,6 @@ def misuse(args: argparse.Namespace) -> str | None:
     if args.dataset is None and (args.index or args.crop):
         return "--index and --crop are for a --dataset"
     return None
-
-
-# ---- methods ------------------------------------------------------------------------------------
-
-
-class Methods(NamedTuple):
-    names: list[str]  # of METHODS
-    layer: str | None  # of gradcam
-
-
-class BatchMaps(NamedTuple):
-    values: np.ndarray  # (N, H, W)
-    rank: int | None  # the column of the classes (N, K) that they are of; None: of no class
-
-
-def maps_of(
-    network: TrainedNetwork, methods: Methods, batch: Tensor, classes: Tensor
-) -> dict[str, BatchMaps]:
-    """The maps of a batch (N, 3, H, W) for its classes (N, K), by name. Attention has a map per
-    level ("conv7") and depends on no class; cam and gradcam have one per column ("cam", "cam-2").
-    """
-    found = {}
-    for method in methods.names:
-        if method == "attention":
-            for level, maps in attention_maps(network.model, batch).items():
-                found[level] = BatchMaps(maps.cpu().numpy(), None)
-            continue
-        for rank, targets in enumerate(classes.T.to(batch.device)):
-            if method == "cam":
-                maps = class_activation_map(network.model, batch, targets)
-            else:
-                maps = grad_cam(network.model, batch, targets, methods.layer)
-            name = f"{method}-{rank + 1}" if rank else method
-            found[name] = BatchMaps(maps.cpu().numpy(), rank)
-    return found
-
-
-def applicable(network: TrainedNetwork, asked: str, layer: str | None) -> Methods:
-    """The methods that apply to the network, of those of --method. Raises UserError if one that was
-    asked for does not apply."""
-    batch, classes = probe(network), torch.zeros(1, 1, dtype=torch.int64)
-    names = []
-    for method in METHODS if asked == "all" else (asked,):
-        try:
-            if method == "gradcam":
-                layer = layer or default_layer(network.model, batch)
-            maps_of(network, Methods([method], layer), batch, classes)
-        except ValueError as error:
-            if asked != "all" or method == "gradcam" and layer:
-                option = f"--method {method}" if method == asked else f"--layer {layer}"
-                raise UserError(f"{option}: {error}", 2) from None
-            print(f"{method} skipped: {error}")
-        else:
-            names.append(method)
-    if not names:
-        raise UserError("no method applies to this network")
-    if "gradcam" in names:
-        print(f"gradcam at {layer}")
-    return Methods(names, layer)
-
-
-def list_layers(network: TrainedNetwork) -> int:
-    batch = probe(network)
-    default = default_layer(network.model, batch)
-    for name, (channels, height, width) in feature_layers(network.model, batch).items():
-        mark = "   (default)" if name == default else ""
-        print(f"{name:<32} {channels:>5} x {height} x {width}{mark}")
-    return 0
-
-
-def probe(network: TrainedNetwork) -> Tensor:
-    """(1, 3, H, W) noise, to find out what applies to a network before any image is read."""
-    noise = torch.randn(1, 3, *network.size, generator=torch.Generator().manual_seed(0))
-    return noise.to(network.device)
 
 
 # ---- images -------------------------------------------------------------------------------------
@@ -538,26 +466,6 @@ def measure_set(
         boxes = (part.boxes * scale.repeat(2)).numpy()
         measures.add({name: values for name, (values, _) in maps.items()}, boxes, object_parts)
     return measures
-
-
-def write_csv(path: Path, rows: list[dict[str, object]]) -> Path:
-    """Write a table, over an earlier one with the same columns, or else under a free name. Returns
-    the path."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    table.writeheader()
-    for row in rows:
-        table.writerow(
-            {
-                name: round(float(value), 4) if isinstance(value, float) else value
-                for name, value in row.items()
-            }
-        )
-    content = text.getvalue().encode()
-    header = content[: content.index(b"\n") + 1]
-    path = free_path(path, lambda old: old.is_file() and old.read_bytes().startswith(header))
-    replace_file(path, lambda file: file.write(content))
-    return path
 
 
 if __name__ == "__main__":

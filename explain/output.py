@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import itertools
 import os
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from common.errors import UserError, print_error, printable
-from common.files import make_folders, replace_file
+from common.files import free_path, make_folders, replace_file
 from data import images_and_others, passed_over
 from explain.pictures import attention_sheet, overlay, shown
 
@@ -223,3 +224,23 @@ def identities(path: Path) -> set[tuple[int, int]]:
         return {(stat.st_dev, stat.st_ino) for stat in (os.stat(path), os.lstat(path))}
     except OSError:
         return set()
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> Path:
+    """Write a table, over an earlier one with the same columns, or else under a free name. Returns
+    the path."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    table.writeheader()
+    for row in rows:
+        table.writerow(
+            {
+                name: round(float(value), 4) if isinstance(value, float) else value
+                for name, value in row.items()
+            }
+        )
+    content = text.getvalue().encode()
+    header = content[: content.index(b"\n") + 1]
+    path = free_path(path, lambda old: old.is_file() and old.read_bytes().startswith(header))
+    replace_file(path, lambda file: file.write(content))
+    return path

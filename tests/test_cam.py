@@ -19,6 +19,7 @@ from common.checkpoint import FORMAT
 from data import cifar_sample, load_cifar100, load_cub
 from datasets.augmentation import normalize
 from datasets.cub_sample import write_cub_sample
+from explain import methods
 from explain.metrics import CENTER, UNIFORM
 from tests.helpers.environment import ROOT
 from tests.helpers.makers import first_lines, make_folders, torchvisions
@@ -236,7 +237,7 @@ def test_the_network_sees_the_picture_as_in_training_and_the_map_lies_over_it(
         maps[:, 8, 24] = 1
         return maps
 
-    monkeypatch.setattr(cam, "grad_cam", spot)
+    monkeypatch.setattr(methods, "grad_cam", spot)
     assert (
         cli("--checkpoint", path, "photo.png", "--method", "gradcam", "--opacity", 1, "--out", ".")[
             0
@@ -525,9 +526,9 @@ def test_data_set_selection_targets_and_top_k(cli, trained):
 
 
 def test_sets_go_through_in_one_batch(cli, trained, monkeypatch):
-    calls, method = [], cam.grad_cam
+    calls, method = [], methods.grad_cam
     monkeypatch.setattr(
-        cam,
+        methods,
         "grad_cam",
         lambda model, batch, *rest: (calls.append(len(batch)), method(model, batch, *rest))[1],
     )

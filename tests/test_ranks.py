@@ -12,30 +12,12 @@ import pytest
 import torch
 
 import train_cifar100
-from tests.helpers.runs import content_of, scalars_of, signal_after, with_sample
+from tests.helpers.runs import NARROW, content_of, scalars_of, signal_after, with_sample
 from training import commands
 from training.ranks import Ranks, ranks_from_environment
 from training.report import read_metrics
 
-RUN = [
-    "--sample",
-    "--width",
-    "0.0625",
-    "--batch-size",
-    "16",
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
-    "--epochs",
-    "2",
-    "--overlay-every",
-    "0",
-    "--model",
-    "vgg-att3-concat-pc",
-    "--set",
-    "progressive=none",
-]
+RUN = [*NARROW, "--epochs", "2", "--model", "vgg-att3-concat-pc", "--set", "progressive=none"]
 
 
 def rank_process(

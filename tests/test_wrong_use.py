@@ -18,6 +18,9 @@ from tests.helpers.runs import NARROW
 from training import run_folder
 from training.trainer import Trainer
 
+TINY = ["--sample", "--model", "vgg", "--width", 1 / 64, "--epochs", 1, "--device", "cpu"]
+
+
 # ---- options ------------------------------------------------------------------------------------
 
 
@@ -212,15 +215,7 @@ def test_numbers_beyond_their_range(cli, words, message):
 )
 def test_numbers_at_the_end_of_their_range(cli, words):
     status, _, err = cli(
-        "--sample",
-        "--model",
-        "vgg",
-        "--width",
-        1 / 64,
-        "--epochs",
-        1,
-        "--device",
-        "cpu",
+        *TINY,
         "--run-dir",
         "r",
         *words,
@@ -236,15 +231,7 @@ def test_numbers_that_only_diverge(cli):
         ["--set", "transfer_lr=1e308"],
     ):
         status, _, err = cli(
-            "--sample",
-            "--model",
-            "vgg",
-            "--width",
-            1 / 64,
-            "--epochs",
-            1,
-            "--device",
-            "cpu",
+            *TINY,
             *words,
         )
         assert status in (0, 1) and (status == 0 or "the training diverged" in err), (words, err)

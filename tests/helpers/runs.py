@@ -15,20 +15,9 @@ from training import options
 from training.report import read_metrics
 from training.trainer import Trainer
 
-NARROW = [
-    "--sample",
-    "--width",
-    "0.0625",
-    "--batch-size",
-    "16",
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
-    # tensorboard takes a picture's checksum in Python: it would be half of a test's time
-    "--overlay-every",
-    "0",
-]
+NARROW = "--sample --width 0.0625 --batch-size 16 --device cpu --precision fp32".split()
+# tensorboard takes a picture's checksum in Python: it would be half of a test's time
+NARROW += ["--overlay-every", "0"]
 MEASURED = ("images_per_second", "seconds", "peak_memory_mib")  # differ from run to run
 
 
