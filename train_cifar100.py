@@ -59,8 +59,8 @@ PAPER = {
 FAST = PAPER | {
     "epochs": 30,
     "nesterov": True,
-    "lr": 0.05,                 # at full width, where 0.1 and 0.2 learn less in 200 steps (README)
-    "muon": 0.3,                # learns more than SGD in the same steps, at width 0.25 (README)
+    "lr": 0.05,                 # at full width, where 0.1 and 0.2 learn less in 200 steps (docs)
+    "muon": 0.3,                # learns more than SGD in the same steps, at width 0.25 (docs)
     "lr_by_width": 4.0,         # lr is 0.1 at width 0.5, 0.2 at 0.25 and below
     "decay_all": False,         # filters and matrices: decay pulls a gate's u to a flat map
     "schedule": "linear",       # up, down to 0: most of a long schedule's gain in a tenth of it
@@ -73,7 +73,7 @@ FAST = PAPER | {
     "progressive": "0.5:0.3 0.75:0.5",  # half the side until 0.3 of the run, 3/4 until 0.5
 }
 # Changes to the fast recipe in runs under 10 epochs (a CPU's): faster filters, more of the run on
-# small images, and no TrivialAugment, as they are too short to overfit. Measured in README.
+# small images, and no TrivialAugment, as they are too short to overfit (docs/recipes.md).
 SHORT = {
     "muon": 0.6,
     "trivial_augment": False,

@@ -1,5 +1,5 @@
-"""Which rates suit a width: 200 steps at full size at the recipe's rates and at others (README,
-"The rate and the width").
+"""Which rates suit a width: 200 steps at full size at the recipe's rates and at others
+(docs/recipes.md, "The rate and the width").
 
     python tests/rates.py DATA_DIR WIDTH [RATE,FILTERS ...]
 

@@ -47,7 +47,7 @@ SAVE_EVERY = 50.0  # seconds; with a step and the save itself about a minute of 
 SAVE_SHARE = 0.02  # of the run's time: where a save takes over a second, there are fewer saves
 # Batch norm is recalibrated on a twelfth of the training images (3 % of a full-size epoch), at
 # least 512 and at most 1,024. With 256 images the accuracy is 0.2 to 0.5 points below that with
-# 1,024 (README).
+# 1,024 (docs/recipes.md).
 RECALIBRATION_IMAGES = 512, 1024
 
 
