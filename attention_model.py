@@ -642,7 +642,7 @@ def initialize(model: nn.Module) -> None:
 
     - A 3x3 convolution starts as the identity (Dirac): filter i passes channel i through, filters
       beyond the number of input channels are the authors'. Thirteen layers without a shortcut learn
-      much faster from there (measured in docs/recipes.md).
+      much faster from there (docs/recipes.md, "Initialization").
     - Batch norm starts at weight 1 and, after those convolutions, at bias 1: otherwise ReLU would
       cut off half of the remaining signal at every layer, and pass 7 % by the last.
     - Scores start with a standard deviation of order 1 over positions, so that the maps start
@@ -652,7 +652,7 @@ def initialize(model: nn.Module) -> None:
     - For dp, g is in units of 1/sqrt(C): the network divides the output of its linear layer. <l, g>
       is a sum of C products, and a step on that layer moves each of them by C more. Without the
       division the first steps drive the scores to hundreds, and the maps onto one position for good
-      (measured in docs/recipes.md). u moves the scores by C, as dp now does.
+      (docs/recipes.md, "Initialization"). u moves the scores by C, as dp now does.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -29,7 +29,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.arguments import MAX_WORKERS, expanded_path, int_at_least, parse
+from common.arguments import (
+    MAX_WORKERS,
+    ArgumentParser,
+    expanded_path,
+    int_at_least,
+    one_of,
+    parse,
+)
 from common.device import choose_device
 from common.errors import UserError, exit_status, print_error, printable
 from common.files import make_folders
@@ -56,12 +63,29 @@ FIRST_IMAGES = 16  # images of a data set that get pictures without --index
 OVERVIEW = 64  # images on the sheet of a whole selection, at most
 PHOTOS_AT_ONCE = 16  # files per batch: each is in memory at the size of its picture
 PREDICTIONS = 3  # classes printed per image, at least
+# choices of the options
+DATA_SETS = (*SOURCES, "sample")
+SPLITS = ("test", "train")
+CROPS = ("box", "whole")
+METHOD_NAMES = (*METHODS, "all")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+EXAMPLES = """examples (RUN: the folder of a run):
+  python %(prog)s --checkpoint RUN/last.pt photo.jpg folder/
+      photos of yours: a picture per map, and a sheet per photo
+  python %(prog)s --checkpoint RUN/last.pt --dataset cifar100 --index 0-15
+      the first 16 test images of a data set
+  python %(prog)s --checkpoint RUN/last.pt --dataset cub --measure
+      how well the maps find the birds, in numbers
+  python %(prog)s --arch resnet50 --weights DEFAULT --top-k 3 photo.jpg
+      a network of torchvision, with its weights: the three best classes
+"""
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(
         description="Where a network looks, as pictures and as localisation measures.",
-        allow_abbrev=False,
+        epilog=EXAMPLES,
     )
     network = parser.add_argument_group("network")
     network.add_argument(
@@ -87,11 +111,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     images.add_argument(
         "--dataset",
-        choices=(*SOURCES, "sample"),
+        choices=DATA_SETS,
+        type=one_of(DATA_SETS),
         help="instead: images of a data set, or the sample",
     )
     images.add_argument(
-        "--split", choices=("test", "train"), default="test", help="(default: test)"
+        "--split",
+        choices=SPLITS,
+        type=one_of(SPLITS),
+        default="test",
+        help="which images of the data set",
     )
     images.add_argument(
         "--index",
@@ -100,7 +129,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     images.add_argument(
         "--crop",
-        choices=("box", "whole"),
+        choices=CROPS,
+        type=one_of(CROPS),
         help="of birds: the box or the whole picture (default: as trained; whole for --measure)",
     )
     images.add_argument(
@@ -112,14 +142,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--num-workers",
         type=int_at_least(0, MAX_WORKERS),
         default=2,
-        help="processes that decode a data set's images into the cache (default: 2)",
+        help="processes that decode a data set's images into the cache",
     )
     maps = parser.add_argument_group("maps")
     maps.add_argument(
         "--method",
-        choices=(*METHODS, "all"),
+        choices=METHOD_NAMES,
+        type=one_of(METHOD_NAMES),
         default="all",
-        help="(default: all that the network has)",
+        help="which maps; all: those that the network has",
     )
     maps.add_argument(
         "--layer", metavar="NAME", help="of gradcam (default: the last with an extent)"
@@ -140,7 +171,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=expanded_path,
         default="runs/cam",
         metavar="FOLDER",
-        help="(default: runs/cam)",
+        help="folder for the pictures and tables",
     )
     output.add_argument("--raw", action="store_true", help="also the maps as .npy")
     output.add_argument(
@@ -153,18 +184,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--colours",
         dest="colors",
         choices=tuple(COLOR_MAPS),
+        type=one_of(COLOR_MAPS),
         default="inferno",
-        help="(default: inferno)",
+        help="colors of the map",
     )
     output.add_argument(
         "--opacity",
         type=opacity,
         default=0.5,
-        help="of the map over the image, 0 to 1 (default: 0.5)",
+        help="of the map over the image, 0 to 1",
     )
-    output.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, or cuda:N (default: auto)"
-    )
+    output.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N")
     return parser
 
 

@@ -38,7 +38,7 @@ def choose_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             raise UserError(
                 f"--device {name}: PyTorch {torch.__version__} sees no CUDA GPU here. Check "
-                'nvidia-smi; the README\'s "Old cards" says which PyTorch build fits which card'
+                'nvidia-smi. Which PyTorch fits which card: docs/hardware.md, "Old cards"'
             )
         if (device.index or 0) >= torch.cuda.device_count():
             raise UserError(

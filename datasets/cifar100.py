@@ -1,7 +1,7 @@
 """CIFAR-100 as two uint8 image tensors, from class folders (decoded once, into a cache), the
 official archive, or its unpacked folder.
 
-README.md says where to put which.
+docs/data.md, "CIFAR-100", says where to put which.
 """
 
 from __future__ import annotations

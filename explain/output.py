@@ -11,19 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, PngImagePlugin
 
 from common.errors import UserError, print_error, printable
 from common.files import free_path, make_folders, replace_file
 from data import images_and_others, passed_over
-from explain.pictures import attention_sheet, overlay, shown
+from explain.pictures import attention_sheet, is_own_picture, overlay, png_bytes, shown
 
 # pixels of an overlay: smaller images are enlarged, larger ones shrunk
 MIN_SIDE, MAX_SIDE = 224, 1024
 MAX_STEM_BYTES = 200  # with the name of the map, a file name stays below a file system's 255
 SHEET_SIDE = 288  # pixels of the longer side of a picture on an image's own sheet, at most
-# written into every picture, which a later one may replace
-SOFTWARE = "learn-to-pay-attention"
 
 
 # ---- in -----------------------------------------------------------------------------------------
@@ -63,15 +60,6 @@ def images_in(folder: Path) -> list[Path]:
     if own:
         print(f"{printable(folder)}: passed over {own:,} of cam.py's own pictures", flush=True)
     return found
-
-
-def is_own_picture(path: Path) -> bool:
-    """Whether cam.py wrote this picture, by the mark in it."""
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return image.info.get("Software") == SOFTWARE
-    except Exception:  # PIL raises nearly anything
-        return False
 
 
 def parse_index(text: str, count: int) -> list[int]:
@@ -195,10 +183,7 @@ class Writer:
         return is_own_picture(path)
 
     def write_png(self, name: str, pixels: np.ndarray) -> None:
-        content, mark = io.BytesIO(), PngImagePlugin.PngInfo()
-        mark.add_text("Software", SOFTWARE)
-        Image.fromarray(pixels).save(content, "PNG", pnginfo=mark)
-        self.write_file(name, content.getvalue())
+        self.write_file(name, png_bytes(pixels))
 
     def write_file(self, name: str, content: bytes) -> None:
         make_folders(self.out)

@@ -1,5 +1,5 @@
-"""Attention maps as pictures: color maps, overlays, contact sheets. TensorBoard and cam.py show the
-same ones.
+"""Attention maps as pictures: color maps, overlays, contact sheets. TensorBoard, a run's maps.png
+and cam.py show the same ones.
 
 Images are uint8 arrays (H, W, 3), maps are float arrays (h, w) of any range. Neither a GPU nor
 matplotlib is needed.
@@ -7,13 +7,15 @@ matplotlib is needed.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 # Nine anchor colors each, evenly spaced from low to high. Lightness rises monotonically, so that
 # everyone can see which of two values is higher, also printed in gray (jet, the usual choice, is
@@ -41,6 +43,8 @@ MARGIN, GAP, BLOCK_GAP = 20, 6, 28
 HEAD_LINE = 20  # pixels per line of a heading
 TITLE_HEIGHT = 22  # pixels
 MIN_SHEET_WIDTH = 320  # pixels: the legend has to fit
+# written into every PNG file, which a later one may replace
+SOFTWARE = "learn-to-pay-attention"
 
 
 # ---- colors and sizes ---------------------------------------------------------------------------
@@ -257,3 +261,23 @@ def _draw_legend(
         if font.getlength(note) <= room:
             draw.text((MARGIN, middle), note, FAINT_INK, font, anchor="lm")
             break
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 as a PNG file that ``is_own_picture`` recognizes."""
+    content, mark = io.BytesIO(), PngImagePlugin.PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    Image.fromarray(pixels).save(content, "PNG", pnginfo=mark)
+    return content.getvalue()
+
+
+def is_own_picture(path: Path) -> bool:
+    """Whether this project wrote this picture, by the mark in it."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software") == SOFTWARE
+    except Exception:  # PIL raises nearly anything
+        return False

@@ -45,10 +45,7 @@ def windows() -> list[list[float]]:
     from training.run import Run
 
     tune_malloc()
-    args = options.make_parser("", TASK.recipes, model=TASK.model, dataset=TASK.dataset).parse_args(
-        RUN
-    )
-    config = options.resolve(args, TASK.recipes, TASK.short, model=TASK.model, dataset=TASK.dataset)
+    config = options.resolve(options.make_parser(TASK).parse_args(RUN), TASK)
     trainer = Run(TASK, config, Path("."), *TASK.data.sample(config)).trainer
     batches = benchmark.cycle(map(trainer.batches.epoch, itertools.count()))
 

@@ -12,15 +12,22 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import train_cifar100
+import train_cub
 from common.checkpoint import read_checkpoint
 from tests.helpers.makers import make_folders
 from tests.helpers.runs import (
+    DRAWN,
     NARROW,
     assert_runs_equal,
+    config_of,
     content_of,
+    pictures_of,
     scalars_of,
     signal_after,
     with_sample,
@@ -412,3 +419,70 @@ def test_config_json_says_what_was_run(cli, unhurt):
     assert (
         record["environment"]["torch"] == torch.__version__ and record["environment"]["threads"] > 0
     )
+
+
+# ---- the built-in sample, and what a run leaves to open -----------------------------------------
+
+
+@pytest.mark.parametrize("script", [train_cifar100, train_cub])
+def test_the_sample_has_a_size_of_its_own_which_options_change(script):
+    task = script.TASK
+    config = config_of(task, "--sample")
+    assert {name: config[name] for name in task.sample} == task.sample
+    assert config["lr"] == config_of(task)["lr"]
+    assert config_of(task, "--sample", "--width", 1, "--epochs", 7)["width"] == 1
+    assert config_of(task, "--sample", "--epochs", 7)["epochs"] == 7
+    assert config_of(task)["width"] == 1
+
+
+def test_a_short_sample_run_has_the_recipe_of_short_runs():
+    config = config_of(train_cifar100.TASK, "--sample")
+    assert config["epochs"] < 10 and config["muon"] == train_cifar100.SHORT["muon"]
+    assert not config["trivial_augment"]
+
+
+@pytest.mark.parametrize("mode, function", [("sanity", "sanity_pass"), ("benchmark", "benchmark")])
+def test_sanity_and_benchmark_of_the_sample_keep_the_real_size(cli, monkeypatch, mode, function):
+    seen = []
+    monkeypatch.setattr(commands, function, lambda task, config, *_: seen.append(config) or 0)
+    assert cli(f"--{mode}", "--sample")[0] == 0
+    assert seen[0]["sample"] and (seen[0]["width"], seen[0]["epochs"]) == (1, 30)
+
+
+def test_a_run_ends_with_its_maps_and_says_what_to_open(cli):
+    status, out, _ = cli(*DRAWN, "--epochs", 1, "--run-dir", "r/one")
+    assert status == 0
+    assert "Where it looks: r/one/maps.png\n" in out
+    assert "--logdir r, then open http://localhost:6006" in out
+    first = np.asarray(Image.open("r/one/maps.png"))
+    # the sheet that TensorBoard shows, but for JPEG
+    shown = np.asarray(pictures_of("r/one")[-1].convert("RGB"))
+    assert first.shape == shown.shape
+    assert np.abs(first.astype(float) - shown).mean() < 2
+
+    assert cli("--resume", "r/one", "--epochs", 2)[0] == 0
+    second = np.asarray(Image.open("r/one/maps.png"))
+    assert second.shape == first.shape and (second != first).any()
+    assert not Path("r/one/maps-2.png").exists()
+
+
+def test_somebody_elses_maps_png_stays(cli):
+    assert cli(*NARROW, "--epochs", 1, "--run-dir", "r")[0] == 0
+    assert not Path("r/maps.png").exists()  # --overlay-every 0
+    Image.new("RGB", (8, 8)).save("r/maps.png")
+    before = Path("r/maps.png").read_bytes()
+    status, out, _ = cli("--resume", "r", "--epochs", 2, "--overlay-every", 1)
+    assert status == 0 and "Where it looks: r/maps-2.png\n" in out
+    assert Path("r/maps.png").read_bytes() == before
+
+    status, _, err = cli(*DRAWN, "--epochs", 1, "--run-dir", "r2")
+    assert status == 0
+    os.mkdir("r3")
+    shutil.copy("r2/maps.png", "r3")
+    status, _, err = cli(*DRAWN, "--epochs", 1, "--run-dir", "r3")
+    assert status == 2 and "r3 holds maps.png, which a run writes too" in err
+
+
+def test_a_network_without_attention_leaves_no_maps(cli):
+    status, out, _ = cli(*DRAWN, "--model", "vgg-gap", "--epochs", 1, "--run-dir", "r")
+    assert status == 0 and "Where it looks" not in out and not Path("r/maps.png").exists()

@@ -1,5 +1,5 @@
 """How many operations a step asks of the device, counted on the CPU. A fast GPU waits for the host
-to start them (README)."""
+to start them (docs/hardware.md, "What a step costs")."""
 
 import collections
 

@@ -256,10 +256,10 @@ def test_signals_of_batch_systems_save_and_end_the_run(cli, monkeypatch, unhurt,
     assert_runs_equal("hurt", unhurt)
 
 
-def test_the_readmes_job_for_slurm_resumes_until_the_run_is_finished(tmp_path):
+def test_the_documented_job_for_slurm_resumes_until_the_run_is_finished(tmp_path):
     """With an srun that is signalled twice, and a scontrol that says what it was asked."""
     job = re.search(
-        r"```\n(#!/bin/bash\n#SBATCH .*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+        r"```\n(#!/bin/bash\n#SBATCH .*?)```", (ROOT / "docs/hardware.md").read_text(), re.DOTALL
     )[1]
     for name, body in (
         (

@@ -27,14 +27,16 @@ TINY = ["--sample", "--model", "vgg", "--width", 1 / 64, "--epochs", 1, "--devic
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--epocs", "3"], "unrecognized arguments: --epocs 3"),
-        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),  # no abbreviations
+        (["--epocs", "3"], "unrecognized option --epocs (did you mean --epochs?)"),
+        # no abbreviations
+        (["--epoch", "3"], "unrecognized option --epoch (did you mean --epochs?)"),
         (["--epochs", "0"], "0 is below 1"),
         (["--epochs", "many"], "invalid whole number value: 'many'"),
         (["--lr", "-1"], "-1 is not above 0"),
         (["--val-fraction", "1.5"], "1.5 is not between 0 and 1"),
-        (["--model", "resnet"], "invalid choice: 'resnet'"),
-        (["--set", "momentun=0.8"], "expected NAME=VALUE with a NAME of"),
+        (["--model", "resnet"], "invalid choice 'resnet'"),
+        (["--set", "momentun=0.8"], "no constant is called momentun (did you mean momentum?)"),
+        (["--set", "momentum"], "--set momentum: expected NAME=VALUE"),
         (["--set", "momentum=fast"], "expected a number, as in the default 0.9"),
         (["--set", "momentum=nan"], "expected a finite number"),
         (["--set", "epochs=3"], "use --epochs 3 for this one"),
@@ -81,7 +83,7 @@ def test_an_empty_word_is_no_value(cli, option):
     """What a shell makes of a variable that is not set."""
     for words in ([option, ""], [f"{option}="], [option, " "]):
         status, _, err = cli(*words)
-        assert status == 2 and err.endswith(f"error: {option} is empty\n")
+        assert status == 2 and f"error: {option} is empty\n" in err
     for words in (["--sample", "--width", "0.0625", "", "--epochs", 1], [""]):
         status, _, err = cli(*words)
         assert status == 2 and "error: an argument is empty" in err
@@ -139,7 +141,7 @@ def test_a_home_folder_that_is_not_there(cli, monkeypatch, option):
     status, _, err = cli(f"{option}=~nosuchuser/x")
     assert (
         status == 2
-        and f"argument {option}: ~nosuchuser/x: there is no home folder for ~nosuchuser" in err
+        and f"error: {option}: ~nosuchuser/x: there is no home folder for ~nosuchuser" in err
     )
     monkeypatch.setenv("HOME", "")
     status, _, err = cli(f"{option}=~/x")
@@ -152,15 +154,15 @@ def test_a_home_folder_that_is_not_there(cli, monkeypatch, option):
     [
         (
             ["--seed", "99999999999999999999"],
-            "argument --seed: 99999999999999999999 is above 9223372036854775807",
+            "error: --seed: 99999999999999999999 is above 9223372036854775807",
         ),
-        (["--seed", "-1"], "argument --seed: -1 is below 0"),
+        (["--seed", "-1"], "error: --seed: -1 is below 0"),
         (["--seed", "9" * 5000], "9999... is not between 0 and 9223372036854775807"),
         (
             ["--epochs", "9" * 30],
-            "argument --epochs: 999999999999999999999999999999 is above 1000000",
+            "error: --epochs: 999999999999999999999999999999 is above 1000000",
         ),
-        (["--num-workers", "999999999"], "argument --num-workers: 999999999 is above 256"),
+        (["--num-workers", "999999999"], "error: --num-workers: 999999999 is above 256"),
         (["--batch-size", "1" + "0" * 20], "is above 1000000"),
         (["--image-size", "100000"], "is above 4096"),
         (["--width", "1e300"], "1e300 is above 16"),
@@ -170,7 +172,7 @@ def test_a_home_folder_that_is_not_there(cli, monkeypatch, option):
         (["--micro-batch", "9" * 40], "is above 2147483647"),
         (["--overlay-every", "9" * 40], "is above 2147483647"),
         (["--benchmark", "9" * 12], "is above 100000"),
-        (["--freeze-epochs", "1e308"], "--freeze-epochs 1e+308: fewer than the 30 epochs"),
+        (["--freeze-epochs", "1e308"], "--freeze-epochs 1e+308: fewer than the 5 epochs"),
         (["--device", "cuda:300"], "expected auto, cpu, cuda, or cuda:N"),
         (["--device", "cuda:99999999999999999999"], "expected auto, cpu, cuda, or cuda:N"),
         (["--set", "cutout=9999999999999999999999"], "expected a number below 4096"),
@@ -186,7 +188,7 @@ def test_numbers_beyond_their_range(cli, words, message):
         status == 2
         and message in err
         and "Traceback" not in err
-        and len(err.splitlines()[-1]) < 400
+        and max(map(len, err.splitlines())) < 400
     )
     assert not list(Path().iterdir())
 

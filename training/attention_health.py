@@ -14,7 +14,7 @@ from torch import Tensor
 DEAD_SD = 1e-6
 UNIFORM_ENTROPY, COLLAPSED_ENTROPY = 0.999, 0.01  # of the map, over the largest possible
 
-SEE_ALSO = '(README, "Reading the maps")'
+SEE_ALSO = '(docs/maps.md, "Reading the maps")'
 
 
 @dataclass(frozen=True)

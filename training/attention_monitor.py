@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from attention_model import Network
 from common.device import Precision
@@ -35,7 +37,6 @@ class AttentionMonitor:
         self.health: dict[str, LevelHealth] = {}  # of the last epoch, per attention level
         self.warned: set[str] = set()  # keys of the last epoch's warnings
 
-    @torch.no_grad()
     def observe(
         self,
         model: Network,
@@ -50,21 +51,51 @@ class AttentionMonitor:
         epoch before did not have. The model's mode is restored."""
         if not model.levels:
             return
+        images, labels = self.images_and_labels()
+        logits, scores = self.logits_and_scores(model, precision, images)
+        self.health = attention_health(scores, gate_gradients, model.sigmoid_levels)
+        report.health(epoch, self.health)
+        self.warn()
+        if overlays:
+            report.overlays(epoch, self.draw(model, images, labels, logits, scores))
+
+    def sheet(self, model: Network, precision: Precision) -> np.ndarray | None:
+        """The images with their maps, (H, W, 3) uint8; None for a network without attention. The
+        model's mode is restored."""
+        if not model.levels:
+            return None
+        images, labels = self.images_and_labels()
+        return self.draw(model, images, labels, *self.logits_and_scores(model, precision, images))
+
+    def images_and_labels(self) -> tuple[Tensor, Tensor]:
+        """(N, H, W, 3) uint8 and (N,) int64."""
         indices = evenly_spread(self.IMAGES, len(self.eval_set)).to(self.eval_set.images.device)
-        images, labels = self.eval_set.images[indices], self.eval_set.labels[indices].tolist()
+        return self.eval_set.images[indices], self.eval_set.labels[indices]
+
+    @torch.no_grad()
+    def logits_and_scores(
+        self, model: Network, precision: Precision, images: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(N, classes), and the scores of each level (N, h, w)."""
         was_training = model.training
         model.eval()
         with precision.context():
             inputs = to_input(images.to(self.device), self.mean, self.std, self.size)
             logits, scores = model.logits_and_scores(inputs)
         model.train(was_training)
-        self.health = attention_health(scores, gate_gradients, model.sigmoid_levels)
-        report.health(epoch, self.health)
-        self.warn()
-        if overlays:
-            maps = {level: model.map_of(level, s).cpu().numpy() for level, s in scores.items()}
-            titles = self.titles(labels, logits)
-            report.overlays(epoch, attention_sheet(images.cpu().numpy(), maps, titles))
+        return logits, scores
+
+    def draw(
+        self,
+        model: Network,
+        images: Tensor,
+        labels: Tensor,
+        logits: Tensor,
+        scores: Mapping[str, Tensor],
+    ) -> np.ndarray:
+        """A contact sheet, (H, W, 3) uint8."""
+        maps = {level: model.map_of(level, s).cpu().numpy() for level, s in scores.items()}
+        return attention_sheet(images.cpu().numpy(), maps, self.titles(labels.tolist(), logits))
 
     def warn(self) -> None:
         """Print the warnings that are new since the last epoch."""
@@ -74,7 +105,7 @@ class AttentionMonitor:
                 print(f"warning: {text}")
         self.warned = set(warnings)
 
-    def titles(self, labels: list[int], logits: torch.Tensor) -> list[str]:
+    def titles(self, labels: list[int], logits: Tensor) -> list[str]:
         """The title of each image: its class, and the network's answer with its probability."""
         names = self.eval_set.class_names
         probability, predicted = logits.float().softmax(1).max(1)

@@ -43,9 +43,7 @@ def main(task: Task, argv: list[str] | None = None) -> int:
     """Run a training script with ``argv`` (default: the command line). Returns the exit status."""
     open_standard_streams()
     argv = sys.argv[1:] if argv is None else argv
-    parser = options.make_parser(
-        task.description, task.recipes, model=task.model, dataset=task.dataset
-    )
+    parser = options.make_parser(task)
     try:
         args = parse(parser, argv)
         if args.json and not args.benchmark:
@@ -73,9 +71,8 @@ def other_mode(task: Task, args: argparse.Namespace, argv: list[str]) -> int:
     with unbreakable_pipes():
         if args.evaluate:
             return evaluate_checkpoint(task, args, argv)
-        config = options.resolve(
-            args, task.recipes, task.short, model=task.model, dataset=task.dataset
-        )
+        # of the sample they only take the pictures: they are about the size of a real run
+        config = options.resolve(args, task, sample_size=False)
         check_recipe(config)
         if args.benchmark:
             return benchmark(task, config, args.benchmark, args.json, command_line(argv))
@@ -119,7 +116,7 @@ def new_run(
     folder: contextlib.ExitStack,
 ) -> Run:
     """A new run in a folder of its own, which ``folder`` keeps locked. Raises UserError."""
-    config = options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
+    config = options.resolve(args, task)
     check_recipe(config)
     check_start(config)
     check_batch(config, ranks)
@@ -254,7 +251,6 @@ def describe(run: Run) -> None:
     else:
         start = "from transferred weights" if trainer.transferred else "from scratch"
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    tensorboard = program("tensorboard", "tensorboard.main")
     print(
         f"{config['model']}, width {config['width']:g}, {parameters:,} parameters, "
         f"{config['recipe']} recipe, {start} to epoch {config['epochs']}\n"
@@ -262,7 +258,7 @@ def describe(run: Run) -> None:
         f"({run.train_set.source})\n"
         f"{device_name(run.device)}, {config['precision']}, PyTorch {torch.__version__}\n"
         f"{estimate.rate_in_words(trainer)}\n"
-        f"Run directory {run.run_dir}; curves: {tensorboard} --logdir {quoted(run.run_dir.parent)}"
+        f"Run directory {run.run_dir}; curves: {tensorboard(run.run_dir.parent)}"
     )
     ranks = run.ranks.world_size
     if ranks > 1:
@@ -273,6 +269,11 @@ def describe(run: Run) -> None:
         print(trainer.batch_norm.note(trainer.micro_batch))
     if run.device.type == "cpu" and ranks == 1:
         print(cpu_estimate(run))
+
+
+def tensorboard(runs: Path) -> str:
+    """The command that shows the curves of a folder of runs."""
+    return f"{program('tensorboard', 'tensorboard.main')} --logdir {quoted(runs)}"
 
 
 def cpu_estimate(run: Run) -> str:
@@ -332,6 +333,9 @@ def print_result(run: Run, result: Evaluation) -> None:
         f"top-5 {result.top5:.2f} %, loss {result.loss:.4f}. "
         f"Checkpoint: {run.run_dir / CHECKPOINT_NAME}"
     )
+    if run.maps:
+        print(f"Where it looks: {run.maps}")
+    print(f"Curves: {tensorboard(run.run_dir.parent)}, then open http://localhost:6006")
     if run.best:
         best = run.run_dir / run_folder.BEST_NAME
         print(

@@ -8,24 +8,34 @@ recipe at the top of the script, or below for what is not part of a recipe.
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
+from typing import TYPE_CHECKING
 
 from attention_model import MODEL_NAMES
 from common.arguments import (
     MAX_DIGITS,
     MAX_WORKERS,
-    HelpFormatter,
+    ArgumentParser,
     at_least_0,
     auto_or_whole,
+    did_you_mean,
     expanded_path,
     fraction,
     int_at_least,
+    nearest,
+    one_of,
     positive,
     was_given,
 )
 from common.errors import UserError
 
+if TYPE_CHECKING:
+    from training.task import Task
+
 NEWEST = True  # the value of a bare --resume
 SHORT_RUN = 10  # epochs; a recipe's changes for short runs apply below this
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 # Recipe values with an option of their own; the others are changed by --set.
 RECIPE_OPTIONS = ("epochs", "batch_size", "lr", "image_size", "init_from", "freeze_epochs")
@@ -52,18 +62,67 @@ ALWAYS_GIVEN = (
     "overlay_every",
 )
 UNLESS_GIVEN = argparse.SUPPRESS  # as a default: not in the result unless it was given
+# All settings with an option of their own.
+WITH_OPTION = (
+    *RECIPE_OPTIONS,
+    *ALWAYS_GIVEN,
+    "recipe",
+    "model",
+    "width",
+    "seed",
+    "val_fraction",
+    "precision",
+    "sample",
+    "compile",
+)
+# What --help says of the constants that --set changes.
+CONSTANTS = {
+    "lr_by_width": "factor on lr: 1/width, at most this (not Muon's); 0: none",
+    "momentum": "of SGD and of Muon, 0 to 1",
+    "muon": "rate of Muon for the 3x3 filters, in units of lr; 0: SGD",
+    "nesterov": "Nesterov momentum in SGD",
+    "weight_decay": "of SGD: this times the weight is added to its gradient",
+    "decay_all": "decay all weights; false: filters and matrices only",
+    "schedule": "linear (up to lr, down to 0), halve (from lr on), or double-halve (from lr to "
+    "4 lr, then halved)",
+    "halve_every": "epochs between the changes of halve and double-halve",
+    "warmup": "share of the run in which the rate rises to lr",
+    "label_smoothing": "share of the target spread over all classes, 0 to 1",
+    "dropout": "factor on the authors' rates of 0.3 to 0.5; 0: none",
+    "ema_decay": "of the moving average of the weights, per step; 0: none",
+    "ema_share": "share of the run that the average spans at most; 1: no limit",
+    "crop_pad": "pixels of reflected border around a random crop; 0: no crop",
+    "flip": "mirror half of the training images",
+    "trivial_augment": "change each image in one of 14 ways (arXiv 2103.10158)",
+    "cutout": "side of a square cut out of each image, in pixels; 0: none",
+    "zoom": "smallest share of the image in a random resized crop; 0: none",
+    "jitter": "brightness, contrast, saturation times 1 +/- this; 0: none",
+    "progressive": "small images first, as SCALE:UNTIL (share of the side, share of the run at "
+    "which it ends), or none",
+    "progressive_from": "optimizer steps; shorter runs train at full size throughout",
+    "trunk": 'full, or pooled (after each block, as VGG16); "": by model',
+    "pool4": "side of the pooling before block 4, in positions",
+    "crop": "box (the bird's bounding box) or whole (the whole image)",
+    "margin": "added to each side of the box, in units of its longer side",
+    "transfer_lr": "factor on the rate of transferred layers",
+}
+# of the table of these constants, in characters
+NAME_COLUMN, VALUE_COLUMN, MIN_COLUMN = 18, 8, 24
+# Values that --help puts in words.
+IN_WORDS = {("image_size", None): "that of the images", ("init_from", ""): "must be given"}
 
 
-def make_parser(
-    description: str, recipes: dict[str, dict], *, model: str, dataset: str
-) -> argparse.ArgumentParser:
-    """The options of a training script. ``model``: the default network. ``dataset``: names the
-    folder of the runs."""
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=HelpFormatter
+def make_parser(task: Task) -> ArgumentParser:
+    """The options of a training script."""
+    recipes = task.recipes
+    constants = constants_of(recipes)
+    instead = {name: f"--set {name}=VALUE" for name in constants}
+    instead |= {"learning-rate": "--lr", "checkpoint": "--evaluate, --resume or --init-from"}
+    parser = ArgumentParser(
+        description=task.description, epilog=examples(task.dataset), instead=instead
     )
-    add_places(parser, dataset)
-    add_mathematics(parser, recipes, model)
+    add_places(parser, task)
+    add_mathematics(parser, recipes, task.model)
     add_speed(parser)
     add_modes(parser)
     parser.add_argument(
@@ -79,11 +138,16 @@ def make_parser(
         metavar="EPOCHS",
         help="epochs between attention pictures; 0: none",
     )
+    parser.add_argument_group(
+        "constants of the recipe (--set NAME=VALUE)",
+        constants_table(recipes, task.short, width=shutil.get_terminal_size().columns - 2),
+    )
     return parser
 
 
-def add_places(parser: argparse.ArgumentParser, dataset: str) -> None:
+def add_places(parser: argparse.ArgumentParser, task: Task) -> None:
     """Data, run folder and device."""
+    size = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in task.sample.items())
     group = parser.add_argument_group("what and where")
     group.add_argument(
         "--data-dir",
@@ -95,13 +159,13 @@ def add_places(parser: argparse.ArgumentParser, dataset: str) -> None:
         "--run-dir",
         type=expanded_path,
         default=UNLESS_GIVEN,
-        help=f"folder of this run (default: runs/{dataset}/<time>-<model>)",
+        help=f"folder of this run (default: runs/{task.dataset}/<time>-<model>)",
     )
     group.add_argument(
         "--sample",
         action="store_true",
         default=UNLESS_GIVEN,
-        help="train on the small built-in sample",
+        help=f"train on the small built-in sample, a run with {size} unless these are given",
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N")
     group.add_argument(
@@ -120,13 +184,15 @@ def add_mathematics(parser: argparse.ArgumentParser, recipes: dict[str, dict], m
     )
     group.add_argument(
         "--recipe",
-        choices=sorted(recipes),
+        choices=tuple(recipes),
+        type=one_of(recipes),
         default=UNLESS_GIVEN,
         help=f"settings to start from (default: {next(iter(recipes))})",
     )
     group.add_argument(
         "--model",
         choices=MODEL_NAMES,
+        type=one_of(MODEL_NAMES),
         metavar="NAME",
         default=UNLESS_GIVEN,
         help=f"network: {', '.join(MODEL_NAMES)} (default: {model})",
@@ -141,25 +207,26 @@ def add_mathematics(parser: argparse.ArgumentParser, recipes: dict[str, dict], m
         "--image-size",
         type=int_at_least(16, 4096),
         default=UNLESS_GIVEN,
-        help="side in pixels (default: the recipe's)",
+        help=f"side to which images are resized, in pixels {in_recipes(recipes, 'image_size')}",
     )
     group.add_argument(
         "--epochs",
         type=int_at_least(1, 10**6),
         default=UNLESS_GIVEN,
-        help="(default: the recipe's)",
+        help=f"epochs to train {in_recipes(recipes, 'epochs')}",
     )
     group.add_argument(
         "--batch-size",
         type=int_at_least(2, 10**6),
         default=UNLESS_GIVEN,
-        help="images per optimizer step (default: the recipe's)",
+        help=f"images per optimizer step {in_recipes(recipes, 'batch_size')}",
     )
     group.add_argument(
         "--lr",
         type=positive(1e6),
         default=UNLESS_GIVEN,
-        help="peak learning rate, with lr_by_width that of full width (default: the recipe's)",
+        help="peak learning rate, at full width, of all weights but the 3x3 filters that Muon "
+        f"moves; see muon and lr_by_width below {in_recipes(recipes, 'lr')}",
     )
     group.add_argument(
         "--seed",
@@ -176,17 +243,17 @@ def add_mathematics(parser: argparse.ArgumentParser, recipes: dict[str, dict], m
     )
     group.add_argument(
         "--precision",
-        choices=("auto", "bf16", "fp16", "fp32"),
+        choices=PRECISIONS,
+        type=one_of(PRECISIONS),
         default=UNLESS_GIVEN,
-        help="(default: auto: bf16 where it is native, else fp16 on a GPU, fp32 on a CPU)",
+        help="auto: bf16 where it is native, else fp16 on a GPU, fp32 on a CPU (default: auto)",
     )
-    constants = [name for name in next(iter(recipes.values())) if name not in RECIPE_OPTIONS]
     group.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help=f"change a constant of the recipe; may be repeated; names: {', '.join(constants)}",
+        help="change a constant of the recipe, see below; may be repeated",
     )
     group.add_argument(
         "--init-from",
@@ -194,15 +261,15 @@ def add_mathematics(parser: argparse.ArgumentParser, recipes: dict[str, dict], m
         metavar="{imagenet,none,CHECKPOINT}",
         default=UNLESS_GIVEN,
         help="weights to start from: torchvision's vgg16_bn, none, or a last.pt "
-        "(default: the recipe's)",
+        f"{in_recipes(recipes, 'init_from')}",
     )
     group.add_argument(
         "--freeze-epochs",
         type=at_least_0,
         default=UNLESS_GIVEN,
         metavar="N",
-        help="first epochs in which only head and gates train, on the frozen transferred trunk "
-        "(default: the recipe's)",
+        help="first epochs in which only head and gates train, on the frozen transferred trunk; "
+        f"by default at most a quarter of the run {in_recipes(recipes, 'freeze_epochs')}",
     )
 
 
@@ -263,30 +330,96 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# ---- what --help says of the recipes ------------------------------------------------------------
+
+
+def constants_of(recipes: dict[str, dict]) -> list[str]:
+    """The names of the recipes that have no option: --set changes them."""
+    names = dict.fromkeys(name for values in recipes.values() for name in values)
+    return [name for name in names if name not in RECIPE_OPTIONS]
+
+
+def in_recipes(recipes: dict[str, dict], name: str) -> str:
+    """The default of an option: "(fast: 30, paper: 300)", or "(default: 128)" where all agree."""
+    texts = {recipe: value_text(name, values.get(name)) for recipe, values in recipes.items()}
+    if len(set(texts.values())) == 1:
+        texts = {"default": next(iter(texts.values()))}
+    listed = ", ".join(f"{recipe}: {text}" for recipe, text in texts.items())
+    return f"({listed})".replace("%", "%%")  # argparse formats the text
+
+
+def value_text(name: str, value: object) -> str:
+    """A value of a recipe as it is typed, or in words."""
+    if (name, value) in IN_WORDS:
+        return IN_WORDS[name, value]
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value) or '""'
+
+
+def constants_table(recipes: dict[str, dict], short: dict[str, dict], width: int) -> str:
+    """What --set changes: name, value in each recipe, meaning, in lines of up to ``width``
+    characters."""
+    rows = [["NAME", *map(str.upper, recipes), "MEANING"]]
+    for name in constants_of(recipes):
+        texts = [value_text(name, values.get(name)) for values in recipes.values()]
+        rows.append([name, *texts, CONSTANTS.get(name, "")])
+    indent = 2  # argparse's, of a group
+    lines = [line for row in rows for line in table_row(row, width - indent)]
+    for recipe, changes in short.items():
+        texts = [f"{name} {value_text(name, value)}" for name, value in changes.items()]
+        note = f"{recipe} in runs of fewer than {SHORT_RUN} epochs: {', '.join(texts)}"
+        lines += ["", *textwrap.wrap(note, max(MIN_COLUMN, width - indent))]
+    return "\n".join(lines)
+
+
+def table_row(cells: list[str], width: int) -> list[str]:
+    """The lines of a row: a cell that is too long moves the next one to a new line, and the last
+    one is wrapped."""
+    name, *values, meaning = cells
+    lines, start = [name], NAME_COLUMN
+    for value in values:
+        lines += [""] * (len(lines[-1]) >= start)
+        lines[-1] = lines[-1].ljust(start) + value
+        start += VALUE_COLUMN
+    lines += [""] * (len(lines[-1]) >= start)
+    first, *others = textwrap.wrap(
+        meaning, max(MIN_COLUMN, width - start), break_on_hyphens=False
+    ) or [""]
+    lines[-1] = lines[-1].ljust(start) + first
+    return lines + [" " * start + line for line in others]
+
+
+def examples(dataset: str) -> str:
+    """The end of the help: a command line and its purpose, four times."""
+    purposes = {
+        "--sanity": "every path of a run in a minute or two, and an estimate of the run's time",
+        "--epochs 90 --set dropout=0.5": "a new run: longer, and with half of the authors' dropout",
+        "--resume": f"resume the newest unfinished run in runs/{dataset}",
+        f"--evaluate runs/{dataset}/RUN/last.pt": "loss, top-1, top-5 and each class of a run",
+    }
+    lines = [f"  python %(prog)s {words}\n      {text}" for words, text in purposes.items()]
+    return "\n".join(["examples:", *lines])
+
+
 # ---- the config ---------------------------------------------------------------------------------
 
 
-def resolve(
-    args: argparse.Namespace,
-    recipes: dict[str, dict],
-    short: dict[str, dict],
-    *,
-    model: str,
-    dataset: str,
-) -> dict:
-    """A new run's config: the recipe, with its changes for a short run, then --set and the options
-    on top.
+def resolve(args: argparse.Namespace, task: Task, *, sample_size: bool = True) -> dict:
+    """A new run's config: the recipe with its changes for a short run and, unless ``sample_size``
+    is off, for one on the built-in sample; then --set and the options on top.
 
     Raises UserError for a wrong --set."""
     given = vars(args)
-    recipe = given.get("recipe", next(iter(recipes)))
-    base = dict(recipes[recipe])
-    if given.get("epochs", base["epochs"]) < SHORT_RUN:
-        base |= short.get(recipe, {})
+    recipe = given.get("recipe", next(iter(task.recipes)))
+    base = dict(task.recipes[recipe])
+    size = task.sample if sample_size and "sample" in given else {}
+    if given.get("epochs", (base | size)["epochs"]) < SHORT_RUN:
+        base |= task.short.get(recipe, {})
     config = {
-        "dataset": dataset,
+        "dataset": task.dataset,
         "recipe": recipe,
-        "model": model,
+        "model": task.model,
         "width": 1.0,
         "seed": 0,
         "val_fraction": 0.0,
@@ -297,7 +430,7 @@ def resolve(
     changes = parse_set(args.set, base)
     if changes.get("momentum") == 0:
         changes.setdefault("nesterov", False)  # which needs a momentum
-    config |= base | changes
+    config |= base | size | changes
     config |= {name: given[name] for name in config if name in given}
     config |= {name: given[name] for name in ALWAYS_GIVEN}
     config["compile"] = given.get("compile", "auto")
@@ -316,14 +449,26 @@ def parse_set(pairs: list[str], recipe: dict) -> dict:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         name = name.strip().replace("-", "_")
+        if name in RECIPE_OPTIONS and equals:
+            raise UserError(f"--set {pair}: use {as_option(name)} {text} for this one", 2)
         if not equals or name not in recipe:
-            raise UserError(
-                f"--set {pair}: expected NAME=VALUE with a NAME of {', '.join(recipe)}", 2
-            )
-        if name in RECIPE_OPTIONS:
-            raise UserError(f"--set {pair}: use --{name.replace('_', '-')} {text} for this one", 2)
+            raise UserError(f"--set {wrong_set(pair, recipe)}\n--help lists all names.", 2)
         changes[name] = same_type(pair, text.strip(), recipe[name])
     return changes
+
+
+def wrong_set(pair: str, recipe: dict) -> str:
+    """What is wrong with a --set without a value or with an unknown name."""
+    name, equals, _ = pair.partition("=")
+    if not equals:
+        return f"{pair}: expected NAME=VALUE"
+    constants = [known for known in recipe if known not in RECIPE_OPTIONS]
+    near = nearest(name.strip(), [*constants, *map(as_option, WITH_OPTION)])
+    return f"{pair}: no constant is called {name.strip()}{did_you_mean(near)}"
+
+
+def as_option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def same_type(pair: str, text: str, default: object) -> object:

@@ -47,7 +47,7 @@ SAVE_EVERY = 50.0  # seconds; with a step and the save itself about a minute of 
 SAVE_SHARE = 0.02  # of the run's time: where a save takes over a second, there are fewer saves
 # Batch norm is recalibrated on a twelfth of the training images (3 % of a full-size epoch), at
 # least 512 and at most 1,024. With 256 images the accuracy is 0.2 to 0.5 points below that with
-# 1,024 (docs/recipes.md).
+# 1,024 (docs/recipes.md, "What is evaluated").
 RECALIBRATION_IMAGES = 512, 1024
 
 
@@ -111,6 +111,7 @@ class Run:
             ranks=ranks,
         )
         self.best: dict | None = None
+        self.maps: Path | None = None  # the picture that the end of the run leaves
         self.finished = False
         if saved:
             self.trainer.load_state(saved)
@@ -270,9 +271,11 @@ class Run:
         return last
 
     def finish(self, last: Evaluation) -> None:
-        """Mark the run as finished, in its report, checkpoint and config.json."""
-        self.finished = True
+        """Draw the attention maps, and mark the run as finished in its report, checkpoint and
+        config.json."""
         if self.ranks.is_main:
+            self.draw_maps()  # before the run counts as finished: then --resume would not draw them
+            self.finished = True
             metrics = {"loss": last.loss, "top1": last.top1, "top5": last.top5}
             self.report.finish(self.config["epochs"], self.hparams(), metrics)
             self.save()
@@ -324,6 +327,13 @@ class Run:
             epoch,
             overlays=every > 0 and (epoch % every == 0 or is_last),
         )
+
+    def draw_maps(self) -> None:
+        """Write maps.png, unless the network has no attention or pictures are turned off."""
+        sheet = self.attention.sheet(self.trainer.eval_model, self.trainer.precision)
+        if sheet is not None and self.config["overlay_every"]:
+            self.check_folder()
+            self.maps = run_folder.write_maps(self.run_dir, sheet)
 
     def evaluate(self, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
         """Loss and accuracy on the evaluation set, with recalibrated batch-norm statistics. Raises

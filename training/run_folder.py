@@ -14,11 +14,13 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common.checkpoint import CHECKPOINT_NAME, PREVIOUS_NAME, read_checkpoint, upgrade_config
 from common.errors import UserError
 from common.files import (
+    free_path,
     identity,
     make_folders,
     remove_leftovers,
@@ -27,11 +29,13 @@ from common.files import (
     set_aside,
 )
 from common.process import quoted
+from explain.pictures import is_own_picture, png_bytes
 from training.options import MAY_CHANGE
 
 BEST_NAME = "best.pt"
+MAPS_NAME = "maps.png"
 # What a run writes besides TensorBoard's event files. The folder of a new run must hold none of it.
-RUN_FILES = ("config.json", "metrics.csv", CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME)
+RUN_FILES = ("config.json", "metrics.csv", CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME, MAPS_NAME)
 
 
 def save_file(path: Path, saved: dict, previous: Path | None = None) -> None:
@@ -155,6 +159,14 @@ def newest_unfinished(runs: Path) -> Path:
         else f"there is no unfinished run in {runs}"
     )
     raise UserError(f"--resume: {problem}; name the run's folder", 2)
+
+
+def write_maps(run_dir: Path, sheet: np.ndarray) -> Path:
+    """Write maps.png, over that of this run's earlier end; a picture of somebody else's stays, and
+    the new one gets another name. Returns its path."""
+    path = free_path(run_dir / MAPS_NAME, is_own_picture)
+    replace_file(path, lambda file: file.write(png_bytes(sheet)))
+    return path
 
 
 # ---- config.json --------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 two are compared."""
 
 import dataclasses
+import io
 import os
 import signal
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.checkpoint import read_checkpoint
@@ -15,18 +17,15 @@ from training import options
 from training.report import read_metrics
 from training.trainer import Trainer
 
-NARROW = "--sample --width 0.0625 --batch-size 16 --device cpu --precision fp32".split()
+DRAWN = "--sample --width 0.0625 --batch-size 16 --device cpu --precision fp32".split()
 # tensorboard takes a picture's checksum in Python: it would be half of a test's time
-NARROW += ["--overlay-every", "0"]
+NARROW = [*DRAWN, "--overlay-every", "0"]
 MEASURED = ("images_per_second", "seconds", "peak_memory_mib")  # differ from run to run
 
 
 def config_of(task, *words) -> dict:
     """What a script makes of its command line."""
-    args = options.make_parser("", task.recipes, model=task.model, dataset=task.dataset).parse_args(
-        list(map(str, words))
-    )
-    return options.resolve(args, task.recipes, task.short, model=task.model, dataset=task.dataset)
+    return options.resolve(options.make_parser(task).parse_args(list(map(str, words))), task)
 
 
 def signal_after(patch, count: int, number: int = signal.SIGTERM) -> list:
@@ -72,6 +71,14 @@ def scalars_of(run_dir) -> dict[str, list[tuple[int, float]]]:
         for tag in events.Tags()["scalars"]
         if tag not in MEASURED
     }
+
+
+def pictures_of(run_dir) -> list[Image.Image]:
+    """TensorBoard's pictures of a run, the last epoch's last."""
+    events = EventAccumulator(str(run_dir), size_guidance={"images": 0}).Reload()
+    tag, *others = events.Tags()["images"]
+    assert not others
+    return [Image.open(io.BytesIO(e.encoded_image_string)) for e in events.Images(tag)]
 
 
 def assert_runs_equal(hurt, unhurt):
