@@ -2,6 +2,7 @@
 threads that wait, signals, and pipes."""
 
 import itertools
+import ast
 import os
 import re
 import signal
@@ -221,12 +222,13 @@ def test_the_scripts_settle_before_they_load_pytorch(tmp_path):
     """libgomp reads its variables when it is loaded."""
     light = "__future__ argparse csv io sys collections pathlib typing".split()
     for script in ("train_cifar100.py", "train_cub.py", "cam.py"):
-        lines = (Path(ROOT) / script).read_text().splitlines()
-        settled = lines.index("    settle()  # before PyTorch is loaded")
+        source = (Path(ROOT) / script).read_text()
+        settled = source.splitlines().index("    settle()  # before PyTorch is loaded") + 1
         loads = [
-            number
-            for number, line in enumerate(lines)
-            if line.startswith(("import ", "from ")) and not any(word in line for word in light)
+            statement.lineno
+            for statement in ast.parse(source).body
+            if isinstance(statement, (ast.Import, ast.ImportFrom))
+            and not any(word in ast.unparse(statement) for word in light)
         ]
         assert settled < min(loads), script
     done = shell(
