@@ -1,8 +1,8 @@
 """What surrounds a process: standard streams that are closed, broken or narrow, commands to paste,
 threads that wait, signals, and pipes."""
 
-import itertools
 import ast
+import itertools
 import os
 import re
 import signal
