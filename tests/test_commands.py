@@ -3,6 +3,7 @@ move or change."""
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import re
@@ -481,6 +482,20 @@ def test_somebody_elses_maps_png_stays(cli):
     shutil.copy("r2/maps.png", "r3")
     status, _, err = cli(*DRAWN, "--epochs", 1, "--run-dir", "r3")
     assert status == 2 and "r3 holds maps.png, which a run writes too" in err
+
+
+def test_maps_that_cannot_be_written_are_drawn_when_the_run_is_resumed(cli, monkeypatch):
+    def full(sheet):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "r/maps.png")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "png_bytes", full)
+        status, _, err = cli(*DRAWN, "--epochs", 1, "--run-dir", "r")
+    assert status == 1 and err == "error: r/maps.png: No space left on device\n"
+    assert not json.loads(Path("r/config.json").read_text())["finished"]
+    status, out, _ = cli("--resume", "r")
+    assert status == 0 and "Where it looks: r/maps.png\n" in out
+    assert [row["epoch"] for row in read_metrics(Path("r/metrics.csv"))] == [1]
 
 
 def test_a_network_without_attention_leaves_no_maps(cli):
