@@ -63,12 +63,6 @@ FIRST_IMAGES = 16  # images of a data set that get pictures without --index
 OVERVIEW = 64  # images on the sheet of a whole selection, at most
 PHOTOS_AT_ONCE = 16  # files per batch: each is in memory at the size of its picture
 PREDICTIONS = 3  # classes printed per image, at least
-# choices of the options
-DATA_SETS = (*SOURCES, "sample")
-SPLITS = ("test", "train")
-CROPS = ("box", "whole")
-METHOD_NAMES = (*METHODS, "all")
-
 
 EXAMPLES = """examples (RUN: the folder of a run):
   python %(prog)s --checkpoint RUN/last.pt photo.jpg folder/
@@ -111,14 +105,12 @@ def make_parser() -> ArgumentParser:
     )
     images.add_argument(
         "--dataset",
-        choices=DATA_SETS,
-        type=one_of(DATA_SETS),
+        **one_of((*SOURCES, "sample")),
         help="instead: images of a data set, or the sample",
     )
     images.add_argument(
         "--split",
-        choices=SPLITS,
-        type=one_of(SPLITS),
+        **one_of(("test", "train")),
         default="test",
         help="which images of the data set",
     )
@@ -129,8 +121,7 @@ def make_parser() -> ArgumentParser:
     )
     images.add_argument(
         "--crop",
-        choices=CROPS,
-        type=one_of(CROPS),
+        **one_of(("box", "whole")),
         help="of birds: the box or the whole picture (default: as trained; whole for --measure)",
     )
     images.add_argument(
@@ -147,8 +138,7 @@ def make_parser() -> ArgumentParser:
     maps = parser.add_argument_group("maps")
     maps.add_argument(
         "--method",
-        choices=METHOD_NAMES,
-        type=one_of(METHOD_NAMES),
+        **one_of((*METHODS, "all")),
         default="all",
         help="which maps; all: those that the network has",
     )
@@ -183,8 +173,7 @@ def make_parser() -> ArgumentParser:
     output.add_argument(
         "--colours",
         dest="colors",
-        choices=tuple(COLOR_MAPS),
-        type=one_of(COLOR_MAPS),
+        **one_of(COLOR_MAPS),
         default="inferno",
         help="colors of the map",
     )

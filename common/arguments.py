@@ -100,10 +100,15 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
 
 def was_given(name: str, argv: list[str]) -> bool:
     """Whether the option of this dest, or its --no- form, is on the command line."""
-    dashed = name.replace("_", "-")
-    options = (f"--{dashed}", f"--no-{dashed}")
+    option = as_option(name)
+    options = (option, f"--no-{option[2:]}")
     words = {word.partition("=")[0] for word in argv}
     return any(option in words for option in options)
+
+
+def as_option(name: str) -> str:
+    """ "batch_size" -> "--batch-size"."""
+    return f"--{name.replace('_', '-')}"
 
 
 def split_unknown(words: list[str]) -> tuple[list[str], list[str]]:
@@ -155,9 +160,9 @@ def did_you_mean(name: str | None) -> str:
 # ---- types of options ---------------------------------------------------------------------------
 
 
-def one_of(names: Iterable[str]) -> Callable[[str], str]:
-    """The type of an option that takes one of ``names``: unlike that of argparse's ``choices``, its
-    error has the nearest one."""
+def one_of(names: Iterable[str]) -> dict[str, Any]:
+    """add_argument's keywords for an option that takes one of ``names``: unlike that of ``choices``
+    alone, its error has the nearest one."""
     names = tuple(names)
 
     def name(text: str) -> str:
@@ -170,7 +175,7 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
             hint = f" (--help lists the {len(names)} names)"
         raise argparse.ArgumentTypeError(f"invalid choice {text!r}{hint}")
 
-    return name
+    return {"choices": names, "type": name}
 
 
 def expanded_path(text: str) -> str:

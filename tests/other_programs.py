@@ -24,17 +24,7 @@ sys.path.insert(0, str(ROOT))
 from common.device import tune_malloc  # noqa: E402 - once the path is set
 from common.process import SPIN_COUNT  # noqa: E402 - the same
 
-RUN = [
-    "--sample",
-    "--width",
-    "0.5",
-    "--image-size",
-    "16",
-    "--set",
-    "progressive=none",
-    "--device",
-    "cpu",
-]
+RUN = "--sample --width 0.5 --image-size 16 --set progressive=none --device cpu".split()
 WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 

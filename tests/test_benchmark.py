@@ -19,21 +19,10 @@ from training.trainer import Trainer
 
 def test_benchmark_prints_a_table_and_writes_it(cli, tmp_path):
     status, out, err = cli(
-        "--benchmark",
-        5,
-        "--sample",
-        "--width",
-        0.0625,
-        "--batch-size",
-        8,
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--num-workers",
-        0,
-        "--json",
-        "b.json",
+        *(
+            "--benchmark 5 --sample --width 0.0625 --batch-size 8 --device cpu "
+            "--precision fp32 --num-workers 0 --json b.json"
+        ).split()
     )
     assert status == 0, err
     result = json.loads((tmp_path / "b.json").read_text())
@@ -61,19 +50,10 @@ def test_a_plain_way_that_does_not_fit_loses_nothing(cli, monkeypatch, tmp_path)
 
     monkeypatch.setattr(benchmark, "baseline", full)
     status, out, err = cli(
-        "--benchmark",
-        1,
-        "--sample",
-        "--width",
-        0.0625,
-        "--batch-size",
-        8,
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--json",
-        "b.json",
+        *(
+            "--benchmark 1 --sample --width 0.0625 --batch-size 8 --device cpu "
+            "--precision fp32 --json b.json"
+        ).split()
     )
     assert status == 0, err
     assert "out of memory" in out and json.loads((tmp_path / "b.json").read_text())["ratio"] is None

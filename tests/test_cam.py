@@ -46,29 +46,11 @@ def trained(tmp_path_factory):
                     "--sample",
                     "--model",
                     name,
-                    "--width",
-                    "0.0625",
-                    "--epochs",
-                    "3",
-                    "--batch-size",
-                    "16",
-                    "--lr",
-                    "0.04",
-                    "--set",
-                    "muon=0.25",
-                    "--set",
-                    "lr_by_width=0",
-                    "--set",
-                    "crop_pad=2",
-                    "--seed",
-                    "0",
-                    "--device",
-                    "cpu",
-                    "--precision",
-                    "fp32",
-                    "--overlay-every",
-                    "0",
-                    "--run-dir",
+                    *(
+                        "--width 0.0625 --epochs 3 --batch-size 16 --lr 0.04 --set muon=0.25 "
+                        "--set lr_by_width=0 --set crop_pad=2 --seed 0 --device cpu "
+                        "--precision fp32 --overlay-every 0 --run-dir"
+                    ).split(),
                     str(folder / name),
                 ],
             )
@@ -262,14 +244,7 @@ def test_bad_images_are_told_and_the_rest_is_done(cli, ours_on_disk, tmp_path):
     Image.fromarray(np.zeros((4, 4), np.uint16)).save("deep.png")
     Path("empty").mkdir()
     status, out, err = cli(
-        "--checkpoint",
-        ours_on_disk,
-        "cut.png",
-        "text.jpg",
-        "gone.png",
-        "deep.png",
-        "empty",
-        "good.png",
+        "--checkpoint", ours_on_disk, *"cut.png text.jpg gone.png deep.png empty good.png".split()
     )
     assert status == 1 and "1 image done, 4 files in runs/cam" in out
     for name, reason in (
@@ -462,18 +437,7 @@ def test_data_set_selection_targets_and_top_k(cli, trained):
     status, out, err = cli(
         "--checkpoint",
         path,
-        "--dataset",
-        "sample",
-        "--index",
-        "3,0-2",
-        "--top-k",
-        2,
-        "--out",
-        "a",
-        "--colours",
-        "viridis",
-        "--opacity",
-        0.3,
+        *"--dataset sample --index 3,0-2 --top-k 2 --out a --colours viridis --opacity 0.3".split(),
     )
     assert status == 0, err
     assert "4 of 160 test images" in out and "attention skipped" in out
@@ -488,31 +452,11 @@ def test_data_set_selection_targets_and_top_k(cli, trained):
     status, out, _ = cli(
         "--checkpoint",
         path,
-        "--dataset",
-        "sample",
-        "--index",
-        "0",
-        "--target",
-        "CROSS",
-        "--out",
-        "b",
-        "--method",
-        "cam",
+        *"--dataset sample --index 0 --target CROSS --out b --method cam".split(),
     )
     assert status == 0 and "cross" in out and len(list(Path("b").iterdir())) == 2
     status, *_ = cli(
-        "--checkpoint",
-        path,
-        "--dataset",
-        "sample",
-        "--index",
-        "0",
-        "--target",
-        2,
-        "--out",
-        "c",
-        "--method",
-        "cam",
+        "--checkpoint", path, *"--dataset sample --index 0 --target 2 --out c --method cam".split()
     )
     assert status == 0
     assert (
@@ -567,16 +511,7 @@ def test_birds_are_measured_on_whole_pictures_part_by_part(cli, tmp_path):
         and "chosen with their boxes" in out
     )
     status, out, _ = cli(
-        "--checkpoint",
-        path,
-        "--dataset",
-        "cub",
-        "--index",
-        "0-2",
-        "--num-workers",
-        0,
-        "--out",
-        "boxes",
+        "--checkpoint", path, *"--dataset cub --index 0-2 --num-workers 0 --out boxes".split()
     )
     assert status == 0 and "3 of 9 test images" in out  # cut out as in training
     assert Image.open("boxes/cub-test-00000-conv7.png").size == (275, 275)

@@ -40,14 +40,7 @@ NEW = [word for word in NARROW if word != "--sample"]
 NEW += [
     "--epochs",
     str(EPOCHS),
-    "--image-size",
-    "16",
-    "--set",
-    "progressive=none",
-    "--set",
-    "dropout=0.5",
-    "--overlay-every",
-    "8",
+    *"--image-size 16 --set progressive=none --set dropout=0.5 --overlay-every 8".split(),
 ]
 # How a process is hurt while it runs, and the exit codes that this may give: 0 when it was at its
 # end already.

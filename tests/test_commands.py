@@ -321,24 +321,10 @@ def test_nothing_is_downloaded_for_what_was_made_before(cli, monkeypatch, tmp_pa
 
     monkeypatch.setattr("datasets.cifar100.fetch", refuse)
     make_folders(tmp_path / "photos", size=(16, 16), per_class=8)
-    words = [
-        "--data-dir",
-        "photos",
-        "--model",
-        "vgg",
-        "--width",
-        0.015625,
-        "--device",
-        "cpu",
-        "--epochs",
-        1,
-        "--batch-size",
-        4,
-        "--num-workers",
-        0,
-        "--run-dir",
-        "r",
-    ]
+    words = (
+        "--data-dir photos --model vgg --width 0.015625 --device cpu --epochs 1 "
+        "--batch-size 4 --num-workers 0 --run-dir r"
+    ).split()
     assert cli(*words)[0] == 0
     Path("photos").rename("moved")
     for place in ([], ["--data-dir", "elsewhere"]):
@@ -364,17 +350,10 @@ def test_names_in_any_encoding_go_through_everything(cli, tmp_path, capsys):
     words = [
         "--data-dir",
         photos,
-        "--model",
-        "vgg-att1-pc",
-        "--width",
-        0.015625,
-        "--device",
-        "cpu",
-        "--batch-size",
-        4,
-        "--num-workers",
-        1,
-        "--run-dir",
+        *(
+            "--model vgg-att1-pc --width 0.015625 --device cpu --batch-size 4 "
+            "--num-workers 1 --run-dir"
+        ).split(),
         run,
     ]
     for more in (["--sanity"], ["--epochs", 1]):

@@ -147,10 +147,7 @@ def on_cuda(monkeypatch):
     def make(task, *words, side=32):
         config = config_of(
             task,
-            "--no-compile",
-            "--width",
-            0.0625,
-            "--batch-size",
+            *"--no-compile --width 0.0625 --batch-size".split(),
             BATCH,
             "--set",
             "progressive_from=0",

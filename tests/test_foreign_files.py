@@ -394,14 +394,7 @@ def test_a_second_start_leaves_the_first_ones_folder(cli, small_task, monkeypatc
 
     second = []
     status, _, err = cli(
-        *NARROW,
-        "--model",
-        "vgg",
-        "--epochs",
-        1,
-        "--run-dir",
-        "exp",
-        task=with_sample(small_task, slow),
+        *NARROW, *"--model vgg --epochs 1 --run-dir exp".split(), task=with_sample(small_task, slow)
     )
     assert (status, second[0][0]) == (0, 1), err
     assert (
@@ -468,19 +461,7 @@ def test_a_failed_download_leaves_no_folder(cli, monkeypatch):
 
 
 def test_a_benchmark_replaces_nothing_but_a_benchmark(cli):
-    tiny = [
-        "--benchmark",
-        1,
-        "--sample",
-        "--width",
-        0.03125,
-        "--model",
-        "vgg",
-        "--device",
-        "cpu",
-        "--num-workers",
-        0,
-    ]
+    tiny = "--benchmark 1 --sample --width 0.03125 --model vgg --device cpu --num-workers 0".split()
     for name, content in (
         ("notes.json", '{"a": 1}'),
         ("list.json", "[1]"),
@@ -513,11 +494,7 @@ def test_cam_writes_over_its_own_pictures_only(stopped, tmp_path, monkeypatch, c
     words = [
         "--checkpoint",
         str(stopped / "whole" / "last.pt"),
-        "--out",
-        "out",
-        "--raw",
-        "--device",
-        "cpu",
+        *"--out out --raw --device cpu".split(),
     ]
     Path("out").mkdir()
     shutil.copy("cat.png", "out/cat-sheet.png")  # a picture, but not one that we made
@@ -550,17 +527,7 @@ def test_a_table_of_measures_replaces_only_one(stopped, tmp_path, monkeypatch, c
     words = [
         "--checkpoint",
         str(stopped / "whole" / "last.pt"),
-        "--dataset",
-        "sample",
-        "--index",
-        "0-9",
-        "--measure",
-        "--method",
-        "attention",
-        "--out",
-        "out",
-        "--device",
-        "cpu",
+        *"--dataset sample --index 0-9 --measure --method attention --out out --device cpu".split(),
     ]
     Path("out").mkdir()
     Path("out/measures.csv").write_text("metres,feet\n1,3.28\n")
@@ -695,26 +662,10 @@ def made_before(tmp_path_factory):
     return folder
 
 
-TINY = [
-    "--data-dir",
-    "data",
-    "--model",
-    "vgg-att1-pc",
-    "--width",
-    "0.015625",
-    "--device",
-    "cpu",
-    "--batch-size",
-    "2",
-    "--precision",
-    "fp32",
-    "--num-workers",
-    "0",
-    "--overlay-every",
-    "0",
-    "--set",
-    "progressive=none",
-]
+TINY = (
+    "--data-dir data --model vgg-att1-pc --width 0.015625 --device cpu "
+    "--batch-size 2 --precision fp32 --num-workers 0 --overlay-every 0 --set progressive=none"
+).split()
 
 
 def through_everything(made_before: Path, home: Path, seed: int) -> None:

@@ -247,19 +247,10 @@ def test_augmentation_is_the_cpus_for_the_same_draws(same_draws, options):
 
 RUN = [
     *NARROW[: NARROW.index("--device")],
-    "--precision",
-    "fp32",
-    "--no-compile",
-    "--overlay-every",
-    "0",
-    "--epochs",
-    "2",
-    "--set",
-    "crop_pad=0",
-    "--set",
-    "flip=false",  # each device draws numbers of its own
-    "--lr",
-    "0.003",
+    *(
+        "--precision fp32 --no-compile --overlay-every 0 --epochs 2 --set crop_pad=0 "
+        "--set flip=false --lr 0.003"
+    ).split(),
 ]  # at the recipe's rate rounding changes the loss of such a run by a tenth
 
 
@@ -520,16 +511,10 @@ def test_evaluation_and_cam_of_a_checkpoint_on_either_device(
         assert (
             cam.main(
                 [
-                    "--checkpoint",
-                    "run/last.pt",
-                    "--dataset",
-                    "sample",
-                    "--index",
-                    "0-3",
-                    "--raw",
-                    "--target",
-                    "1",
-                    "--out",
+                    *(
+                        "--checkpoint run/last.pt --dataset sample --index 0-3 "
+                        "--raw --target 1 --out"
+                    ).split(),
                     str(number),
                     "--device",
                     device,

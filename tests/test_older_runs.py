@@ -116,11 +116,7 @@ def test_cam_draws_where_the_network_looks(name, run_dir, tmp_path, capsys):
         [
             "--checkpoint",
             str(run_dir / "last.pt"),
-            "--dataset",
-            "sample",
-            "--index",
-            "0",
-            "--out",
+            *"--dataset sample --index 0 --out".split(),
             str(tmp_path / "maps"),
             *HERE,
         ]

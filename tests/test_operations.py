@@ -64,19 +64,9 @@ def counted(work) -> tuple[int, int]:
 def sample_trainer(task, *words, batch=128) -> Trainer:
     config = config_of(
         task,
-        "--device",
-        "cpu",
-        "--precision",
-        "bf16",
-        "--no-compile",
-        "--batch-size",
+        *"--device cpu --precision bf16 --no-compile --batch-size".split(),
         batch,
-        "--width",
-        0.0625,
-        "--init-from",
-        "none",
-        "--set",
-        "progressive=none",
+        *"--width 0.0625 --init-from none --set progressive=none".split(),
         *words,
     )
     images = ImageSet(

@@ -15,7 +15,7 @@ from common.arguments import parse
 from common.errors import UserError
 from tests.helpers.environment import ROOT
 from tests.helpers.runs import config_of
-from training import commands, options
+from training import commands, options, recipe_help
 from training.config_checks import check_recipe
 
 TASKS = {"train_cifar100.py": train_cifar100.TASK, "train_cub.py": train_cub.TASK}
@@ -105,7 +105,7 @@ def test_help_has_the_values_of_the_recipes(help_of, script, expected):
 def test_every_constant_has_a_meaning():
     """And no meaning is left over."""
     names = [name for task in TASKS.values() for name in options.constants_of(task.recipes)]
-    assert set(names) == set(options.CONSTANTS)
+    assert set(names) == set(recipe_help.CONSTANTS)
     for task in TASKS.values():
         assert all(recipe.keys() == task.recipes["fast"].keys() for recipe in task.recipes.values())
 
@@ -129,7 +129,7 @@ def test_the_table_of_constants_has_the_values_of_both_recipes(help_of):
             text = table(script, columns)
             assert max(map(len, text.splitlines())) <= columns
             for name in options.constants_of(task.recipes):
-                assert f"\n  {name} " in text and options.CONSTANTS[name] in flat(text)
+                assert f"\n  {name} " in text and recipe_help.CONSTANTS[name] in flat(text)
     help_of("train_cub.py", columns=10)
 
 

@@ -21,23 +21,10 @@ from train_cifar100 import TASK
 from training import commands
 from training.signals import Signals
 
-TINY = [
-    "--sample",
-    "--width",
-    "0.015625",
-    "--model",
-    "vgg",
-    "--image-size",
-    "16",
-    "--epochs",
-    "1",
-    "--device",
-    "cpu",
-    "--overlay-every",
-    "0",
-    "--set",
-    "progressive=none",
-]
+TINY = (
+    "--sample --width 0.015625 --model vgg --image-size 16 --epochs 1 --device cpu "
+    "--overlay-every 0 --set progressive=none"
+).split()
 
 
 def shell(line, cwd, **environment):
@@ -323,16 +310,7 @@ def sampled(tmp_path_factory):
         commands.main(
             TASK,
             [
-                "--sample",
-                "--model",
-                "vgg",
-                "--width",
-                "0.015625",
-                "--epochs",
-                "1",
-                "--device",
-                "cpu",
-                "--run-dir",
+                *"--sample --model vgg --width 0.015625 --epochs 1 --device cpu --run-dir".split(),
                 str(folder),
             ],
         )

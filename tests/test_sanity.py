@@ -93,16 +93,7 @@ def test_sanity_with_a_validation_split(cli):
 
 def test_sanity_with_one_image_at_a_time(cli):
     status, out, err = cli(
-        "--sanity",
-        "--sample",
-        "--width",
-        0.0625,
-        "--device",
-        "cpu",
-        "--micro-batch",
-        1,
-        "--batch-size",
-        2,
+        *"--sanity --sample --width 0.0625 --device cpu --micro-batch 1 --batch-size 2".split()
     )
     assert status == 0 and "Sanity pass passed" in out, err
 

@@ -14,18 +14,7 @@ from tests.helpers.runs import assert_runs_equal, config_of, content_of, signal_
 from training import commands, transfer
 from training.report import read_metrics
 
-SMALL = [
-    "--width",
-    "0.0625",
-    "--image-size",
-    "32",
-    "--batch-size",
-    "8",
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
-]
+SMALL = "--width 0.0625 --image-size 32 --batch-size 8 --device cpu --precision fp32".split()
 STAGED = [*SMALL, "--epochs", "4", "--freeze-epochs", "2", "--overlay-every", "0"]
 
 
@@ -41,18 +30,10 @@ def folder(tmp_path_factory):
         commands.main(
             task,
             [
-                "--sample",
-                "--width",
-                "0.0625",
-                "--epochs",
-                "1",
-                "--batch-size",
-                "8",
-                "--device",
-                "cpu",
-                "--precision",
-                "fp32",
-                "--run-dir",
+                *(
+                    "--sample --width 0.0625 --epochs 1 --batch-size 8 --device cpu "
+                    "--precision fp32 --run-dir"
+                ).split(),
                 str(root / "cifar"),
             ],
         )
@@ -93,15 +74,7 @@ def test_sanity_pass_of_the_papers_recipe_without_data(cli, monkeypatch):
     sets = cifar_sample(classes=3, train_per_class=16, test_per_class=4, size=80)
     monkeypatch.setattr(train_cub, "TASK", with_sample(train_cub.TASK, lambda config: sets))
     status, out, _ = cli(
-        "--sanity",
-        "--recipe",
-        "paper",
-        "--data-dir",
-        "nothing",
-        "--width",
-        0.0625,
-        "--device",
-        "cpu",
+        *"--sanity --recipe paper --data-dir nothing --width 0.0625 --device cpu".split()
     )
     assert status == 0 and "(no cub in nothing)" in out and "the real run needs --init-from" in out
     assert "of 80x80 px" in out and "epoch of 5,994 images" in out
@@ -173,11 +146,7 @@ def test_evaluate_and_init_from_birds(cli, unhurt):
     )
     status, out, _ = cli(
         *SMALL,
-        "--epochs",
-        1,
-        "--freeze-epochs",
-        0,
-        "--init-from",
+        *"--epochs 1 --freeze-epochs 0 --init-from".split(),
         unhurt / "last.pt",
         "--run-dir",
         "more",
@@ -209,10 +178,7 @@ def test_defaults_follow_what_was_asked_for(cli, unhurt):
         2,
         "--init-from",
         unhurt / "last.pt",
-        "--set",
-        "momentum=0",
-        "--run-dir",
-        "short",
+        *"--set momentum=0 --run-dir short".split(),
     )
     assert status == 0 and "whose trunk trains after 0.5 epochs" in out, err
     assert content_of("short")["config"]["nesterov"] is False

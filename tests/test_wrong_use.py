@@ -98,11 +98,7 @@ def test_home_folders_are_expanded_everywhere(cli, unhurt, monkeypatch, tmp_path
     assert (
         cli(
             *NARROW,
-            "--model",
-            "vgg",
-            "--epochs",
-            1,
-            "--run-dir=~/x",
+            *"--model vgg --epochs 1 --run-dir=~/x".split(),
             f"--init-from={unhurt}/last.pt",
         )[0]
         == 0
@@ -118,16 +114,9 @@ def test_home_folders_are_expanded_everywhere(cli, unhurt, monkeypatch, tmp_path
     assert status == 0, err
     assert (
         cli(
-            "--benchmark",
-            1,
-            "--sample",
-            "--model",
-            "vgg",
-            "--width",
-            0.03125,
-            "--num-workers",
-            0,
-            "--json=~/b.json",
+            *(
+                "--benchmark 1 --sample --model vgg --width 0.03125 --num-workers 0 --json=~/b.json"
+            ).split()
         )[0]
         == 0
     )
@@ -249,10 +238,7 @@ def test_a_million_epochs_begin_at_once(cli, monkeypatch):
         "vgg",
         "--epochs",
         10**6,
-        "--set",
-        "schedule=double-halve",
-        "--set",
-        "warmup=0",
+        *"--set schedule=double-halve --set warmup=0".split(),
     )
     assert status == 143 and "Peak learning rate 0.8 for" in out and time.monotonic() - started < 20
 
@@ -289,17 +275,7 @@ def test_the_command_that_resumes_can_be_pasted_whatever_the_folder_is_called(tm
     script = os.path.join(ROOT, "train_cifar100.py")
     words = [
         script,
-        "--sample",
-        "--model",
-        "vgg",
-        "--width",
-        "0.015625",
-        "--image-size",
-        "16",
-        "--epochs",
-        "1",
-        "--device",
-        "cpu",
+        *"--sample --model vgg --width 0.015625 --image-size 16 --epochs 1 --device cpu".split(),
         b"--run-dir=" + folder,
     ]
     done = subprocess.run([sys.executable, "-c", stop, *words], cwd=tmp_path, capture_output=True)

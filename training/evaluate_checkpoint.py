@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from common.arguments import was_given
+from common.arguments import as_option, was_given
 from common.checkpoint import load_model, read_checkpoint
 from common.device import Precision, choose_device, choose_precision, device_name
 from common.errors import UserError, printable
@@ -24,7 +24,7 @@ def evaluate_checkpoint(task: Task, args: argparse.Namespace, argv: list[str]) -
     allowed = ("data_dir", "num_workers", "device", "precision", "evaluate")
     ignored = [name for name in vars(args) if was_given(name, argv) and name not in allowed]
     if ignored:
-        options = ", ".join("--" + name.replace("_", "-") for name in ignored)
+        options = ", ".join(map(as_option, ignored))
         raise UserError(
             f"--evaluate takes the run's settings from the checkpoint: leave out {options}", 2
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import textwrap
 from typing import TYPE_CHECKING
 
 from attention_model import MODEL_NAMES
@@ -17,6 +16,7 @@ from common.arguments import (
     MAX_DIGITS,
     MAX_WORKERS,
     ArgumentParser,
+    as_option,
     at_least_0,
     auto_or_whole,
     did_you_mean,
@@ -29,13 +29,13 @@ from common.arguments import (
     was_given,
 )
 from common.errors import UserError
+from training.recipe_help import constants_table, in_recipes
 
 if TYPE_CHECKING:
     from training.task import Task
 
 NEWEST = True  # the value of a bare --resume
 SHORT_RUN = 10  # epochs; a recipe's changes for short runs apply below this
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 # Recipe values with an option of their own; the others are changed by --set.
 RECIPE_OPTIONS = ("epochs", "batch_size", "lr", "image_size", "init_from", "freeze_epochs")
@@ -75,41 +75,6 @@ WITH_OPTION = (
     "sample",
     "compile",
 )
-# What --help says of the constants that --set changes.
-CONSTANTS = {
-    "lr_by_width": "factor on lr: 1/width, at most this (not Muon's); 0: none",
-    "momentum": "of SGD and of Muon, 0 to 1",
-    "muon": "rate of Muon for the 3x3 filters, in units of lr; 0: SGD",
-    "nesterov": "Nesterov momentum in SGD",
-    "weight_decay": "of SGD: this times the weight is added to its gradient",
-    "decay_all": "decay all weights; false: filters and matrices only",
-    "schedule": "linear (up to lr, down to 0), halve (from lr on), or double-halve (from lr to "
-    "4 lr, then halved)",
-    "halve_every": "epochs between the changes of halve and double-halve",
-    "warmup": "share of the run in which the rate rises to lr",
-    "label_smoothing": "share of the target spread over all classes, 0 to 1",
-    "dropout": "factor on the authors' rates of 0.3 to 0.5; 0: none",
-    "ema_decay": "of the moving average of the weights, per step; 0: none",
-    "ema_share": "share of the run that the average spans at most; 1: no limit",
-    "crop_pad": "pixels of reflected border around a random crop; 0: no crop",
-    "flip": "mirror half of the training images",
-    "trivial_augment": "change each image in one of 14 ways (arXiv 2103.10158)",
-    "cutout": "side of a square cut out of each image, in pixels; 0: none",
-    "zoom": "smallest share of the image in a random resized crop; 0: none",
-    "jitter": "brightness, contrast, saturation times 1 +/- this; 0: none",
-    "progressive": "small images first, as SCALE:UNTIL (share of the side, share of the run at "
-    "which it ends), or none",
-    "progressive_from": "optimizer steps; shorter runs train at full size throughout",
-    "trunk": 'full, or pooled (after each block, as VGG16); "": by model',
-    "pool4": "side of the pooling before block 4, in positions",
-    "crop": "box (the bird's bounding box) or whole (the whole image)",
-    "margin": "added to each side of the box, in units of its longer side",
-    "transfer_lr": "factor on the rate of transferred layers",
-}
-# of the table of these constants, in characters
-NAME_COLUMN, VALUE_COLUMN, MIN_COLUMN = 18, 8, 24
-# Values that --help puts in words.
-IN_WORDS = {("image_size", None): "that of the images", ("init_from", ""): "must be given"}
 
 
 def make_parser(task: Task) -> ArgumentParser:
@@ -140,14 +105,20 @@ def make_parser(task: Task) -> ArgumentParser:
     )
     parser.add_argument_group(
         "constants of the recipe (--set NAME=VALUE)",
-        constants_table(recipes, task.short, width=shutil.get_terminal_size().columns - 2),
+        constants_table(
+            constants,
+            recipes,
+            task.short,
+            below=SHORT_RUN,
+            width=shutil.get_terminal_size().columns - 2,
+        ),
     )
     return parser
 
 
 def add_places(parser: argparse.ArgumentParser, task: Task) -> None:
     """Data, run folder and device."""
-    size = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in task.sample.items())
+    size = " ".join(f"{as_option(name)} {value}" for name, value in task.sample.items())
     group = parser.add_argument_group("what and where")
     group.add_argument(
         "--data-dir",
@@ -184,15 +155,13 @@ def add_mathematics(parser: argparse.ArgumentParser, recipes: dict[str, dict], m
     )
     group.add_argument(
         "--recipe",
-        choices=tuple(recipes),
-        type=one_of(recipes),
+        **one_of(recipes),
         default=UNLESS_GIVEN,
         help=f"settings to start from (default: {next(iter(recipes))})",
     )
     group.add_argument(
         "--model",
-        choices=MODEL_NAMES,
-        type=one_of(MODEL_NAMES),
+        **one_of(MODEL_NAMES),
         metavar="NAME",
         default=UNLESS_GIVEN,
         help=f"network: {', '.join(MODEL_NAMES)} (default: {model})",
@@ -243,8 +212,7 @@ def add_mathematics(parser: argparse.ArgumentParser, recipes: dict[str, dict], m
     )
     group.add_argument(
         "--precision",
-        choices=PRECISIONS,
-        type=one_of(PRECISIONS),
+        **one_of(("auto", "bf16", "fp16", "fp32")),
         default=UNLESS_GIVEN,
         help="auto: bf16 where it is native, else fp16 on a GPU, fp32 on a CPU (default: auto)",
     )
@@ -330,64 +298,10 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# ---- what --help says of the recipes ------------------------------------------------------------
-
-
 def constants_of(recipes: dict[str, dict]) -> list[str]:
     """The names of the recipes that have no option: --set changes them."""
     names = dict.fromkeys(name for values in recipes.values() for name in values)
     return [name for name in names if name not in RECIPE_OPTIONS]
-
-
-def in_recipes(recipes: dict[str, dict], name: str) -> str:
-    """The default of an option: "(fast: 30, paper: 300)", or "(default: 128)" where all agree."""
-    texts = {recipe: value_text(name, values.get(name)) for recipe, values in recipes.items()}
-    if len(set(texts.values())) == 1:
-        texts = {"default": next(iter(texts.values()))}
-    listed = ", ".join(f"{recipe}: {text}" for recipe, text in texts.items())
-    return f"({listed})".replace("%", "%%")  # argparse formats the text
-
-
-def value_text(name: str, value: object) -> str:
-    """A value of a recipe as it is typed, or in words."""
-    if (name, value) in IN_WORDS:
-        return IN_WORDS[name, value]
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value) or '""'
-
-
-def constants_table(recipes: dict[str, dict], short: dict[str, dict], width: int) -> str:
-    """What --set changes: name, value in each recipe, meaning, in lines of up to ``width``
-    characters."""
-    rows = [["NAME", *map(str.upper, recipes), "MEANING"]]
-    for name in constants_of(recipes):
-        texts = [value_text(name, values.get(name)) for values in recipes.values()]
-        rows.append([name, *texts, CONSTANTS.get(name, "")])
-    indent = 2  # argparse's, of a group
-    lines = [line for row in rows for line in table_row(row, width - indent)]
-    for recipe, changes in short.items():
-        texts = [f"{name} {value_text(name, value)}" for name, value in changes.items()]
-        note = f"{recipe} in runs of fewer than {SHORT_RUN} epochs: {', '.join(texts)}"
-        lines += ["", *textwrap.wrap(note, max(MIN_COLUMN, width - indent))]
-    return "\n".join(lines)
-
-
-def table_row(cells: list[str], width: int) -> list[str]:
-    """The lines of a row: a cell that is too long moves the next one to a new line, and the last
-    one is wrapped."""
-    name, *values, meaning = cells
-    lines, start = [name], NAME_COLUMN
-    for value in values:
-        lines += [""] * (len(lines[-1]) >= start)
-        lines[-1] = lines[-1].ljust(start) + value
-        start += VALUE_COLUMN
-    lines += [""] * (len(lines[-1]) >= start)
-    first, *others = textwrap.wrap(
-        meaning, max(MIN_COLUMN, width - start), break_on_hyphens=False
-    ) or [""]
-    lines[-1] = lines[-1].ljust(start) + first
-    return lines + [" " * start + line for line in others]
 
 
 def examples(dataset: str) -> str:
@@ -467,10 +381,6 @@ def wrong_set(pair: str, recipe: dict) -> str:
     return f"{pair}: no constant is called {name.strip()}{did_you_mean(near)}"
 
 
-def as_option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def same_type(pair: str, text: str, default: object) -> object:
     """``text`` as a value of the default's type; a number must be finite and 0 or more. Raises
     UserError naming ``pair``."""
@@ -505,7 +415,7 @@ def resumed(
         if name in MAY_CHANGE or value == config[name] or (name, value) == ("precision", "auto"):
             continue
         raise UserError(
-            f"this run has --{name.replace('_', '-')} {config[name]}, and {value} would make it "
+            f"this run has {as_option(name)} {config[name]}, and {value} would make it "
             f"another run: leave the option out, or start a new run",
             2,
         )

@@ -330,8 +330,10 @@ class Run:
 
     def draw_maps(self) -> None:
         """Write maps.png, unless the network has no attention or pictures are turned off."""
+        if not self.config["overlay_every"]:
+            return
         sheet = self.attention.sheet(self.trainer.eval_model, self.trainer.precision)
-        if sheet is not None and self.config["overlay_every"]:
+        if sheet is not None:
             self.check_folder()
             self.maps = run_folder.write_maps(self.run_dir, sheet)
 
