@@ -1,5 +1,5 @@
-"""Attention maps as pictures: color maps, overlays, contact sheets. TensorBoard, a run's maps.png
-and cam.py show the same ones.
+"""Attention maps as pictures: color maps, overlays, contact sheets. TensorBoard, the pictures of a
+run and cam.py show the same ones.
 
 Images are uint8 arrays (H, W, 3), maps are float arrays (h, w) of any range. Neither a GPU nor
 matplotlib is needed.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -143,6 +144,31 @@ def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     return text[:keep].rstrip() + "..."
 
 
+def wrap(
+    text: str, font: ImageFont.FreeTypeFont, width: float, most: int | None = None
+) -> list[str]:
+    """A text in lines of at most ``width`` pixels, at most ``most`` of them. They end after a
+    space, or within a word that is wider. Together they are the text, or its beginning and
+    "..."."""
+    lines: list[str] = []
+    while text:
+        count = _fitting(text, font, width)
+        if count < len(text):
+            if len(lines) + 1 == most:
+                count = _fitting(text, font, width - font.getlength("..."))
+                return [*lines, text[:count].rstrip() + "..."]
+            count = text.rfind(" ", 0, count + 1) + 1 or count
+        lines.append(text[:count])
+        text = text[count:]
+    return lines
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> int:
+    """How many characters of a text fit into ``width`` pixels, at least 1."""
+    counts = range(1, min(len(text), int(width)) + 1)  # a character has at least a pixel
+    return max(1, bisect_right(counts, width, key=lambda n: font.getlength(text[:n].rstrip())))
+
+
 # ---- contact sheets -----------------------------------------------------------------------------
 
 
@@ -157,6 +183,8 @@ def attention_sheet(
     max_side: int = 160,
     sheet_width: int = 1400,
     color_map: str = "inferno",
+    margin: int = MARGIN,
+    legend: bool = True,
 ) -> np.ndarray:
     """A contact sheet: for each image a title, the input, and an overlay per map.
 
@@ -164,8 +192,8 @@ def attention_sheet(
     sheet width, 3) uint8.
     headings: {level: text} above the pictures of a level, of one or more lines; its name by
     default. min_side, max_side: of a picture, in pixels, see ``shown``. sheet_width: in pixels; as
-    many images stand side by side as fit, at least one. Raises ValueError if the counts differ or
-    are 0.
+    many images stand side by side as fit, at least one. margin: pixels around the sheet. legend:
+    whether the colors are explained below. Raises ValueError if the counts differ or are 0.
     """
     count = len(images)
     _check_counts(count, maps, titles)
@@ -179,23 +207,23 @@ def attention_sheet(
     title_height = 0 if titles is None else TITLE_HEIGHT
     block = len(heads) * (width + GAP) - GAP
     block_step, row_step = block + BLOCK_GAP, title_height + height + 14
-    columns = min(count, max(1, (sheet_width - 2 * MARGIN + BLOCK_GAP) // block_step))
+    columns = min(count, max(1, (sheet_width - 2 * margin + BLOCK_GAP) // block_step))
     rows = math.ceil(count / columns)
     columns = math.ceil(count / rows)  # as many rows, filled more evenly
-    top = MARGIN + 6 + HEAD_LINE * lines
+    top = margin + 6 + HEAD_LINE * lines
     size = (
-        max(MIN_SHEET_WIDTH, 2 * MARGIN + columns * block_step - BLOCK_GAP),
-        top + rows * row_step + 14 + MARGIN,
+        max(MIN_SHEET_WIDTH * legend, 2 * margin + columns * block_step - BLOCK_GAP),
+        top + rows * row_step + legend * (14 + margin),
     )
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
 
     for column in range(columns):
         for place, head in enumerate(heads):
-            center = MARGIN + column * block_step + place * (width + GAP) + width / 2
-            _draw_head(draw, head, lines, center, width, head_font)
+            center = margin + column * block_step + place * (width + GAP) + width / 2
+            _draw_head(draw, head, lines, center, margin, width, head_font)
     for index, image in enumerate(inputs):
-        left = MARGIN + index % columns * block_step
+        left = margin + index % columns * block_step
         upper = top + index // columns * row_step + title_height
         if titles is not None:
             title = shorten(titles[index], title_font, block)
@@ -205,7 +233,8 @@ def attention_sheet(
             x = left + place * (width + GAP)
             draw.rectangle((x - 1, upper - 1, x + width, upper + height), outline=FRAME)
             sheet.paste(Image.fromarray(picture), (x, upper))
-    _draw_legend(draw, sheet, size[1] - MARGIN - 14, title_font, color_map)
+    if legend:
+        _draw_legend(draw, sheet, size[1] - MARGIN - 14, title_font, color_map)
     return np.asarray(sheet).copy()
 
 
@@ -225,6 +254,7 @@ def _draw_head(
     head: str,
     lines: int,
     center: float,
+    top: int,
     width: int,
     font: ImageFont.FreeTypeFont,
 ) -> None:
@@ -232,7 +262,7 @@ def _draw_head(
     ``lines``."""
     texts = head.split("\n")
     for line, text in enumerate(texts, start=lines - len(texts)):
-        baseline = MARGIN + 14 + HEAD_LINE * line
+        baseline = top + 14 + HEAD_LINE * line
         draw.text((center, baseline), shorten(text, font, width), FAINT_INK, font, "ms")
 
 
@@ -255,7 +285,7 @@ def _draw_legend(
     draw.text((bar - 8, middle), "low", INK, font, anchor="rm")
     room = bar - 8 - font.getlength("low") - 24 - MARGIN
     for note in (
-        "each map from its own lowest to its own highest value; flat maps in one mid colour",
+        "each map from its own lowest to its own highest value; flat maps in one mid color",
         "each map on its own scale",
     ):
         if font.getlength(note) <= room:

@@ -23,6 +23,17 @@ def test_the_peak_rate_that_is_told_is_the_peak(epochs):
     assert float(told[1]) == pytest.approx(0.04, rel=0.005)
 
 
+def test_a_slow_call_on_a_cpu_others_use_too_does_not_count(monkeypatch):
+    clock, calls = [0.0], iter([0.3, 0.1, 0.2])
+
+    def work():
+        clock[0] += next(calls)
+
+    monkeypatch.setattr(estimate, "synced_time", lambda device: clock[0])
+    assert estimate.timed(work, torch.device("cpu")) == pytest.approx(0.1)
+    assert next(calls, None) == 0.2  # half a second would be over before it had ended
+
+
 @pytest.mark.parametrize(
     "start, limit, found", [(8, 40, 32), (8, 5, 4), (8, 0, 0), (16, 9999, 1024)]
 )

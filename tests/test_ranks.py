@@ -103,7 +103,7 @@ def test_two_ranks_are_one_process_with_halves_as_micro_batches(ranks, tmp_path)
             and a["train_top1"] == b["train_top1"]
         )
         assert a["eval_loss"] > 0 and a["lr"] == b["lr"]
-    assert [step for step, _ in scalars_of(tmp_path / "two")["loss/train"]] == [1, 2]
+    assert [step for step, _ in scalars_of(tmp_path / "two")["train/results/loss"]] == [1, 2]
     assert len(list((tmp_path / "two").glob("*tfevents*"))) == 1
     assert (tmp_path / "stdout-1").read_text() == ""
 

@@ -33,20 +33,22 @@ def test_sanity_pass_and_what_tensorboard_shows_of_it(cli, tmp_path):
         assert word in out
     assert re.search(r"largest difference of a weight 0$", out, re.MULTILINE)
     with tensorboard_over(tmp_path) as board:
-        assert board.runs() == ["s"]  # hparams beside the run, not in a second one
+        assert board.runs() == ["s", "s/train"]
         row = read_metrics(tmp_path / "s" / "metrics.csv")[0]
-        for tag, name in (
-            ("loss/train", "train_loss"),
-            ("loss/test", "eval_loss"),
-            ("top1/test", "eval_top1"),
-            ("top5/test", "eval_top5"),
-            ("learning_rate", "lr"),
+        for run, tag, name in (
+            ("s/train", "results/loss", "train_loss"),
+            ("s", "results/loss", "eval_loss"),
+            ("s", "results/accuracy, top-1 %", "eval_top1"),
+            ("s", "results/top-5 accuracy, %", "eval_top5"),
+            ("s", "run/learning rate", "lr"),
         ):
-            assert board.scalars("s", tag) == [(1, pytest.approx(row[name], rel=1e-5))]
+            assert board.scalars(run, tag) == [(1, pytest.approx(row[name], rel=1e-5))]
+        by_step = board.scalars("s/train", "results/loss by step")
+        assert [step for step, _ in by_step] == [1, 2, 3, 4]
         for level in ("conv7", "conv10", "conv13"):
             for what in ("score_sd", "entropy", "gate_gradient"):
-                assert len(board.scalars("s", f"attention/{level}/{what}")) == 1
-        assert len(board.images("s", "attention/test images")) == 1
+                assert len(board.scalars("s", f"spatial attention/{level}/{what}")) == 1
+        assert len(board.images("s", "spatial attention/Test images 1")) == 1
         assert "vgg-att3-concat-pc" in str(board.hparams())
         assert "vgg-att3-concat-pc" in str(board.text("s", "configuration/text_summary"))
 
@@ -76,6 +78,30 @@ def test_sanity_pass_fails_and_names_it(cli, monkeypatch, harm, message):
     monkeypatch.setattr(run_module, "Trainer", Harmed)
     status, out, _ = cli("--sanity", "--sample", "--width", 0.0625, "--device", "cpu")
     assert status == 1 and f"FAILED: {message}" in out and "Sanity pass FAILED" in out
+
+
+def test_a_pass_leaves_no_checkpoints_unless_asked_to(cli, monkeypatch):
+    words = "--sanity --sample --model vgg --width 0.0625 --device cpu".split()
+    status, out, _ = cli(*words)
+    [folder] = Path("runs/sanity").iterdir()
+    assert status == 0 and not Path("runs/cifar100").exists()
+    assert re.search(
+        rf"^Everything it wrote is in {folder}; its checkpoints \(\d+ MiB\) are removed "
+        r"\(--keep keeps them\)$",
+        out,
+        re.MULTILINE,
+    )
+    left = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
+    assert left == {"config.json", "metrics.csv", "summary.png", "train"}
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 2**20
+
+    status, out, _ = cli(*words, "--keep", "--run-dir", "kept")
+    assert status == 0 and Path("kept/last.pt").exists()
+    assert out.endswith("Everything it wrote is in kept\n")
+
+    monkeypatch.setattr(sanity, "CHECKS", (lambda run: sanity.Outcome("x", "", ("broken",)),))
+    status, out, _ = cli(*words, "--run-dir", "failed")
+    assert status == 1 and Path("failed/last.pt").exists()  # to look at
 
 
 def test_sanity_without_data_uses_the_sample_and_says_so(cli):

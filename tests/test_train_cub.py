@@ -189,7 +189,7 @@ def test_out_of_memory_is_told_with_the_options_that_help(cli, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("attention_model.Network.forward", none)
-    monkeypatch.setattr("training.estimate.seconds_left", lambda run: 0.0)
+    monkeypatch.setattr("training.estimate.guess_seconds", lambda run, images: 0.0)
     monkeypatch.setattr("training.config_checks.check_memory", lambda *words: None)
     status, out, err = cli(*SMALL, "--init-from", "none", "--run-dir", "r")
     assert (

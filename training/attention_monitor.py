@@ -15,6 +15,11 @@ from explain.pictures import attention_sheet, title_of
 from training.attention_health import LevelHealth, attention_health, health_warnings
 from training.report import Report
 
+# TensorBoard shrinks a picture to a card of about 365 x 215 pixels: two images with their maps can
+# be read there, a sheet of many cannot.
+CARDS = 4
+CARD = {"min_side": 96, "max_side": 128, "sheet_width": 440, "margin": 4, "legend": False}
+
 
 class AttentionMonitor:
     """Reports the attention maps of IMAGES images, evenly spread over the evaluation set.
@@ -51,25 +56,27 @@ class AttentionMonitor:
         epoch before did not have. The model's mode is restored."""
         if not model.levels:
             return
-        images, labels = self.images_and_labels()
+        images, labels = self.images_and_labels(evenly_spread(self.IMAGES, len(self.eval_set)))
         logits, scores = self.logits_and_scores(model, precision, images)
         self.health = attention_health(scores, gate_gradients, model.sigmoid_levels)
         report.health(epoch, self.health)
         self.warn()
         if overlays:
-            report.overlays(epoch, self.draw(model, images, labels, logits, scores))
+            report.overlays(epoch, self.cards(model, images, labels, logits, scores))
 
-    def sheet(self, model: Network, precision: Precision) -> np.ndarray | None:
-        """The images with their maps, (H, W, 3) uint8; None for a network without attention. The
-        model's mode is restored."""
-        if not model.levels:
-            return None
-        images, labels = self.images_and_labels()
-        return self.draw(model, images, labels, *self.logits_and_scores(model, precision, images))
+    def sheet(
+        self, model: Network, precision: Precision, indices: Tensor, **options: object
+    ) -> np.ndarray:
+        """A contact sheet, (H, W, 3) uint8, of the evaluation set's images ``indices`` (N,) with
+        their maps, if the network has any. ``options``: of attention_sheet. The model's mode is
+        restored."""
+        images, labels = self.images_and_labels(indices)
+        logits, scores = self.logits_and_scores(model, precision, images)
+        return self.draw(model, images, labels, logits, scores, **options)
 
-    def images_and_labels(self) -> tuple[Tensor, Tensor]:
+    def images_and_labels(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """(N, H, W, 3) uint8 and (N,) int64."""
-        indices = evenly_spread(self.IMAGES, len(self.eval_set)).to(self.eval_set.images.device)
+        indices = indices.to(self.eval_set.images.device)
         return self.eval_set.images[indices], self.eval_set.labels[indices]
 
     @torch.no_grad()
@@ -85,6 +92,29 @@ class AttentionMonitor:
         model.train(was_training)
         return logits, scores
 
+    def cards(
+        self,
+        model: Network,
+        images: Tensor,
+        labels: Tensor,
+        logits: Tensor,
+        scores: Mapping[str, Tensor],
+    ) -> list[np.ndarray]:
+        """Small sheets of two images each, (H, W, 3) uint8, for TensorBoard."""
+        images, labels, logits = images.cpu(), labels.cpu(), logits.cpu()
+        scores = {level: score.cpu() for level, score in scores.items()}
+        return [
+            self.draw(
+                model,
+                images[two],
+                labels[two],
+                logits[two],
+                {level: score[two] for level, score in scores.items()},
+                **CARD,
+            )
+            for two in evenly_spread(2 * CARDS, len(images)).split(2)
+        ]
+
     def draw(
         self,
         model: Network,
@@ -92,10 +122,12 @@ class AttentionMonitor:
         labels: Tensor,
         logits: Tensor,
         scores: Mapping[str, Tensor],
+        **options: object,
     ) -> np.ndarray:
         """A contact sheet, (H, W, 3) uint8."""
         maps = {level: model.map_of(level, s).cpu().numpy() for level, s in scores.items()}
-        return attention_sheet(images.cpu().numpy(), maps, self.titles(labels.tolist(), logits))
+        titles = self.titles(labels.tolist(), logits)
+        return attention_sheet(images.cpu().numpy(), maps, titles, **options)
 
     def warn(self) -> None:
         """Print the warnings that are new since the last epoch."""

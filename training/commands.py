@@ -1,4 +1,5 @@
-"""The commands of a training script: a new run, --resume, --evaluate, --sanity, --benchmark.
+"""The commands of a training script: a new run, --resume, --evaluate, --compare, --sanity,
+--benchmark.
 
 main() returns the exit status: 0 done, 1 failed, 2 bad use, 128 + N stopped by signal N after
 saving (SIGINT 130, SIGTERM 143).
@@ -12,13 +13,14 @@ import itertools
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from common.arguments import parse
+from common.arguments import as_option, parse, was_given
 from common.checkpoint import CHECKPOINT_NAME, PREVIOUS_NAME, upgrade_config
 from common.device import device_name, persist_compile_cache, tune_malloc
 from common.errors import Interrupted, UserError, exit_status, one_line
@@ -27,12 +29,14 @@ from data import split
 from training import estimate, options, run_folder
 from training.batch_norm import MIN_BN_BATCH
 from training.benchmark import benchmark
+from training.compare import compare
 from training.config_checks import check_batch, check_recipe, check_start
 from training.environment import command_line
 from training.evaluate_checkpoint import evaluate_checkpoint
 from training.evaluation import Evaluation
 from training.progress import format_duration
 from training.ranks import VARIABLES, Ranks, init_distributed, ranks_from_environment
+from training.report import rows_of
 from training.run import Run
 from training.sanity import sanity_pass
 from training.signals import Signals
@@ -46,38 +50,47 @@ def main(task: Task, argv: list[str] | None = None) -> int:
     parser = options.make_parser(task)
     try:
         args = parse(parser, argv)
-        if args.json and not args.benchmark:
-            parser.error("--json goes with --benchmark")
+        options.check_companions(parser, args)
     except SystemExit as stop:  # argparse has printed the help (0) or what is wrong (2)
         return stop.code
     if getattr(args, "compile", torch.cuda.is_available()):
         persist_compile_cache()
     if args.device == "cpu" or not torch.cuda.is_available():
         tune_malloc()
-    command = train if not (args.evaluate or args.sanity or args.benchmark) else other_mode
+    is_run = not (args.evaluate or args.compare or args.sanity or args.benchmark)
+    command = train if is_run else other_mode
     with exit_status("Stopped before the training began: there is nothing to save.") as status:
         status.code = command(task, args, argv)
     return status.code
 
 
 def other_mode(task: Task, args: argparse.Namespace, argv: list[str]) -> int:
-    """--evaluate, --sanity or --benchmark. Returns the exit status."""
+    """--evaluate, --compare, --sanity or --benchmark. Returns the exit status."""
     if ranks_from_environment().world_size > 1:
         raise UserError(
-            f"--evaluate, --sanity and --benchmark run in one process: start them without "
-            f"torchrun, or unset {' '.join(VARIABLES)}",
+            f"--evaluate, --compare, --sanity and --benchmark run in one process: start them "
+            f"without torchrun, or unset {' '.join(VARIABLES)}",
             2,
         )
     with unbreakable_pipes():
+        if args.compare:
+            others = [name for name in vars(args) if was_given(name, argv) and name != "compare"]
+            if others:
+                words = ", ".join(map(as_option, others))
+                raise UserError(f"--compare only reads the runs: leave out {words}", 2)
+            return compare(args.compare)
         if args.evaluate:
             return evaluate_checkpoint(task, args, argv)
         # of the sample they only take the pictures: they are about the size of a real run
         config = options.resolve(args, task, sample_size=False)
         check_recipe(config)
         if args.benchmark:
-            return benchmark(task, config, args.benchmark, args.json, command_line(argv))
-        with run_folder.new_folder(new_run_dirs(task, args, "sanity")) as run_dir:
-            return sanity_pass(task, config, run_dir, command_line(argv))
+            return benchmark(
+                task, config, args.benchmark, getattr(args, "json", None), command_line(argv)
+            )
+        keep = hasattr(args, "keep")
+        with run_folder.new_folder(new_run_dirs("sanity", args, task.dataset)) as run_dir:
+            return sanity_pass(task, config, run_dir, command_line(argv), keep=keep)
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -122,7 +135,7 @@ def new_run(
     check_batch(config, ranks)
     run_dir = None
     if ranks.is_main:
-        candidates = new_run_dirs(task, args, config["model"])
+        candidates = new_run_dirs(task.dataset, args, config["model"])
         run_dir = folder.enter_context(run_folder.new_folder(candidates))
     run_dir = ranks.broadcast_object(run_dir)
     with ranks.main_process_first():
@@ -175,16 +188,15 @@ def resumed_run(
     return run
 
 
-def new_run_dirs(task: Task, args: argparse.Namespace, suffix: str) -> Iterator[Path]:
-    """Candidates for the folder of a new run: --run-dir alone, or names under runs/, numbered, as
-    several runs may start in one second."""
+def new_run_dirs(kind: str, args: argparse.Namespace, suffix: str) -> Iterator[Path]:
+    """Candidates for the folder of a new run: --run-dir alone, or names under runs/``kind``,
+    numbered, as several runs may start in one second."""
     if hasattr(args, "run_dir"):
         yield Path(args.run_dir)
         return
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{suffix}"
     yield from (
-        Path("runs", task.dataset, f"{name}-{number}" if number else name)
-        for number in itertools.count()
+        Path("runs", kind, f"{name}-{number}" if number else name) for number in itertools.count()
     )
 
 
@@ -279,13 +291,16 @@ def tensorboard(runs: Path) -> str:
 def cpu_estimate(run: Run) -> str:
     """How long a run without a GPU takes, in words."""
     epochs = run.config["epochs"] - run.trainer.position.epoch
-    duration = format_duration(estimate.seconds_left(run))
+    height, width = run.config["input_size"]
+    images = min(run.config["batch_size"], max(2, 16 * 32**2 // (height * width)))
+    duration = format_duration(estimate.guess_seconds(run, images))
     advice = ""
     if run.config["width"] >= 0.5:
-        advice = "--width 0.25 takes a sixteenth of the arithmetic; "
+        advice = " --width 0.25 takes a sixteenth of the arithmetic."
     return (
-        f"No GPU: the epochs ahead ({epochs}) take about {duration} here. "
-        f"{advice}--sanity gives a closer estimate."
+        f"No GPU: perhaps {duration} for the epochs ahead ({epochs}), a guess from a step on "
+        f"{images} images, too high if other programs are running. The first epoch tells "
+        f"more.{advice}"
     )
 
 
@@ -333,8 +348,9 @@ def print_result(run: Run, result: Evaluation) -> None:
         f"top-5 {result.top5:.2f} %, loss {result.loss:.4f}. "
         f"Checkpoint: {run.run_dir / CHECKPOINT_NAME}"
     )
-    if run.maps:
-        print(f"Where it looks: {run.maps}")
+    print(time_in_words(run))
+    if run.summary:
+        print(f"Summary in a picture: {run.summary}")
     print(f"Curves: {tensorboard(run.run_dir.parent)}, then open http://localhost:6006")
     if run.best:
         best = run.run_dir / run_folder.BEST_NAME
@@ -343,6 +359,16 @@ def print_result(run: Run, result: Evaluation) -> None:
             f"{run.best['top1']:.2f} %: {best}. "
             f"The test set has not been looked at: --evaluate does."
         )
+
+
+def time_in_words(run: Run) -> str:
+    """How long a run took, from its start or resume to its end."""
+    took = f"Took {format_duration(time.monotonic() - run.began)}"
+    if not run.resumed:
+        return f"{took}."
+    rows = rows_of(run.run_dir)
+    training = format_duration(sum(row["seconds"] or 0 for row in rows))
+    return f"{took} since it was resumed; {training} of training in all."
 
 
 def how_to_resume(run: Run) -> str:

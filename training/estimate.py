@@ -18,7 +18,7 @@ from common.errors import is_oom_error
 from training.optim import width_factor
 from training.run import Run, recalibration_count
 from training.run_folder import random_states, restore_random_states
-from training.schedules import lr_at, stages
+from training.schedules import peak_lr, stages
 from training.trainer import Trainer
 
 MAX_TRIED = 1024  # images at once, in the search for the largest micro-batch
@@ -27,13 +27,8 @@ MAX_TRIED = 1024  # images at once, in the search for the largest micro-batch
 def rate_in_words(trainer: Trainer) -> str:
     """The peak learning rate, also per image: what a step does to the weights depends on both rate
     and batch."""
-    config, steps = trainer.config, len(trainer.batches)
-    total, rising = config["epochs"] * steps, int(config["warmup"] * config["epochs"] * steps)
-    # Where a schedule peaks: around the warm-up's end, or at the first epochs at which the rate is
-    # doubled or halved.
-    turns = [rising + offset for offset in (-2, -1, 0, 1)]
-    turns += [number * config["halve_every"] * steps for number in range(4)]
-    at_full_width = max(lr_at(config, min(max(0, step), total - 1), steps) for step in turns)
+    config = trainer.config
+    at_full_width = peak_lr(config, len(trainer.batches))
     peak, batch = at_full_width * width_factor(config), config["batch_size"]
     words = f"Peak learning rate {peak:.3g} for batches of {batch}: {peak / batch:.2g} per image"
     if config["muon"]:
@@ -45,10 +40,8 @@ def rate_in_words(trainer: Trainer) -> str:
     return words
 
 
-def seconds_left(run: Run) -> float:
-    """Seconds of the rest of a run without a GPU, from a small step."""
-    height, width = run.config["input_size"]
-    images = max(1, min(8, 8 * 224**2 // (height * width)))
+def guess_seconds(run: Run, images: int) -> float:
+    """Seconds of the rest of a run without a GPU, from a step on so many images."""
     cost = measure(run.trainer, images)
     position, epochs = run.trainer.position, run.config["epochs"]
     begun = (position.epoch + position.step / len(run.trainer.batches)) / epochs
@@ -130,12 +123,19 @@ def fits_in_memory(trainer: Trainer, model: nn.Module, count: int) -> bool:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds per call; on a GPU, where calls are short, the mean of ten."""
-    calls = 10 if device.type == "cuda" else 1
-    started = synced_time(device)
-    for _ in range(calls):
+    """Seconds per call. On a GPU, where calls are short, the mean of ten; on a CPU, which has other
+    programs to run, the least of up to three in half a second."""
+    if device.type == "cuda":
+        started = synced_time(device)
+        for _ in range(10):
+            work()
+        return (synced_time(device) - started) / 10
+    calls: list[float] = []
+    while len(calls) < 3 and sum(calls) < 0.5:
+        started = synced_time(device)
         work()
-    return (synced_time(device) - started) / calls
+        calls.append(synced_time(device) - started)
+    return min(calls)
 
 
 def run_seconds(

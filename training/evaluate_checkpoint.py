@@ -1,9 +1,13 @@
-"""--evaluate: loss, top-1, top-5 and the accuracy of each class, from a checkpoint alone."""
+"""--evaluate: loss, top-1, top-5 and the accuracy of each class, from a checkpoint alone; printed,
+and as files."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -12,22 +16,58 @@ from common.checkpoint import load_model, read_checkpoint
 from common.device import Precision, choose_device, choose_precision, device_name
 from common.errors import UserError, printable
 from data import eval_batches
-from training.evaluation import evaluate
+from training.environment import command_line
+from training.evaluation import (
+    EvaluatedCheckpoint,
+    PredictionRecorder,
+    evaluate,
+    interval_95,
+    mean_interval_95,
+)
+from training.evaluation_files import FILES, write_files
 from training.task import Task
+
+# The options that --evaluate takes; all else is the checkpoint's.
+ALLOWED = ("data_dir", "num_workers", "device", "precision", "evaluate", "out", "sort")
 
 
 def evaluate_checkpoint(task: Task, args: argparse.Namespace, argv: list[str]) -> int:
-    """Evaluate the checkpoint of --evaluate on the test set and print the results. Returns the exit
-    status.
+    """Evaluate the checkpoint of --evaluate on the test set, print the results, then write them.
+    Returns the exit status.
 
-    Raises UserError for an option that contradicts the checkpoint, and for other images."""
-    allowed = ("data_dir", "num_workers", "device", "precision", "evaluate")
-    ignored = [name for name in vars(args) if was_given(name, argv) and name not in allowed]
+    Raises UserError for an option that contradicts the checkpoint, for other images, and for a
+    folder that cannot be written to."""
+    check_options(args, argv)
+    evaluated = evaluated_checkpoint(task, args, argv)
+    print_result(evaluated)
+    result, names = evaluated.result, evaluated.test.class_names
+    sort = getattr(args, "sort", "accuracy")
+    print_classes(names, result.class_counts, result.class_correct, sort)
+    folder = Path(getattr(args, "out", evaluated.path.parent))
+    print_files(folder, write_files(evaluated, folder))
+    return 0
+
+
+def check_options(args: argparse.Namespace, argv: list[str]) -> None:
+    """Raises UserError for an option that the checkpoint decides, and for an --out that is no
+    folder."""
+    ignored = [name for name in vars(args) if was_given(name, argv) and name not in ALLOWED]
     if ignored:
         options = ", ".join(map(as_option, ignored))
         raise UserError(
             f"--evaluate takes the run's settings from the checkpoint: leave out {options}", 2
         )
+    if hasattr(args, "out"):
+        folder = Path(args.out)
+        for path in (folder, *folder.parents):
+            if os.path.lexists(path) and not path.is_dir():
+                raise UserError(f"--out {args.out}: {path} is not a folder", 2)
+
+
+def evaluated_checkpoint(
+    task: Task, args: argparse.Namespace, argv: list[str]
+) -> EvaluatedCheckpoint:
+    """Evaluate the checkpoint of --evaluate. Raises UserError."""
     saved = read_checkpoint(args.evaluate)
     config = saved["config"] | {
         name: getattr(args, name) for name in ("data_dir", "num_workers") if was_given(name, argv)
@@ -37,32 +77,28 @@ def evaluate_checkpoint(task: Task, args: argparse.Namespace, argv: list[str]) -
     device = choose_device(args.device)
     torch.backends.cudnn.benchmark = True  # as in training
     asked = getattr(args, "precision", precision_here(config["precision"], device))
-    precision = choose_precision(asked, device)
+    precision = Precision(choose_precision(asked, device), device)
     model = load_model(saved).to(device, memory_format=torch.channels_last)
     _, test = task.data.sets(config, download=False)
     if tuple(saved["class_names"]) != test.class_names:
         raise UserError(f"{args.evaluate} was trained on other classes than those of {test.source}")
     started = time.perf_counter()
     batches = eval_batches(test, device, saved["mean"], saved["std"], saved["input_size"])
-    result = evaluate(model, batches, len(test.class_names), Precision(precision, device))
+    recorder = PredictionRecorder()
+    result = evaluate(model, batches, len(test.class_names), precision, observe=recorder.observe)
     seconds = time.perf_counter() - started
-    average = ", moving average of the weights" if saved["ema"] else ""
-    print(
-        f"{args.evaluate}: {config['model']}, width {config['width']:g}, "
-        f"after epoch {saved['position']['epoch']} of {config['epochs']}{average}"
+    return EvaluatedCheckpoint(
+        Path(args.evaluate),
+        saved,
+        config,
+        model,
+        precision,
+        test,
+        result,
+        recorder.predictions(),
+        seconds,
+        command_line(argv),
     )
-    if saved["position"]["step"]:
-        print(
-            "It was saved in the middle of an epoch, so batch norm's statistics are not "
-            "recalibrated yet: --resume to the epoch's end gives its accuracy."
-        )
-    print(
-        f"{len(test):,} test images ({test.source}), {device_name(device)}, {precision}, "
-        f"{seconds:.1f} s"
-    )
-    print(f"loss {result.loss:.4f}   top-1 {result.top1:.2f} %   top-5 {result.top5:.2f} %\n")
-    print_classes(test.class_names, result.class_counts, result.class_correct)
-    return 0
 
 
 def precision_here(trained_in: str, device: torch.device) -> str:
@@ -73,16 +109,63 @@ def precision_here(trained_in: str, device: torch.device) -> str:
     return trained_in if native else "auto"
 
 
-def print_classes(names: tuple[str, ...], counts: list[int], correct: list[int]) -> None:
-    """Top-1 of each class, worst first, in as many columns as fit 100 characters."""
+# ---- what is printed ----------------------------------------------------------------------------
+
+
+def print_result(evaluated: EvaluatedCheckpoint) -> None:
+    """The network, the images, and the results over all classes."""
+    saved, config, result = evaluated.saved, evaluated.config, evaluated.result
+    average = ", moving average of the weights" if saved["ema"] else ""
+    print(
+        f"{evaluated.path}: {config['model']}, width {config['width']:g}, "
+        f"after epoch {saved['position']['epoch']} of {config['epochs']}{average}"
+    )
+    if saved["position"]["step"]:
+        print(
+            "It was saved in the middle of an epoch, so batch norm's statistics are not "
+            "recalibrated yet: --resume to the epoch's end gives its accuracy."
+        )
+    images, test = len(evaluated.test), evaluated.test
+    print(
+        f"{images:,} test images ({test.source}), {device_name(evaluated.precision.device)}, "
+        f"{evaluated.precision.name}, {evaluated.seconds:.1f} s"
+    )
+    print(f"loss {result.loss:.4f}   top-1 {result.top1:.2f} %   top-5 {result.top5:.2f} %")
+    low, high = mean_interval_95(evaluated.predictions.losses)
+    intervals = [f"loss {low:.4f} to {high:.4f}"]
+    for name, percent in (("top-1", result.top1), ("top-5", result.top5)):
+        low, high = interval_95(percent, images)
+        intervals.append(f"{name} {low:.2f} to {high:.2f} %")
+    print(f"95 % intervals: {', '.join(intervals)}\n")
+
+
+def print_classes(
+    names: tuple[str, ...], counts: list[int], correct: list[int], sort: str = "accuracy"
+) -> None:
+    """Top-1 of each class, by accuracy (worst first) or by name, in as many columns as fit 100
+    characters."""
     names = tuple(map(printable, names))
     longest = max(len(name) for name in names)
-    order = sorted(range(len(names)), key=lambda i: (correct[i] / max(1, counts[i]), names[i]))
+    shares = [right / max(1, count) for right, count in zip(correct, counts, strict=True)]
+    keys = {"accuracy": lambda i: (shares[i], names[i]), "name": lambda i: names[i]}
     cells = []
-    for i in order:
-        percent, images = 100 * correct[i] / max(1, counts[i]), f"of {counts[i]}"
-        cells.append(f"{names[i]:<{longest}} {percent:5.1f} % {images:<7}")
+    for i in sorted(range(len(names)), key=keys[sort]):
+        images = f"of {counts[i]}"
+        cells.append(f"{names[i]:<{longest}} {100 * shares[i]:5.1f} % {images:<7}")
     columns = max(1, 100 // (longest + 16))
-    print("top-1 of each class, worst first")
+    print(f"top-1 of each class, {'by name' if sort == 'name' else 'worst first'}")
     for first in range(0, len(cells), columns):
         print("  ".join(cells[first : first + columns]).rstrip())
+    print(flush=True)  # what follows may fail
+
+
+def print_files(folder: Path, written: Mapping[str, Path | None]) -> None:
+    """What ``write_files`` has written, and what for."""
+    names = {name: path.name for name, path in written.items() if path}
+    longest = max(map(len, names.values()))
+    print(f"In {printable(folder)}:")
+    for name, actual in names.items():
+        print(f"  {actual:<{longest}}  {FILES[name].purpose}")
+    missing = [name for name, path in written.items() if not path]
+    if missing:
+        print(f"  There are no mistakes to show in {' and '.join(missing)}.")

@@ -61,6 +61,8 @@ ALWAYS_GIVEN = (
     "checkpoint_activations",
     "overlay_every",
 )
+# Options that go with one mode alone.
+COMPANIONS = {"out": "evaluate", "sort": "evaluate", "keep": "sanity", "json": "benchmark"}
 UNLESS_GIVEN = argparse.SUPPRESS  # as a default: not in the result unless it was given
 # All settings with an option of their own.
 WITH_OPTION = (
@@ -90,12 +92,7 @@ def make_parser(task: Task) -> ArgumentParser:
     add_mathematics(parser, recipes, task.model)
     add_speed(parser)
     add_modes(parser)
-    parser.add_argument(
-        "--json",
-        type=expanded_path,
-        metavar="FILE",
-        help="write what --benchmark measures to this file too",
-    )
+    add_companions(parser)
     parser.add_argument(
         "--overlay-every",
         type=int_at_least(0),
@@ -286,7 +283,14 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
         "--evaluate",
         type=expanded_path,
         metavar="CHECKPOINT",
-        help="loss, top-1, top-5 and each class of a checkpoint",
+        help="loss, top-1, top-5 and each class of a checkpoint, also as files and pictures",
+    )
+    group.add_argument(
+        "--compare",
+        nargs="+",
+        type=expanded_path,
+        metavar="RUN",
+        help="what differs between runs, and their last epochs, best first",
     )
     group.add_argument(
         "--benchmark",
@@ -296,6 +300,44 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="speed of the training step, its parts, and of the plain way to write it",
     )
+
+
+def add_companions(parser: argparse.ArgumentParser) -> None:
+    """Options that go with one mode alone (see ``check_companions``)."""
+    group = parser.add_argument_group("with one of these")
+    group.add_argument(
+        "--out",
+        type=expanded_path,
+        default=UNLESS_GIVEN,
+        metavar="FOLDER",
+        help="of the files of --evaluate (default: the checkpoint's)",
+    )
+    group.add_argument(
+        "--sort",
+        **one_of(("accuracy", "name")),
+        default=UNLESS_GIVEN,
+        help="order of the classes that --evaluate prints (default: accuracy, worst first)",
+    )
+    group.add_argument(
+        "--keep",
+        action="store_true",
+        default=UNLESS_GIVEN,
+        help="keep the checkpoints of a --sanity pass",
+    )
+    group.add_argument(
+        "--json",
+        type=expanded_path,
+        default=UNLESS_GIVEN,
+        metavar="FILE",
+        help="write what --benchmark measures to this file too",
+    )
+
+
+def check_companions(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with the usual error where an option is given without its mode."""
+    for name, mode in COMPANIONS.items():
+        if hasattr(args, name) and not getattr(args, mode):
+            parser.error(f"{as_option(name)} goes with {as_option(mode)}")
 
 
 def constants_of(recipes: dict[str, dict]) -> list[str]:

@@ -21,6 +21,7 @@ class Progress:
         self.steps, self.start = len(trainer.batches), trainer.position.step
         self.batch_size = trainer.batches.images_per_step
         self.printed_at = self.began = time.monotonic()
+        self.checks = [(self.began, self.start)]  # (time, steps) at each check
         interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
         self.live = interactive and ranks_from_environment().is_main
         self.bar = tqdm(
@@ -45,6 +46,7 @@ class Progress:
         self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         self.bar.update(step * self.batch_size - self.bar.n)
         now = time.monotonic()
+        self.checks.append((now, step))
         if not self.live and now - self.printed_at >= 60:
             self.printed_at = now
             steps_per_second = (step - self.start) / (now - self.began)
@@ -55,6 +57,14 @@ class Progress:
                 f"{images_per_second:.0f} images/s  {left} left in this epoch",
                 flush=True,
             )
+
+    def seconds_per_step(self) -> float:
+        """In the later half of the steps: the first ones may have waited for a compiler."""
+        end, last = self.checks[-1]
+        began, first = next(
+            c for c in reversed(self.checks[:-1]) if c[1] <= (self.start + last) / 2
+        )
+        return (end - began) / (last - first)
 
 
 def epoch_line(

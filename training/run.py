@@ -11,6 +11,7 @@ import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -37,13 +38,18 @@ from training import report, run_folder, transfer
 from training.attention_monitor import AttentionMonitor
 from training.environment import environment
 from training.evaluation import Evaluation, evaluate
+from training.optim import width_factor
 from training.progress import Progress, epoch_line
 from training.ranks import ALONE, Ranks
+from training.schedules import peak_lr
 from training.signals import Signals
+from training.summary import SHEET, summary_picture
 from training.task import Task
+from training.time_left import EpochCost, end_in_words, seconds_left
 from training.trainer import Trainer, split_micro_batches
 
 SAVE_EVERY = 50.0  # seconds; with a step and the save itself about a minute of work is at risk
+POINTS_EVERY = 2.0  # seconds between reports of the curves by step, each synced to the disk
 SAVE_SHARE = 0.02  # of the run's time: where a save takes over a second, there are fewer saves
 # Batch norm is recalibrated on a twelfth of the training images (3 % of a full-size epoch), at
 # least 512 and at most 1,024. With 256 images the accuracy is 0.2 to 0.5 points below that with
@@ -111,7 +117,7 @@ class Run:
             ranks=ranks,
         )
         self.best: dict | None = None
-        self.maps: Path | None = None  # the picture that the end of the run leaves
+        self.summary: Path | None = None  # the picture that the end of the run leaves
         self.finished = False
         if saved:
             self.trainer.load_state(saved)
@@ -127,6 +133,8 @@ class Run:
             self.eval_set, self.device, self.mean, self.std, self.config["input_size"]
         )
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
+        self.points_at = self.began = time.monotonic()
+        self.evaluated_in = 0.0  # seconds
 
     def training_batches(self) -> TrainBatches:
         """The training set, shuffled and augmented as the config says."""
@@ -203,22 +211,32 @@ class Run:
         self.folder = identity(self.run_dir)
         if resumed:  # not earlier: where resuming fails, the folder must stay as it is
             run_folder.prepare_to_write(self.run_dir, self.config)
-            report.truncate_after(self.run_dir, epoch or -1)
+            report.truncate_after(
+                self.run_dir, epoch or -1, self.trainer.global_step, eval_name=self.eval_name
+            )
         self.commands = run_folder.earlier_commands(self.run_dir) + [command]
         self.write_config()
         self.report = report.Report(self.run_dir, eval_name=self.eval_name)
         if epoch == 0:
-            self.report.start(command, self.config, self.hparams())
+            self.report.start(command, self.config)
+        self.report.tabs(self.hparams())
 
     def hparams(self) -> dict:
-        """The hyperparameters for TensorBoard. Few, as it ticks the first five in alphabetical
-        order; the whole config is there as text."""
-        names = ("batch_size", "epochs", "lr", "model", "recipe", "seed", "width")
-        return {name: self.config[name] for name in names}
+        """The hyperparameters for TensorBoard: those that most comparisons are about, and what
+        differs from the recipe."""
+        always = ("batch_size", "epochs", "lr", "model", "recipe", "seed", "width")
+        others = {"val_fraction": 0.0, "image_size": None, "sample": False}
+        unchanged = others | self.task.recipes[self.config["recipe"]]
+        changed = [name for name in unchanged if self.config[name] != unchanged[name]]
+        return {name: self.config[name] for name in dict.fromkeys([*always, *changed])}
 
     def write_config(self) -> None:
         """Write config.json."""
-        record = {
+        run_folder.write_config(self.run_dir, self.record())
+
+    def record(self) -> dict:
+        """The content of config.json."""
+        return {
             "commands": self.commands,
             "config": self.config,
             "resolved": {
@@ -226,6 +244,8 @@ class Run:
                 "compile": self.compiled,
                 "ranks": self.ranks.world_size,
                 "precision": self.config["precision"],
+                "peak_lr": peak_lr(self.config, len(self.trainer.batches))
+                * width_factor(self.config),
                 "checkpoint_activations": self.config["checkpoint_activations"],
             },
             "environment": environment(self.device),
@@ -238,19 +258,42 @@ class Run:
             "sanity": self.sanity,
             "finished": self.finished,
         }
-        run_folder.write_config(self.run_dir, record)
+
+    def tell_end(self, progress: Progress, started: float) -> bool:
+        """Print when the run will end, after an epoch that began at ``started``. Returns whether
+        that is known: not where the epoch had been trained before it was resumed."""
+        trainer, steps = self.trainer, len(self.trainer.batches)
+        done, trained = trainer.position.epoch, progress.checks[-1]
+        if done >= self.config["epochs"] or len(progress.checks) < 2:
+            return False
+        step = progress.seconds_per_step()
+        in_training = trained[0] - progress.began
+        forward = trainer.batches.images_per_step * self.evaluated_in / len(self.eval_set)
+        compiled = trainer.run_model is not trainer.parallel
+        cost = EpochCost(
+            step=step,
+            setup=max(0.0, in_training - step * (steps - progress.start)) if compiled else 0.0,
+            forward=forward,
+            rest=time.monotonic() - started - in_training,
+        )
+        on_gpu = self.device.type == "cuda"
+        left = seconds_left(self.config, steps, done, cost, on_gpu=on_gpu)
+        print(end_in_words(left, datetime.now()), flush=True)
+        return True
 
     def train(self) -> Evaluation:
         """Train from the current position to the end. Returns the last evaluation.
 
         Raises Interrupted, after saving, on a signal or when standard output is closed."""
-        trainer, epochs, last = self.trainer, self.config["epochs"], None
+        trainer, epochs, last, told = self.trainer, self.config["epochs"], None, False
         with Signals() as signals:
             try:
                 while trainer.position.epoch < epochs:
+                    started = time.monotonic()
                     with Progress(trainer, epochs) as progress:
                         trainer.train_epoch(signals, functools.partial(self.on_check, progress))
                     last = self.finish_epoch(signals)
+                    told = told or self.tell_end(progress, started)
             except Interrupted:
                 self.save()
                 # the signal may have reached another rank only
@@ -271,20 +314,28 @@ class Run:
         return last
 
     def finish(self, last: Evaluation) -> None:
-        """Draw the attention maps, and mark the run as finished in its report, checkpoint and
+        """Draw the summary, and mark the run as finished in its report, checkpoint and
         config.json."""
         if self.ranks.is_main:
-            self.draw_maps()  # before the run counts as finished: then --resume would not draw them
+            self.draw_summary(last)  # before the run counts as finished: --resume would not draw it
             self.finished = True
-            metrics = {"loss": last.loss, "top1": last.top1, "top5": last.top5}
-            self.report.finish(self.config["epochs"], self.hparams(), metrics)
+            self.report.finish()
             self.save()
             self.write_config()
 
     def on_check(self, progress: Progress, step: int, loss: float) -> None:
-        """Show the progress and save if it is time (see Trainer.train_epoch)."""
+        """Show the progress, report it and save if it is time (see Trainer.train_epoch)."""
         progress.at(step, loss)
+        if time.monotonic() - self.points_at >= POINTS_EVERY:
+            self.report_points()
         self.save_when_due()
+
+    def report_points(self) -> None:
+        """Report the curves by step up to here."""
+        points = self.trainer.take_points()
+        if self.ranks.is_main:
+            self.report.steps(points)
+        self.points_at = time.monotonic()
 
     def finish_epoch(self, should_stop: Callable[[], bool]) -> Evaluation:
         """Evaluate, report and save an epoch whose steps are done."""
@@ -293,6 +344,7 @@ class Run:
         trainer.check_weights()
         result = self.evaluate(should_stop)
         row |= {"eval_loss": result.loss, "eval_top1": result.top1, "eval_top5": result.top5}
+        self.report_points()
         if self.ranks.is_main:
             self.report_attention(epoch)
             self.report.epoch(row)
@@ -328,14 +380,26 @@ class Run:
             overlays=every > 0 and (epoch % every == 0 or is_last),
         )
 
-    def draw_maps(self) -> None:
-        """Write maps.png, unless the network has no attention or pictures are turned off."""
+    def draw_summary(self, last: Evaluation) -> None:
+        """Write summary.png, unless pictures are turned off."""
         if not self.config["overlay_every"]:
             return
-        sheet = self.attention.sheet(self.trainer.eval_model, self.trainer.precision)
-        if sheet is not None:
-            self.check_folder()
-            self.maps = run_folder.write_maps(self.run_dir, sheet)
+        model, eight = self.trainer.eval_model, evenly_spread(8, len(self.eval_set))
+        picture = summary_picture(
+            self.config,
+            self.record(),
+            report.rows_of(self.run_dir),
+            last,
+            eval_name=self.eval_name,
+            curve_name=self.eval_name,
+            images=len(self.eval_set),
+            epoch=self.trainer.position.epoch,
+            sheet=self.attention.sheet(
+                model, self.trainer.precision, eight, **SHEET, legend=bool(model.levels)
+            ),
+        )
+        self.check_folder()
+        self.summary = run_folder.write_summary(self.run_dir, picture)
 
     def evaluate(self, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
         """Loss and accuracy on the evaluation set, with recalibrated batch-norm statistics. Raises
@@ -349,7 +413,8 @@ class Run:
             self.config["input_size"],
             self.ranks.share(len(self.eval_set)),
         )
-        return evaluate(
+        started = time.monotonic()
+        result = evaluate(
             self.trainer.eval_model,
             batches,
             len(self.class_names),
@@ -357,6 +422,8 @@ class Run:
             should_stop,
             self.ranks,
         )
+        self.evaluated_in = time.monotonic() - started
+        return result
 
     def recalibration_batches(self) -> Iterator[Tensor]:
         """Training images (N, 3, H, W), evenly spread over the set and augmented as in training;
@@ -393,6 +460,7 @@ class Run:
     def save(self) -> None:
         """Write last.pt. Raises UserError where that fails, or where the weights have diverged."""
         self.trainer.check_weights()  # diverged weights must not replace a good checkpoint
+        self.report_points()  # the checkpoint knows none before it
         started = time.monotonic()
         if self.ranks.is_main:
             self.check_folder()

@@ -30,12 +30,13 @@ from common.files import (
 )
 from common.process import quoted
 from explain.pictures import is_own_picture, png_bytes
+from training.event_files import TRAIN
 from training.options import MAY_CHANGE
 
 BEST_NAME = "best.pt"
-MAPS_NAME = "maps.png"
+SUMMARY_NAME = "summary.png"
 # What a run writes besides TensorBoard's event files. The folder of a new run must hold none of it.
-RUN_FILES = ("config.json", "metrics.csv", CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME, MAPS_NAME)
+RUN_FILES = ("config.json", "metrics.csv", CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME, SUMMARY_NAME)
 
 
 def save_file(path: Path, saved: dict, previous: Path | None = None) -> None:
@@ -161,11 +162,11 @@ def newest_unfinished(runs: Path) -> Path:
     raise UserError(f"--resume: {problem}; name the run's folder", 2)
 
 
-def write_maps(run_dir: Path, sheet: np.ndarray) -> Path:
-    """Write maps.png, over that of this run's earlier end; a picture of somebody else's stays, and
-    the new one gets another name. Returns its path."""
-    path = free_path(run_dir / MAPS_NAME, is_own_picture)
-    replace_file(path, lambda file: file.write(png_bytes(sheet)))
+def write_summary(folder: Path, picture: np.ndarray) -> Path:
+    """Write summary.png, over that of this run's earlier end; a picture of somebody else's stays,
+    and the new one gets another name. Returns its path."""
+    path = free_path(folder / SUMMARY_NAME, is_own_picture)
+    replace_file(path, lambda file: file.write(png_bytes(picture)))
     return path
 
 
@@ -179,6 +180,16 @@ def write_config(run_dir: Path, record: dict) -> None:
 
 def read_config(run_dir: Path) -> dict:
     return json.loads((run_dir / "config.json").read_text("utf-8-sig"))
+
+
+def record_of(run_dir: Path, config: dict) -> dict:
+    """What config.json says in the folder of a checkpoint with this config; {} where it is lost,
+    damaged or another run's."""
+    try:
+        settings = upgrade_config(read_settings(run_dir))
+        return {} if differences(config, settings) else read_config(run_dir)
+    except (OSError, ValueError):
+        return {}
 
 
 def read_settings(run_dir: Path) -> dict:
@@ -225,7 +236,7 @@ def new_folder(candidates: Iterator[Path]) -> Iterator[Path]:
 def check_new(run_dir: Path) -> None:
     """Raises UserError where a new run in this folder would overwrite something, or mix its curves
     with others."""
-    found = [name for name in RUN_FILES if os.path.lexists(run_dir / name)]
+    found = [name for name in (*RUN_FILES, TRAIN) if os.path.lexists(run_dir / name)]
     found += sorted(path.name for path in run_dir.iterdir() if "tfevents" in path.name)
     if "config.json" in found or CHECKPOINT_NAME in found:
         raise UserError(

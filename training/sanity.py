@@ -10,7 +10,13 @@ from typing import NamedTuple
 
 import torch
 
-from common.checkpoint import CHECKPOINT_NAME, build_from_config, load_model, read_checkpoint
+from common.checkpoint import (
+    CHECKPOINT_NAME,
+    PREVIOUS_NAME,
+    build_from_config,
+    load_model,
+    read_checkpoint,
+)
 from common.device import choose_device, choose_precision, device_name, peak_memory_mib
 from data import ImageSet, eval_batch_size, evenly_spread, input_size, split
 from training import transfer
@@ -19,7 +25,7 @@ from training.estimate import MAX_TRIED, measure, most_that_fit, run_seconds
 from training.progress import format_duration
 from training.report import read_metrics
 from training.run import Run
-from training.run_folder import restore_random_states
+from training.run_folder import BEST_NAME, restore_random_states
 from training.schedules import parse_progressive
 from training.task import Task
 from training.trainer import Trainer
@@ -38,9 +44,11 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
 
 
-def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
+def sanity_pass(
+    task: Task, config: dict, run_dir: Path, command: str, *, keep: bool = False
+) -> int:
     """Run the pass in ``run_dir`` and print its table. Returns the exit status: 1 when a check
-    failed. Never downloads."""
+    failed. Never downloads. Once it has passed, its checkpoints are removed, unless ``keep``."""
     started = time.perf_counter()
     *sets, sample = task.data.sets_or_sample(config)
     train, evaluation = split(config, *sets)
@@ -78,8 +86,23 @@ def sanity_pass(task: Task, config: dict, run_dir: Path, command: str) -> int:
     run.report.close()
     passed = print_table(outcomes)
     print_estimate(config, cost, trainer, sizes, batch, peak, most)
-    print(f"Everything it wrote is in {run_dir}")
+    removed = ""
+    if passed and not keep:
+        size = remove_checkpoints(run_dir) / 2**20
+        removed = f"; its checkpoints ({size:,.0f} MiB) are removed (--keep keeps them)"
+    print(f"Everything it wrote is in {run_dir}{removed}")
     return 0 if passed else 1
+
+
+def remove_checkpoints(run_dir: Path) -> int:
+    """Remove the checkpoints of a pass, whose folder was a new one. Returns their size in bytes."""
+    size = 0
+    for name in (CHECKPOINT_NAME, PREVIOUS_NAME, BEST_NAME):
+        path = run_dir / name
+        if path.exists():
+            size += path.stat().st_size
+            path.unlink()
+    return size
 
 
 def weights_to_start_from(config: dict) -> tuple[str, str]:

@@ -31,6 +31,17 @@ def lr_at(config: dict, step: int, steps_per_epoch: int) -> float:
     raise ValueError(f"unknown schedule {config['schedule']!r}: {', '.join(SCHEDULES)}")
 
 
+def peak_lr(config: dict, steps_per_epoch: int) -> float:
+    """The highest rate of a run, at full width (see ``lr_at``)."""
+    total = config["epochs"] * steps_per_epoch
+    rising = int(config["warmup"] * total)
+    # Where a schedule peaks: around the warm-up's end, or at the first epochs at which the rate is
+    # doubled or halved.
+    turns = [rising + offset for offset in (-2, -1, 0, 1)]
+    turns += [number * config["halve_every"] * steps_per_epoch for number in range(4)]
+    return max(lr_at(config, min(max(0, step), total - 1), steps_per_epoch) for step in turns)
+
+
 def stages(config: dict, steps_per_epoch: int) -> list[tuple[float, float]]:
     """Progressive resizing: (factor on the side, share of the run at which it ends) of each stage
     before the full size.

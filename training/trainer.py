@@ -11,6 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,14 @@ from training.ranks import ALONE, Ranks
 from training.schedules import input_size_at, lr_at
 
 
+class StepPoint(NamedTuple):
+    """A point of the curves by step."""
+
+    step: int  # optimizer steps of the run, this one included
+    loss: float  # mean training loss since the point before, in nats
+    lr: float  # learning rate of this step (see ``Trainer.rate_at``)
+
+
 @dataclasses.dataclass
 class TrainState:
     """The position of a run."""
@@ -37,6 +46,8 @@ class TrainState:
     seconds: float = 0.0  # of training in the current epoch
     # of the epoch's last step, per attention level
     gate_gradients: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    # the epoch's steps and summed loss at its last point of the curves by step
+    point: tuple[int, float] = (0, 0.0)
 
 
 class Trainer:
@@ -49,6 +60,7 @@ class Trainer:
     SYNC_EVERY = 1.0
     # steps between reads with several ranks, which must read at the same step
     RANK_SYNC_EVERY = 20
+    POINTS = 50  # of the curves by step, per epoch, about
 
     def __init__(
         self,
@@ -90,6 +102,9 @@ class Trainer:
         # steps, on the host
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         self.summed = 0
+        # points of the curves by step that take_points has not read yet: (step of the epoch, sum)
+        self.point_sums: list[tuple[int, Tensor]] = []
+        self.point_every = max(1, round(len(batches) / self.POINTS))
         self.micro_batch = None if config["micro_batch"] == "auto" else config["micro_batch"]
         self.batch_norm = BatchNormPolicy(
             self.model,
@@ -168,6 +183,8 @@ class Trainer:
             self.step(images, labels)
             position.step += 1
             position.seconds = before + time.perf_counter() - started
+            if position.step % self.point_every == 0 or position.step == steps:
+                self.point_sums.append((position.step, self.sums[0].clone()))
             if position.step == steps:
                 position.gate_gradients = {
                     level: grad_norm(parameters)
@@ -332,6 +349,26 @@ class Trainer:
             raise self.diverged("the loss", int(finite) + 1)
         return loss_sum / self.images_summed if self.summed else math.nan
 
+    def take_points(self) -> list[StepPoint]:
+        """The points of the curves by step since the last call. Waits for the device. Called before
+        every save, so that none is missing, or twice there, after a resume."""
+        steps, points = len(self.batches), []
+        reached = [step for step, _ in self.point_sums]
+        sums = torch.stack([total for _, total in self.point_sums]).tolist() if reached else []
+        self.point_sums = []
+        for step, total in zip(reached, sums, strict=True):
+            step_before, total_before = self.position.point
+            images = (step - step_before) * self.batches.images_per_step
+            done = self.position.epoch * steps + step
+            points.append(StepPoint(done, (total - total_before) / images, self.rate_at(done - 1)))
+            self.position.point = (step, total)
+        return points
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of step ``step`` (from 0) of the run, of all weights but Muon's
+        filters and transferred ones."""
+        return lr_at(self.config, step, len(self.batches)) * width_factor(self.config)
+
     def check_weights(self) -> None:
         """Called before anything is saved. Raises UserError where a weight is not finite, whatever
         the losses were."""
@@ -353,11 +390,10 @@ class Trainer:
         """The training columns of metrics.csv, for the epoch that has just ended."""
         loss_sum, correct, _ = self.sums.tolist()
         images = self.images_summed
-        epoch, steps = self.position.epoch, len(self.batches)
-        rate = lr_at(self.config, epoch * steps + steps - 1, steps) * width_factor(self.config)
+        epoch = self.position.epoch
         return {
             "epoch": epoch + 1,
-            "lr": rate,
+            "lr": self.rate_at((epoch + 1) * len(self.batches) - 1),
             "train_loss": loss_sum / images,
             "train_top1": 100 * correct / images,
             "images_per_second": images / max(self.position.seconds, 1e-9),
@@ -370,6 +406,7 @@ class Trainer:
         self.position = TrainState(epoch=self.position.epoch + 1)
         self.sums.zero_()
         self.summed = 0
+        self.point_sums = []
 
 
 def split_micro_batches(

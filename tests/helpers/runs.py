@@ -21,6 +21,7 @@ DRAWN = "--sample --width 0.0625 --batch-size 16 --device cpu --precision fp32".
 # tensorboard takes a picture's checksum in Python: it would be half of a test's time
 NARROW = [*DRAWN, "--overlay-every", "0"]
 MEASURED = ("images_per_second", "seconds", "peak_memory_mib")  # differ from run to run
+MEASURED_TAGS = ("run/images per second", "run/seconds", "run/peak memory, MiB")
 
 
 def config_of(task, *words) -> dict:
@@ -65,20 +66,24 @@ def assert_equal(a, b, where=""):
 
 
 def scalars_of(run_dir) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    return {
-        tag: [(e.step, e.value) for e in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-        if tag not in MEASURED
-    }
+    """The curves of a run by tag, those of its training by "train/" and the tag."""
+    curves = {}
+    for prefix, folder in (("", Path(run_dir)), ("train/", Path(run_dir, "train"))):
+        if folder.is_dir():
+            events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+            curves |= {
+                f"{prefix}{tag}": [(e.step, e.value) for e in events.Scalars(tag)]
+                for tag in events.Tags()["scalars"]
+                if tag not in MEASURED_TAGS
+            }
+    return curves
 
 
 def pictures_of(run_dir) -> list[Image.Image]:
-    """TensorBoard's pictures of a run, the last epoch's last."""
+    """TensorBoard's first picture of a run in each epoch, the last epoch's last."""
     events = EventAccumulator(str(run_dir), size_guidance={"images": 0}).Reload()
-    tag, *others = events.Tags()["images"]
-    assert not others
-    return [Image.open(io.BytesIO(e.encoded_image_string)) for e in events.Images(tag)]
+    first = min(events.Tags()["images"])
+    return [Image.open(io.BytesIO(e.encoded_image_string)) for e in events.Images(first)]
 
 
 def assert_runs_equal(hurt, unhurt):
@@ -95,9 +100,11 @@ def assert_runs_equal(hurt, unhurt):
         for d in (hurt, unhurt)
     ]
     assert rows[0] == rows[1]
-    assert scalars_of(hurt) == scalars_of(unhurt)
+    curves = scalars_of(hurt)
+    assert curves == scalars_of(unhurt)
     epochs = list(range(1, len(rows[0]) + 1))
-    assert [step for step, _ in scalars_of(hurt)["loss/train"]] == epochs
+    [loss] = {"train/results/loss", "train/results, val/loss"} & curves.keys()
+    assert [step for step, _ in curves[loss]] == epochs
     assert not [p.name for p in Path(hurt).iterdir() if TEMPORARY.fullmatch(p.name)]
 
 

@@ -57,6 +57,10 @@ class TensorBoard:
         """The newest text, as the HTML that the page shows."""
         return json.loads(self.get("plugin/text/text", run=run, tag=tag))[-1]["text"]
 
+    def custom_scalars(self) -> dict:
+        """The layout of the custom scalars tab."""
+        return json.loads(self.get("plugin/custom_scalars/layout"))
+
     def hparams(self) -> list[dict]:
         """The session groups of the hparams table: "hparams", "metricValues", "sessions"."""
         columns = self._post(

@@ -1,0 +1,58 @@
+"""When a run will end, from its first epoch."""
+
+from datetime import datetime
+
+import pytest
+
+from training.time_left import EpochCost, end_in_words, seconds_left, stage_of
+
+# ten epochs of ten steps: four of a quarter of the pixels, four of 9/16, two of all
+CONFIG = {
+    "epochs": 10,
+    "input_size": [32, 32],
+    "progressive": "0.5:0.4 0.75:0.8",
+    "progressive_from": 0,
+    "freeze_epochs": 0.0,
+}
+
+
+def test_stages_are_those_of_the_middle_of_an_epoch():
+    assert [stage_of(CONFIG, 10, epoch)[0] for epoch in range(10)] == (
+        4 * [0.25] + 4 * [0.5625] + 2 * [1.0]
+    )
+    frozen = CONFIG | {"freeze_epochs": 1.25}
+    assert [stage_of(frozen, 10, epoch)[1] for epoch in range(3)] == [True, False, False]
+
+
+def test_on_a_cpu_steps_take_their_share_of_the_pixels():
+    cost = EpochCost(step=1.0, setup=0.0, forward=9.9, rest=7.0)
+    expected = 10 * (3 * 1 + 4 * 2.25 + 2 * 4) + 9 * 7
+    assert seconds_left(CONFIG, 10, 1, cost, on_gpu=False) == pytest.approx(expected)
+    # after the sixth epoch, at 9/16
+    expected = 10 * (2 * 1 + 2 / 0.5625) + 4 * 7
+    assert seconds_left(CONFIG, 10, 6, cost, on_gpu=False) == pytest.approx(expected)
+    assert seconds_left(CONFIG, 10, 10, cost, on_gpu=False) == 0
+
+
+def test_a_step_of_a_frozen_trunk_takes_a_third():
+    config = CONFIG | {"freeze_epochs": 2.0, "progressive": "none"}
+    cost = EpochCost(step=1.0, setup=0.0, forward=0.0, rest=0.0)
+    assert seconds_left(config, 10, 1, cost, on_gpu=False) == pytest.approx(10 * (1 + 8 * 3))
+    assert seconds_left(config, 10, 3, cost, on_gpu=False) == pytest.approx(10 * 7)
+
+
+def test_on_a_gpu_a_small_image_takes_as_long_until_there_is_enough_work():
+    fast = EpochCost(step=1.0, setup=20.0, forward=0.2, rest=0.0)  # 0.6 at full size: not enough
+    # each later image size is compiled once
+    assert seconds_left(CONFIG, 10, 1, fast, on_gpu=True) == pytest.approx(10 * 9 + 2 * 20)
+    slow = EpochCost(step=1.0, setup=0.0, forward=1.0, rest=0.0)
+    expected = 10 * (3 * 1 + 4 * 3 * 0.5625 + 2 * 3)
+    assert seconds_left(CONFIG, 10, 1, slow, on_gpu=True) == pytest.approx(expected)
+
+
+def test_the_clock_tells_the_day_if_it_is_another():
+    evening = datetime(2026, 11, 26, 23, 44)
+    assert end_in_words(600, evening) == (
+        "About 10 min 00 s more: the run will end at about 23:54 (from this epoch's speed)."
+    )
+    assert "will end at about Fri 27 Nov 03:44 (" in end_in_words(4 * 3600, evening)

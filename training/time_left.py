@@ -1,0 +1,61 @@
+"""When a run will end, told once, after the first epoch: its speed is known then."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from training.progress import format_duration
+from training.schedules import input_size_at
+
+# A training step computes about three times what the network's forward pass does: its backward pass
+# needs the gradients of the activations and those of the weights. A frozen trunk only the first.
+STEP_IN_FORWARDS = 3
+
+
+class EpochCost(NamedTuple):
+    """What an epoch took, in seconds."""
+
+    step: float  # per optimizer step, once the kernels are compiled
+    setup: float  # beyond its steps: compiling the kernels, at the first of each image size
+    forward: float  # of a batch of the training's size, at full image size, as evaluated
+    rest: float  # evaluation, reports, saving
+
+
+def seconds_left(config: dict, steps: int, done: int, cost: EpochCost, *, on_gpu: bool) -> float:
+    """Seconds of the epochs after the first ``done`` ones of a run; ``cost`` is that of the last of
+    them. ``steps``: optimizer steps per epoch.
+
+    On a CPU a step takes its share of the pixels. A GPU takes as long for a small image until it
+    has enough work: there it is the same time, but at least that of the arithmetic."""
+    size, frozen = stage_of(config, steps, done - 1)
+    seconds, stages = 0.0, {(size, frozen)}
+    for epoch in range(done, config["epochs"]):
+        stage = later_size, later_frozen = stage_of(config, steps, epoch)
+        thawed = STEP_IN_FORWARDS if frozen and not later_frozen else 1
+        if on_gpu:
+            forwards = 1 if later_frozen else STEP_IN_FORWARDS
+            step = max(cost.step, forwards * cost.forward * later_size)
+        else:
+            step = cost.step * thawed * later_size / size
+        seconds += steps * step + cost.rest + (0.0 if stage in stages else cost.setup)
+        stages.add(stage)
+    return seconds
+
+
+def stage_of(config: dict, steps: int, epoch: int) -> tuple[float, bool]:
+    """The pixels of an epoch's (from 0) training images, as a share of the full size, and whether
+    the trunk is frozen: both in its middle."""
+    height, width = config["input_size"]
+    size = input_size_at(config, epoch * steps + steps // 2, steps) or (height, width)
+    return size[0] * size[1] / (height * width), epoch + 0.5 < config["freeze_epochs"]
+
+
+def end_in_words(seconds: float, now: datetime) -> str:
+    """The line that tells when a run will end: the clock's time, with the day if it is another."""
+    end = now + timedelta(seconds=seconds)
+    day = "" if end.date() == now.date() else f"{end:%a %d %b} "
+    return (
+        f"About {format_duration(seconds)} more: the run will end at about {day}{end:%H:%M} "
+        f"(from this epoch's speed)."
+    )
