@@ -461,6 +461,10 @@ def test_the_command_compares_real_runs(cli, unhurt):
     assert by_name["changed"][1] == f"{cell:.2f}"
     dropout = {"changed": "0.25", str(unhurt): "0.5"}
     assert row_of("dropout", out.split("\n")) == [dropout[first[-1]], dropout[second[-1]]]
+    status, _, err = cli("--compare", unhurt, "changed", "--epochs", 3, "--sort", "name")
+    assert status == 2 and "--sort goes with --evaluate" in err
+    status, _, err = cli("--compare", unhurt, "changed", "--epochs", 3)
+    assert status == 2 and err == "error: --compare only reads the runs: leave out --epochs\n"
     assert cli("--compare", "changed") == (
         2,
         "",

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from common.checkpoint import load_model
 from data import cifar_sample, to_input
 from explain.pictures import is_own_picture
+from tests.helpers.environment import ROOT
 from tests.helpers.runs import content_of, with_sample
 from train_cifar100 import TASK
 from training.environment import git_commit
@@ -241,6 +243,47 @@ def test_the_files_go_beside_the_checkpoint_and_are_listed(cli, unhurt, shuffled
     assert all(is_own_picture(folder / name) for name in NAMES if name.endswith(".png"))
 
 
+def test_the_summary_has_the_curves_of_its_own_run_alone(cli, unhurt, small_task):
+    heights = {}
+    for folder in ("whole", "other", "alone"):
+        Path(folder).mkdir()
+        shutil.copy(unhurt / "last.pt", folder)
+        if folder != "alone":
+            shutil.copy(unhurt / "metrics.csv", folder)
+            record = json.loads((unhurt / "config.json").read_text())
+            record["config"]["seed"] += folder == "other"  # then it is another run's
+            Path(folder, "config.json").write_text(json.dumps(record))
+        status, _, err = cli("--evaluate", f"{folder}/last.pt", "--device", "cpu", task=small_task)
+        assert status == 0, err
+        heights[folder] = Image.open(f"{folder}/summary.png").height
+    assert heights["whole"] > heights["other"] + 300  # the charts
+    assert heights["other"] == heights["alone"]
+
+
+@pytest.mark.skipif(not (ROOT / "data/cifar100").is_dir(), reason="no CIFAR-100 in data/")
+def test_on_the_10000_test_images_the_files_agree_with_what_is_printed(cli):
+    words = ["--data-dir", ROOT / "data", "--device", "cpu"]
+    network = ["--model", "vgg-att1-pc", "--width", 0.0625, "--keep", "--run-dir", "s"]
+    assert cli("--sanity", *network, *words, task=TASK)[0] == 0
+    status, out, err = cli("--evaluate", "s/last.pt", *words, task=TASK)
+    assert status == 0, err
+    printed = re.search(r"^loss (\S+)   top-1 (\S+) %   top-5 (\S+) %$", out, re.MULTILINE).groups()
+    assert "10,000 test images" in out
+    rows, record = rows_of("s/predictions.csv"), strict_json("s/evaluation.json")
+    assert [int(row["image"]) for row in rows] == list(range(10_000)) and record["images"] == 10_000
+    best = [[row["predicted"], *(row[f"predicted_{n}"] for n in range(2, 6))] for row in rows]
+    loss = sum(float(row["loss"]) for row in rows) / 10_000
+    top1 = sum(row["true"] == found[0] for row, found in zip(rows, best, strict=True)) / 100
+    top5 = sum(row["true"] in found for row, found in zip(rows, best, strict=True)) / 100
+    assert printed == (f"{record['loss']:.4f}", f"{top1:.2f}", f"{top5:.2f}")
+    assert (record["top1"], record["top5"]) == (pytest.approx(top1), pytest.approx(top5))
+    assert record["loss"] == pytest.approx(loss, abs=1e-5)
+    classes = rows_of("s/classes.csv")
+    assert len(classes) == 100 and {row["images"] for row in classes} == {"100"}
+    assert sum(int(row["correct"]) for row in classes) == round(100 * top1)
+    assert sum(int(row["predicted"]) for row in classes) == 10_000
+
+
 def test_missing_parents_of_out_are_made(evaluated):
     assert evaluated("--out", "a/b/c")[0] == 0
     assert {path.name for path in Path("a/b/c").iterdir()} == {*NAMES} and not Path("out").exists()
@@ -279,7 +322,7 @@ def test_files_of_somebody_elses_stay_and_ours_get_a_number(evaluated):
     Path("out/evaluation.json").write_text('{"top1": 99.0, "model": "mine"}')
     Path("out/predictions.csv").write_text("image,true,predicted\n0,cat,dog\n")
     Path("out/classes.csv").write_text("")
-    for name in ("confused.png", "mistakes.png"):
+    for name in ("confused.png", "mistakes.png", "summary.png"):
         Image.new("RGB", (8, 8), "red").save(f"out/{name}")
     before = content("out")
     numbered = {f"{stem}-2.{ending}" for stem, ending in (name.split(".") for name in NAMES)}
@@ -318,7 +361,7 @@ def test_without_mistakes_there_are_no_pictures_and_earlier_ones_go(evaluated, c
     )
     assert status == 0 and "top-1 100.00 %" in out, err
     assert out.endswith("  There are no mistakes to show in confused.png and mistakes.png.\n")
-    assert set(content("out")) == {*NAMES[:3], "mistakes.png"}
+    assert set(content("out")) == {*NAMES} - {"confused.png"}
     assert Path("out/mistakes.png").read_bytes() == theirs
     assert {(row["mistaken_for"], row["times"]) for row in rows_of("out/classes.csv")} == {
         ("", "0")

@@ -117,17 +117,18 @@ def test_hundreds_of_damaged_run_folders(tmp_path):
     """config.json, metrics.csv and the event files, as --resume reads them."""
     run, rng, cut = tmp_path / "run", random.Random(2), 0
     written = report.Report(run)
-    written.start("python train_cifar100.py", {"lr": 0.1}, {"lr": 0.1})
+    written.start("python train_cifar100.py", {"lr": 0.1})
+    written.tabs({"lr": 0.1})
     for epoch in range(1, 5):
         written.epoch(dict.fromkeys(report.METRIC_FIELDS, 0.5) | {"epoch": epoch})
     run_folder.write_config(
         run, {"commands": ["python train_cifar100.py"], "config": {"model": "vgg", "seed": 3}}
     )
-    originals = {path: path.read_bytes() for path in run.iterdir()}
-    assert len(originals) == 3
+    originals = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert len(originals) == 4
     for _ in range(250):
         shutil.rmtree(run)
-        run.mkdir()
+        (run / "train").mkdir(parents=True)
         for path, content in originals.items():
             path.write_bytes(content)
         path = rng.choice(sorted(originals))

@@ -336,4 +336,4 @@ def test_a_closed_pipe_stops_no_files(tmp_path, sampled):
         )
         == [(0, 1, "")] * 3
     )
-    assert all((tmp_path / name).exists() for name in ("b.json", "s/last.pt", "s/metrics.csv"))
+    assert all((tmp_path / name).exists() for name in ("b.json", "s/summary.png", "s/metrics.csv"))

@@ -165,4 +165,4 @@ def mean_interval_95(values: Tensor) -> tuple[float, float]:
         return math.nan, math.nan
     values = values.double()
     mean, spread = values.mean().item(), Z_95 * values.std().item() / math.sqrt(len(values))
-    return max(0.0, mean - spread), mean + spread
+    return max(mean - spread, 0.0), mean + spread  # in this order a NaN stays
