@@ -4,7 +4,7 @@ from datetime import datetime
 
 import pytest
 
-from training.time_left import EpochCost, end_in_words, seconds_left, stage_of
+from training.time_left import EpochCost, end_in_words, seconds_left, stage_at
 
 # ten epochs of ten steps: four of a quarter of the pixels, four of 9/16, two of all
 CONFIG = {
@@ -16,12 +16,18 @@ CONFIG = {
 }
 
 
-def test_stages_are_those_of_the_middle_of_an_epoch():
-    assert [stage_of(CONFIG, 10, epoch)[0] for epoch in range(10)] == (
+def test_stages_are_those_of_the_steps():
+    assert [stage_at(CONFIG, 10, epoch)[0] for epoch in range(10)] == (
         4 * [0.25] + 4 * [0.5625] + 2 * [1.0]
     )
     frozen = CONFIG | {"freeze_epochs": 1.25}
-    assert [stage_of(frozen, 10, epoch)[1] for epoch in range(3)] == [True, False, False]
+    assert [stage_at(frozen, 10, epoch)[1] for epoch in (0, 1, 1.25, 2)] == [1, 1, 0, 0]
+
+
+def test_the_image_size_may_change_within_an_epoch():
+    config = CONFIG | {"epochs": 5, "progressive": "0.5:0.5"}  # until 2.5
+    cost = EpochCost(step=1.0, setup=0.0, forward=0.0, rest=0.0)
+    assert seconds_left(config, 12, 1, cost, on_gpu=False) == pytest.approx(12 * (1.5 + 2.5 * 4))
 
 
 def test_on_a_cpu_steps_take_their_share_of_the_pixels():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from training.schedules import input_size_at
 # A training step computes about three times what the network's forward pass does: its backward pass
 # needs the gradients of the activations and those of the weights. A frozen trunk only the first.
 STEP_IN_FORWARDS = 3
+PARTS = 4  # of an epoch: what changes within it is counted to the quarter
 
 
 class EpochCost(NamedTuple):
@@ -28,27 +30,28 @@ def seconds_left(config: dict, steps: int, done: int, cost: EpochCost, *, on_gpu
 
     On a CPU a step takes its share of the pixels. A GPU takes as long for a small image until it
     has enough work: there it is the same time, but at least that of the arithmetic."""
-    size, frozen = stage_of(config, steps, done - 1)
-    seconds, stages = 0.0, {(size, frozen)}
-    for epoch in range(done, config["epochs"]):
-        stage = later_size, later_frozen = stage_of(config, steps, epoch)
-        thawed = STEP_IN_FORWARDS if frozen and not later_frozen else 1
+    measured = size, frozen = stage_at(config, steps, done - 1 / PARTS)
+    seconds, compiled = 0.0, {measured}
+    for part in range(done * PARTS, config["epochs"] * PARTS):
+        stage = later_size, later_frozen = stage_at(config, steps, part / PARTS)
         if on_gpu:
             forwards = 1 if later_frozen else STEP_IN_FORWARDS
             step = max(cost.step, forwards * cost.forward * later_size)
         else:
+            thawed = STEP_IN_FORWARDS if frozen and not later_frozen else 1
             step = cost.step * thawed * later_size / size
-        seconds += steps * step + cost.rest + (0.0 if stage in stages else cost.setup)
-        stages.add(stage)
+        setup = 0.0 if stage in compiled else cost.setup
+        seconds += (steps * step + cost.rest) / PARTS + setup
+        compiled.add(stage)
     return seconds
 
 
-def stage_of(config: dict, steps: int, epoch: int) -> tuple[float, bool]:
-    """The pixels of an epoch's (from 0) training images, as a share of the full size, and whether
-    the trunk is frozen: both in its middle."""
+def stage_at(config: dict, steps: int, epoch: float) -> tuple[float, bool]:
+    """After so many epochs: the pixels of the training images, as a share of the full size, and
+    whether the trunk is frozen."""
     height, width = config["input_size"]
-    size = input_size_at(config, epoch * steps + steps // 2, steps) or (height, width)
-    return size[0] * size[1] / (height * width), epoch + 0.5 < config["freeze_epochs"]
+    size = input_size_at(config, math.ceil(epoch * steps), steps) or (height, width)
+    return size[0] * size[1] / (height * width), epoch < config["freeze_epochs"]
 
 
 def end_in_words(seconds: float, now: datetime) -> str:
