@@ -127,6 +127,7 @@ class AttentionMonitor:
         """A contact sheet, (H, W, 3) uint8."""
         maps = {level: model.map_of(level, s).cpu().numpy() for level, s in scores.items()}
         titles = self.titles(labels.tolist(), logits)
+        options = {"legend": bool(maps), **options}
         return attention_sheet(images.cpu().numpy(), maps, titles, **options)
 
     def warn(self) -> None:

@@ -168,7 +168,7 @@ def truncate_events(run_dir: Path, epoch: int, step: int, eval_name: str) -> Non
             sources = [("", path) for path in since_merged(files[""])]
         for source, path in sources:
             for event in read_summaries(path):
-                [value] = event.summary.value
+                value = event.summary.value[0]  # a Report writes no more
                 place, value.tag = places.get((source, value.tag), (source, value.tag))
                 end = step if value.tag.endswith(BY_STEP) else epoch
                 if place == folder and event.step <= end and value.tag not in anew:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attention_model import Network
 from common.checkpoint import FORMAT, build_from_config
-from common.device import choose_compile, choose_device, choose_precision
+from common.device import choose_compile, choose_device, choose_precision, synced_time
 from common.errors import Interrupted, UserError
 from common.files import identity
 from data import (
@@ -134,7 +134,6 @@ class Run:
         )
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         self.points_at = self.began = time.monotonic()
-        self.evaluated_in = 0.0  # seconds
 
     def training_batches(self) -> TrainBatches:
         """The training set, shuffled and augmented as the config says."""
@@ -268,18 +267,36 @@ class Run:
             return False
         step = progress.seconds_per_step()
         in_training = trained[0] - progress.began
-        forward = trainer.batches.images_per_step * self.evaluated_in / len(self.eval_set)
         compiled = trainer.run_model is not trainer.parallel
+        on_gpu = self.device.type == "cuda"
         cost = EpochCost(
             step=step,
             setup=max(0.0, in_training - step * (steps - progress.start)) if compiled else 0.0,
-            forward=forward,
+            forward=self.seconds_of_forward() if on_gpu else 0.0,
             rest=time.monotonic() - started - in_training,
         )
-        on_gpu = self.device.type == "cuda"
         left = seconds_left(self.config, steps, done, cost, on_gpu=on_gpu)
         print(end_in_words(left, datetime.now()), flush=True)
         return True
+
+    @torch.no_grad()
+    def seconds_of_forward(self) -> float:
+        """Seconds that the network takes for a training batch at full image size, without
+        gradients. (An evaluation's own time would not do: the first one sets up kernels.)"""
+        model, size = self.trainer.eval_model, self.config["input_size"]
+        count = min(self.trainer.batches.images_per_step, eval_batch_size(size, self.device))
+        batch = torch.zeros(count, 3, *size, device=self.device)
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        was_training = model.training
+        model.eval()
+        with self.trainer.precision.context():
+            model(batch)
+            started = synced_time(self.device)
+            model(batch)
+            seconds = synced_time(self.device) - started
+        model.train(was_training)
+        share = self.trainer.batches.images_per_step / self.ranks.world_size
+        return seconds * share / count
 
     def train(self) -> Evaluation:
         """Train from the current position to the end. Returns the last evaluation.
@@ -394,9 +411,7 @@ class Run:
             curve_name=self.eval_name,
             images=len(self.eval_set),
             epoch=self.trainer.position.epoch,
-            sheet=self.attention.sheet(
-                model, self.trainer.precision, eight, **SHEET, legend=bool(model.levels)
-            ),
+            sheet=self.attention.sheet(model, self.trainer.precision, eight, **SHEET),
         )
         self.check_folder()
         self.summary = run_folder.write_summary(self.run_dir, picture)
@@ -413,8 +428,7 @@ class Run:
             self.config["input_size"],
             self.ranks.share(len(self.eval_set)),
         )
-        started = time.monotonic()
-        result = evaluate(
+        return evaluate(
             self.trainer.eval_model,
             batches,
             len(self.class_names),
@@ -422,8 +436,6 @@ class Run:
             should_stop,
             self.ranks,
         )
-        self.evaluated_in = time.monotonic() - started
-        return result
 
     def recalibration_batches(self) -> Iterator[Tensor]:
         """Training images (N, 3, H, W), evenly spread over the set and augmented as in training;

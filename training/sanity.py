@@ -341,11 +341,14 @@ def print_estimate(
     cut = ""
     if batch != config["batch_size"]:
         cut = f" (measured with {batch} images per step instead of {config['batch_size']})"
-    memory = "GPU" if device.type == "cuda" else "resident"
+    memory, advice = "GPU", ""
+    if device.type == "cpu":
+        memory = "resident"
+        advice = " If other programs are running now, less; the first epoch tells more."
     print(
         f"On {device_name(device)}, {trainer.config['precision']}: about "
         f"{format_duration(seconds / epochs)} per epoch of {sizes[0]:,} images, "
-        f"{format_duration(seconds)} for {epochs} epochs{cut}.\n"
+        f"{format_duration(seconds)} for {epochs} epochs{cut}.{advice}\n"
         f"Peak memory {peak:,.0f} MiB ({memory})."
     )
     if most is not None:

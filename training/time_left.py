@@ -20,7 +20,7 @@ class EpochCost(NamedTuple):
 
     step: float  # per optimizer step, once the kernels are compiled
     setup: float  # beyond its steps: compiling the kernels, at the first of each image size
-    forward: float  # of a batch of the training's size, at full image size, as evaluated
+    forward: float  # of a batch of the training's size, at full image size; on a GPU
     rest: float  # evaluation, reports, saving
 
 
