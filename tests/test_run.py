@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data import cifar_sample
-from tests.helpers.runs import NARROW, config_of, content_of, with_sample
+from tests.helpers.runs import NARROW, content_of, with_sample
 from train_cifar100 import TASK
 from training import commands, run
 from training.report import read_metrics
@@ -83,20 +83,6 @@ def test_small_images_are_said(train):
 def test_the_average_of_a_run_of_a_few_steps_is_the_weights_themselves(train):
     folder, out = train("--batch-size", 100, "--epochs", 1)  # 2 % of 15 steps are less than one
     assert weights_are_the_averages(folder) and "lags" not in out
-
-
-def test_timing_the_network_changes_nothing(tmp_path):
-    task = with_sample(TASK, lambda config: cifar_sample(train_per_class=8, test_per_class=2))
-    config = config_of(task, *NARROW)
-    sets = task.data.sets(config, download=False)
-    ours = run.Run(task, config, tmp_path, *sets)
-    ours.trainer.model.train()
-    before = {name: value.clone() for name, value in ours.trainer.eval_model.state_dict().items()}
-    states = torch.get_rng_state()
-    assert 0 < ours.seconds_of_forward() < 60
-    assert ours.trainer.model.training and torch.equal(torch.get_rng_state(), states)
-    after = ours.trainer.eval_model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_statistics_are_of_a_twelfth_of_the_images_within_bounds():

@@ -1,10 +1,25 @@
 """When a run will end, from its first epoch."""
 
+import types
 from datetime import datetime
 
 import pytest
+import torch
 
-from training.time_left import EpochCost, end_in_words, seconds_left, stage_at
+from data import cifar_sample
+from tests.helpers.runs import NARROW, config_of, with_sample
+from train_cifar100 import TASK
+from training import time_left
+from training.progress import Progress
+from training.run import Run
+from training.time_left import (
+    EpochCost,
+    end_in_words,
+    epoch_cost,
+    seconds_left,
+    seconds_of_forward,
+    stage_at,
+)
 
 # ten epochs of ten steps: four of a quarter of the pixels, four of 9/16, two of all
 CONFIG = {
@@ -62,3 +77,31 @@ def test_the_clock_tells_the_day_if_it_is_another():
         "About 10 min 00 s more: the run will end at about 23:54 (from this epoch's speed)."
     )
     assert "will end at about Fri 27 Nov 03:44 (" in end_in_words(4 * 3600, evening)
+
+
+def test_timing_the_network_changes_nothing(tmp_path):
+    task = with_sample(TASK, lambda config: cifar_sample(train_per_class=8, test_per_class=2))
+    config = config_of(task, *NARROW)
+    sets = task.data.sets(config, download=False)
+    ours = Run(task, config, tmp_path, *sets)
+    ours.trainer.model.train()
+    before = {name: value.clone() for name, value in ours.trainer.eval_model.state_dict().items()}
+    states = torch.get_rng_state()
+    assert 0 < seconds_of_forward(ours.trainer) < 60
+    assert ours.trainer.model.training and torch.equal(torch.get_rng_state(), states)
+    after = ours.trainer.eval_model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_cost_of_an_epoch_leaves_out_the_compiler_at_its_begin(monkeypatch):
+    trainer = types.SimpleNamespace(
+        run_model="compiled", parallel="plain", device=torch.device("cpu")
+    )
+    progress = Progress.__new__(Progress)
+    # compiled for 20 s, then 2 s per step; the last 8 of 10 steps of an epoch that was resumed
+    progress.steps, progress.start, progress.began = 10, 2, 100.0
+    progress.checks = [(100.0, 2), (122.0, 3), (128.0, 6), (136.0, 10)]
+    monkeypatch.setattr(time_left.time, "monotonic", lambda: 141.0)
+    assert epoch_cost(trainer, progress, 99.0) == EpochCost(2.0, 20.0, 0.0, 6.0)
+    trainer.run_model = trainer.parallel
+    assert epoch_cost(trainer, progress, 99.0).setup == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,24 @@ from training.report import Report
 # be read there, a sheet of many cannot.
 CARDS = 4
 CARD = {"min_side": 96, "max_side": 128, "sheet_width": 440, "margin": 4, "legend": False}
+
+
+class Seen(NamedTuple):
+    """N images and what a network sees in them, on the CPU."""
+
+    images: Tensor  # (N, H, W, 3) uint8
+    labels: Tensor  # (N,) int64
+    logits: Tensor  # (N, classes)
+    scores: dict[str, Tensor]  # of each level, (N, h, w)
+
+    def subset(self, indices: Tensor) -> Seen:
+        scores = {level: score[indices] for level, score in self.scores.items()}
+        return Seen(self.images[indices], self.labels[indices], self.logits[indices], scores)
+
+
+def maps_of(model: Network, seen: Seen) -> dict[str, np.ndarray]:
+    """The maps of each level, (N, h, w)."""
+    return {level: model.map_of(level, score).numpy() for level, score in seen.scores.items()}
 
 
 class AttentionMonitor:
@@ -56,13 +75,14 @@ class AttentionMonitor:
         epoch before did not have. The model's mode is restored."""
         if not model.levels:
             return
-        images, labels = self.images_and_labels(evenly_spread(self.IMAGES, len(self.eval_set)))
-        logits, scores = self.logits_and_scores(model, precision, images)
-        self.health = attention_health(scores, gate_gradients, model.sigmoid_levels)
+        seen = self.look(model, precision, evenly_spread(self.IMAGES, len(self.eval_set)))
+        self.health = attention_health(seen.scores, gate_gradients, model.sigmoid_levels)
         report.health(epoch, self.health)
         self.warn()
         if overlays:
-            report.overlays(epoch, self.cards(model, images, labels, logits, scores))
+            pairs = evenly_spread(2 * CARDS, len(seen.labels)).split(2)
+            sheets = [self.draw(model, seen.subset(pair), **CARD) for pair in pairs]
+            report.overlays(epoch, sheets)
 
     def sheet(
         self, model: Network, precision: Precision, indices: Tensor, **options: object
@@ -70,65 +90,29 @@ class AttentionMonitor:
         """A contact sheet, (H, W, 3) uint8, of the evaluation set's images ``indices`` (N,) with
         their maps, if the network has any. ``options``: of attention_sheet. The model's mode is
         restored."""
-        images, labels = self.images_and_labels(indices)
-        logits, scores = self.logits_and_scores(model, precision, images)
-        return self.draw(model, images, labels, logits, scores, **options)
-
-    def images_and_labels(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, H, W, 3) uint8 and (N,) int64."""
-        indices = indices.to(self.eval_set.images.device)
-        return self.eval_set.images[indices], self.eval_set.labels[indices]
+        return self.draw(model, self.look(model, precision, indices), **options)
 
     @torch.no_grad()
-    def logits_and_scores(
-        self, model: Network, precision: Precision, images: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(N, classes), and the scores of each level (N, h, w)."""
+    def look(self, model: Network, precision: Precision, indices: Tensor) -> Seen:
+        """What the network sees in the evaluation set's images ``indices`` (N,). Its mode is
+        restored."""
+        indices = indices.to(self.eval_set.images.device)
+        images, labels = self.eval_set.images[indices], self.eval_set.labels[indices]
         was_training = model.training
         model.eval()
         with precision.context():
             inputs = to_input(images.to(self.device), self.mean, self.std, self.size)
             logits, scores = model.logits_and_scores(inputs)
         model.train(was_training)
-        return logits, scores
-
-    def cards(
-        self,
-        model: Network,
-        images: Tensor,
-        labels: Tensor,
-        logits: Tensor,
-        scores: Mapping[str, Tensor],
-    ) -> list[np.ndarray]:
-        """Small sheets of two images each, (H, W, 3) uint8, for TensorBoard."""
-        images, labels, logits = images.cpu(), labels.cpu(), logits.cpu()
         scores = {level: score.cpu() for level, score in scores.items()}
-        return [
-            self.draw(
-                model,
-                images[two],
-                labels[two],
-                logits[two],
-                {level: score[two] for level, score in scores.items()},
-                **CARD,
-            )
-            for two in evenly_spread(2 * CARDS, len(images)).split(2)
-        ]
+        return Seen(images.cpu(), labels.cpu(), logits.cpu(), scores)
 
-    def draw(
-        self,
-        model: Network,
-        images: Tensor,
-        labels: Tensor,
-        logits: Tensor,
-        scores: Mapping[str, Tensor],
-        **options: object,
-    ) -> np.ndarray:
+    def draw(self, model: Network, seen: Seen, **options: object) -> np.ndarray:
         """A contact sheet, (H, W, 3) uint8."""
-        maps = {level: model.map_of(level, s).cpu().numpy() for level, s in scores.items()}
-        titles = self.titles(labels.tolist(), logits)
+        maps = maps_of(model, seen)
+        titles = self.titles(seen.labels.tolist(), seen.logits)
         options = {"legend": bool(maps), **options}
-        return attention_sheet(images.cpu().numpy(), maps, titles, **options)
+        return attention_sheet(seen.images.numpy(), maps, titles, **options)
 
     def warn(self) -> None:
         """Print the warnings that are new since the last epoch."""

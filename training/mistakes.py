@@ -25,7 +25,7 @@ from explain.pictures import (
     shown,
     wrap,
 )
-from training.attention_monitor import AttentionMonitor
+from training.attention_monitor import AttentionMonitor, maps_of
 from training.evaluation import EvaluatedCheckpoint, interval_95
 
 PAIRS = 10  # of classes, at most
@@ -173,12 +173,10 @@ def surest_mistakes(evaluated: EvaluatedCheckpoint) -> np.ndarray | None:
     if not len(indices):
         return None
     model, monitor = evaluated.model, monitor_of(evaluated)
-    images, _ = monitor.images_and_labels(indices)
+    seen = monitor.look(model, evaluated.precision, indices)
+    maps, pixels = maps_of(model, seen), seen.images.numpy()
     # The titles are of the evaluation's logits, not of these: the rounding of a batch of another
     # size may differ.
-    _, scores = monitor.logits_and_scores(model, evaluated.precision, images)
-    maps = {level: model.map_of(level, each).cpu().numpy() for level, each in scores.items()}
-    pixels = images.cpu().numpy()
     min_side, max_side = SHEET_SIDES.get(1 + len(maps), OTHER_SHEET_SIDES)
     width = (1 + len(maps)) * (shown(pixels[0], min_side, max_side).shape[1] + GAP) - GAP
     sheet = attention_sheet(

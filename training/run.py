@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attention_model import Network
 from common.checkpoint import FORMAT, build_from_config
-from common.device import choose_compile, choose_device, choose_precision, synced_time
+from common.device import choose_compile, choose_device, choose_precision
 from common.errors import Interrupted, UserError
 from common.files import identity
 from data import (
@@ -45,7 +45,7 @@ from training.schedules import peak_lr
 from training.signals import Signals
 from training.summary import SHEET, summary_picture
 from training.task import Task
-from training.time_left import EpochCost, end_in_words, seconds_left
+from training.time_left import end_in_words, epoch_cost, seconds_left
 from training.trainer import Trainer, split_micro_batches
 
 SAVE_EVERY = 50.0  # seconds; with a step and the save itself about a minute of work is at risk
@@ -261,42 +261,14 @@ class Run:
     def tell_end(self, progress: Progress, started: float) -> bool:
         """Print when the run will end, after an epoch that began at ``started``. Returns whether
         that is known: not where the epoch had been trained before it was resumed."""
-        trainer, steps = self.trainer, len(self.trainer.batches)
-        done, trained = trainer.position.epoch, progress.checks[-1]
+        done = self.trainer.position.epoch
         if done >= self.config["epochs"] or len(progress.checks) < 2:
             return False
-        step = progress.seconds_per_step()
-        in_training = trained[0] - progress.began
-        compiled = trainer.run_model is not trainer.parallel
+        cost, steps = epoch_cost(self.trainer, progress, started), len(self.trainer.batches)
         on_gpu = self.device.type == "cuda"
-        cost = EpochCost(
-            step=step,
-            setup=max(0.0, in_training - step * (steps - progress.start)) if compiled else 0.0,
-            forward=self.seconds_of_forward() if on_gpu else 0.0,
-            rest=time.monotonic() - started - in_training,
-        )
         left = seconds_left(self.config, steps, done, cost, on_gpu=on_gpu)
         print(end_in_words(left, datetime.now()), flush=True)
         return True
-
-    @torch.no_grad()
-    def seconds_of_forward(self) -> float:
-        """Seconds that the network takes for a training batch at full image size, without
-        gradients. (An evaluation's own time would not do: the first one sets up kernels.)"""
-        model, size = self.trainer.eval_model, self.config["input_size"]
-        count = min(self.trainer.batches.images_per_step, eval_batch_size(size, self.device))
-        batch = torch.zeros(count, 3, *size, device=self.device)
-        batch = batch.contiguous(memory_format=torch.channels_last)
-        was_training = model.training
-        model.eval()
-        with self.trainer.precision.context():
-            model(batch)
-            started = synced_time(self.device)
-            model(batch)
-            seconds = synced_time(self.device) - started
-        model.train(was_training)
-        share = self.trainer.batches.images_per_step / self.ranks.world_size
-        return seconds * share / count
 
     def train(self) -> Evaluation:
         """Train from the current position to the end. Returns the last evaluation.

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import time
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from training.progress import format_duration
+import torch
+
+from common.device import synced_time
+from data import eval_batch_size
+from training.progress import Progress, format_duration
 from training.schedules import input_size_at
+from training.trainer import Trainer
 
 # A training step computes about three times what the network's forward pass does: its backward pass
 # needs the gradients of the activations and those of the weights. A frozen trunk only the first.
@@ -22,6 +28,42 @@ class EpochCost(NamedTuple):
     setup: float  # beyond its steps: compiling the kernels, at the first of each image size
     forward: float  # of a batch of the training's size, at full image size; on a GPU
     rest: float  # evaluation, reports, saving
+
+
+def epoch_cost(trainer: Trainer, progress: Progress, started: float) -> EpochCost:
+    """The cost of an epoch that has just ended and was reported; it began at ``started``."""
+    step = progress.seconds_per_step()
+    trained_until, _ = progress.checks[-1]
+    in_training = trained_until - progress.began
+    compiled = trainer.run_model is not trainer.parallel
+    setup = in_training - step * (progress.steps - progress.start)
+    on_gpu = trainer.device.type == "cuda"
+    return EpochCost(
+        step=step,
+        setup=max(0.0, setup) if compiled else 0.0,
+        forward=seconds_of_forward(trainer) if on_gpu else 0.0,
+        rest=time.monotonic() - started - in_training,
+    )
+
+
+@torch.no_grad()
+def seconds_of_forward(trainer: Trainer) -> float:
+    """Seconds that the network takes for its share of a training batch at full image size, without
+    gradients. (An evaluation's own time would not do: the first one sets up kernels.)"""
+    model, size, device = trainer.eval_model, trainer.config["input_size"], trainer.device
+    share = trainer.batches.images_per_step / trainer.ranks.world_size
+    count = max(1, min(int(share), eval_batch_size(size, device)))
+    batch = torch.zeros(count, 3, *size, device=device)
+    batch = batch.contiguous(memory_format=torch.channels_last)
+    was_training = model.training
+    model.eval()
+    with trainer.precision.context():
+        model(batch)
+        started = synced_time(device)
+        model(batch)
+        seconds = synced_time(device) - started
+    model.train(was_training)
+    return seconds * share / count
 
 
 def seconds_left(config: dict, steps: int, done: int, cost: EpochCost, *, on_gpu: bool) -> float:
