@@ -294,13 +294,12 @@ def cpu_estimate(run: Run) -> str:
     height, width = run.config["input_size"]
     images = min(run.config["batch_size"], max(2, 16 * 32**2 // (height * width)))
     duration = format_duration(estimate.guess_seconds(run, images))
-    advice = ""
+    advice = " The first epoch tells more." if epochs > 1 else ""
     if run.config["width"] >= 0.5:
-        advice = " --width 0.25 takes a sixteenth of the arithmetic."
+        advice += " --width 0.25 takes a sixteenth of the arithmetic."
     return (
         f"No GPU: perhaps {duration} for the epochs ahead ({epochs}), a guess from a step on "
-        f"{images} images, too high if other programs are running. The first epoch tells "
-        f"more.{advice}"
+        f"{images} images, too high if other programs are running.{advice}"
     )
 
 
