@@ -102,7 +102,7 @@ def test_the_best_run_is_first_and_what_differs_stands_below(shown):
     make_run("runs/a", {}, {"eval_top1": 60.129, "seconds": 534.0})
     make_run("runs/b", {}, {"eval_top1": 61.0, "eval_loss": 1.23456}, lr=0.1, model="vgg")
     assert shown("runs/a", "runs/b/config.json") == [
-        "   test top-1  top-5    loss  train top-1  train loss  epoch  seconds  run, in runs",
+        "   test top-1  top-5    loss  train top-1  train loss  epoch  train s  run, in runs",
         "1       61.00  90.00  1.2346        70.00      1.2500    2/2    1,400  b",
         "2       60.13  90.00  1.5000        70.00      1.2500    2/2    1,234  a",
         "",

@@ -147,12 +147,12 @@ def test_the_numbers_of_the_result():
     assert numbers(record["config"], rows, _result(), 24) == {
         "top-5": "95.18 %",
         "cross-entropy loss": "0.860",
-        "after epoch": "24 of 30",
+        "epochs": "24 of 30",
         "training time": f"{seconds // 60:.0f} min {round(seconds) % 60:02d} s",
     }
     # five classes: top-5 says nothing; the first epochs are lost: the time is not known
     few = numbers(record["config"], rows[3:], _result(classes=5), 30)
-    assert set(few) == {"cross-entropy loss", "after epoch"}
+    assert set(few) == {"cross-entropy loss", "epochs"}
     unknown = [*rows, rows[-1] | {"seconds": None}]
     assert "training time" not in numbers(record["config"], unknown, _result(), 30)
 

@@ -42,7 +42,7 @@ HEADER = (
     "train top-1",
     "train loss",
     "epoch",
-    "seconds",
+    "train s",
     "run{}",
 )
 

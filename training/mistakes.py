@@ -76,8 +76,9 @@ def confused_pairs(evaluated: EvaluatedCheckpoint) -> np.ndarray | None:
         "The most confused pairs of classes",
         [
             *describe(evaluated),
-            "Ranked by the mistakes in both directions together. The images are the surest of "
-            f"these; below each: {NUMBER}, and the probability of the wrong class.",
+            "Ranked by the mistakes in both directions together. The images are those with "
+            "the highest probability of the wrong class; below each: "
+            f"{NUMBER}, and this probability.",
         ],
     )
 
@@ -193,7 +194,7 @@ def surest_mistakes(evaluated: EvaluatedCheckpoint) -> np.ndarray | None:
         title,
         [
             *describe(evaluated),
-            "The wrong classes with the highest probability. Above each image: "
+            "The mistakes that the network was most confident of. Above each image: "
             f"{NUMBER}, its class, and the class that was seen, with its probability.",
             *([] if maps else ["There are no attention maps: this network has no attention."]),
         ],

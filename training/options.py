@@ -98,7 +98,7 @@ def make_parser(task: Task) -> ArgumentParser:
         type=int_at_least(0),
         default=1,
         metavar="EPOCHS",
-        help="epochs between attention pictures; 0: none",
+        help="epochs between attention pictures; 0: none, and no summary.png at the end",
     )
     parser.add_argument_group(
         "constants of the recipe (--set NAME=VALUE)",
@@ -269,7 +269,7 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sanity",
         action="store_true",
-        help="one short epoch through every path of a real run, in a minute or two",
+        help="one short epoch through every path of a real run, in about a minute",
     )
     group.add_argument(
         "--resume",
@@ -283,14 +283,16 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
         "--evaluate",
         type=expanded_path,
         metavar="CHECKPOINT",
-        help="loss, top-1, top-5 and each class of a checkpoint, also as files and pictures",
+        help="loss, top-1, top-5, each class, each image and the mistakes of a checkpoint, also as "
+        "files and pictures",
     )
     group.add_argument(
         "--compare",
         nargs="+",
         type=expanded_path,
         metavar="RUN",
-        help="what differs between runs, and their last epochs, best first",
+        help="what differs between two or more runs (their folders), and their last epochs, best "
+        "first",
     )
     group.add_argument(
         "--benchmark",
@@ -304,13 +306,13 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
 
 def add_companions(parser: argparse.ArgumentParser) -> None:
     """Options that go with one mode alone (see ``check_companions``)."""
-    group = parser.add_argument_group("with one of these")
+    group = parser.add_argument_group("only with one of the above")
     group.add_argument(
         "--out",
         type=expanded_path,
         default=UNLESS_GIVEN,
         metavar="FOLDER",
-        help="of the files of --evaluate (default: the checkpoint's)",
+        help="where --evaluate writes its files (default: beside the checkpoint)",
     )
     group.add_argument(
         "--sort",
@@ -349,7 +351,7 @@ def constants_of(recipes: dict[str, dict]) -> list[str]:
 def examples(dataset: str) -> str:
     """The end of the help: a command line and its purpose, four times."""
     purposes = {
-        "--sanity": "every path of a run in a minute or two, and an estimate of the run's time",
+        "--sanity": "every path of a run in about a minute, and an estimate of the run's time",
         "--epochs 90 --set dropout=0.5": "a new run: longer, and with half of the authors' dropout",
         "--resume": f"resume the newest unfinished run in runs/{dataset}",
         f"--evaluate runs/{dataset}/RUN/last.pt": "loss, top-1, top-5 and each class of a run",

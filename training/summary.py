@@ -26,6 +26,7 @@ COMMAND_LINES, COMMAND_LINE_HEIGHT = 3, 21
 # of the maps' color scale.
 EVALUATED, TRAINED, TOP5 = (87, 16, 110), (196, 84, 20), (150, 116, 164)
 
+PROJECT = "Learn to Pay Attention, arXiv 1804.02391"
 SET_NAMES = {"val": "validation"}
 DATA_NAMES = {"cifar100": "CIFAR-100", "cub": "CUB-200-2011"}
 AUGMENTATIONS = ("crop_pad", "flip", "zoom", "jitter", "trivial_augment", "cutout")
@@ -111,7 +112,7 @@ def numbers(
     if len(result.class_counts) > 5:  # else it is 100 %
         found["top-5"] = f"{result.top5:.2f} %"
     found["cross-entropy loss"] = number_text(result.loss, 3)
-    found["after epoch"] = f"{epoch} of {config.get('epochs', epoch)}"
+    found["epochs"] = f"{epoch} of {config.get('epochs', epoch)}"
     seconds = [row.get("seconds") for row in rows]
     # of a metrics.csv that was lost and began again, the sum is not that of the run
     if rows and rows[0]["epoch"] == 1 and all(map(is_finite, seconds)):
@@ -231,7 +232,9 @@ def heading(
     image, draw = strip(width, 96)
     room = width - 2 * EDGE
     title = f"{config.get('model')} on {data_name(config, classes)}"
-    draw.text((EDGE, 56), shorten(title, font(30), room), INK, font(30), "ls")
+    title = shorten(title, font(30), room - font(15).getlength(PROJECT) - 24)
+    draw.text((EDGE, 56), title, INK, font(30), "ls")
+    draw.text((width - EDGE, 56), PROJECT, FAINT_INK, font(15), "rs")
     words = [f"{classes:,} classes"]
     trained_on = part(record, "data").get("images")
     if isinstance(trained_on, int):
@@ -360,7 +363,10 @@ def caption(width: int, model: str, name: str) -> Image.Image:
     """The title of the images."""
     image, draw = strip(width, 48)
     draw.line((EDGE, 0, width - EDGE, 0), FRAME)
-    title, more = "Where it looks", f"{name} images and the attention map of each gate"
+    title, more = (
+        "Where it looks",
+        f"{name} images, evenly spread over the set, and the attention map of each gate",
+    )
     if model in WITHOUT_ATTENTION:
         title, more = f"{name.capitalize()} images", ""
     draw.text((EDGE, 38), title, INK, font(20), "ls")
