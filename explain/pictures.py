@@ -206,14 +206,14 @@ def attention_sheet(
     # one block per image: its title and, side by side, its pictures
     title_height = 0 if titles is None else TITLE_HEIGHT
     block = len(heads) * (width + GAP) - GAP
-    block_step, row_step = block + BLOCK_GAP, title_height + height + 14
+    block_step, row_step = block + BLOCK_GAP, title_height + height + (14 if legend else 6)
     columns = min(count, max(1, (sheet_width - 2 * margin + BLOCK_GAP) // block_step))
     rows = math.ceil(count / columns)
     columns = math.ceil(count / rows)  # as many rows, filled more evenly
     top = margin + 6 + HEAD_LINE * lines
     size = (
         max(MIN_SHEET_WIDTH * legend, 2 * margin + columns * block_step - BLOCK_GAP),
-        top + rows * row_step + legend * (14 + margin),
+        top + rows * row_step + legend * 14 + margin,
     )
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)

@@ -170,7 +170,7 @@ def test_unprintable_names_are_escaped(shown):
 
 def test_three_seeds_on_a_gpu_have_the_mean_of_the_readme(shown):
     lines = shown(*(REFERENCE / f"gpu-cifar100-pc-{seed}" for seed in range(3)))
-    assert "These differ only in the seed: top-1 mean 78.67 %, sd 0.22 (3 runs)" in lines
+    assert "These differ in no setting but the seed: top-1 mean 78.67 %, sd 0.22 (3 runs)" in lines
     assert row_of("seed", lines) == ["1", "2", "0"]
     assert row_of("git_commit", lines) == ["5677650", "5677650", "e5b65af"]
 
@@ -184,11 +184,11 @@ def test_where_and_how_a_run_runs_is_no_difference_but_its_length_is(shown):
     make_run("b", {}, {"eval_top1": 62.0}, seed=1, data_dir="/data")
     make_run("c", {}, {}, {"eval_top1": 90.0}, seed=2, epochs=3)
     assert seed_lines(shown("a", "b")) == [
-        "These differ only in the seed: top-1 mean 61.00 %, sd 1.41 (2 runs)"
+        "These differ in no setting but the seed: top-1 mean 61.00 %, sd 1.41 (2 runs)"
     ]
     assert not seed_lines(shown("a", "c"))
     assert seed_lines(shown("a", "b", "c")) == [
-        "2, 3 differ only in the seed: top-1 mean 61.00 %, sd 1.41 (2 runs)"
+        "2, 3 differ in no setting but the seed: top-1 mean 61.00 %, sd 1.41 (2 runs)"
     ]
 
 
@@ -197,7 +197,8 @@ def test_only_runs_at_their_end_count_for_the_mean(shown):
         make_run(str(seed), {}, {"eval_top1": top1}, seed=seed)
     write_rows(Path("2"), [{"eval_top1": 10.0}])
     assert seed_lines(shown(*"012")) == [
-        "These differ only in the seed: top-1 mean 61.00 %, sd 1.41 (2 runs; 1 unfinished)"
+        "These differ in no setting but the seed: top-1 mean 61.00 %, sd 1.41 "
+        "(2 runs; 1 unfinished)"
     ]
     assert not seed_lines(shown(*"02"))
 
@@ -206,7 +207,7 @@ def test_a_repeated_seed_is_said(shown):
     for name, seed, top1 in (("a", 0, 60.0), ("b", 1, 62.0), ("c", 1, 64.0)):
         make_run(name, {}, {"eval_top1": top1}, seed=seed)
     assert seed_lines(shown(*"abc")) == [
-        "These differ only in the seed: top-1 mean 62.00 %, sd 2.00 (3 runs of 2 seeds)"
+        "These differ in no setting but the seed: top-1 mean 62.00 %, sd 2.00 (3 runs of 2 seeds)"
     ]
     assert not seed_lines(shown(*"bc"))
 
@@ -366,7 +367,7 @@ def test_all_reference_runs_fit_in_100_columns(shown):
     assert [line[:7] for line in lines[1:end]] == sorted(line[:7] for line in lines[1:end])
     differing = lines[lines.index("setting           value (runs)") :]
     assert max(map(len, differing)) <= 100
-    assert "22-24 differ only in the seed: top-1 mean 55.94 %, sd 0.28 (3 runs)" in lines
+    assert "22-24 differ in no setting but the seed: top-1 mean 55.94 %, sd 0.28 (3 runs)" in lines
     assert lines[end + 1].endswith("(dataset, classes, evaluated on).")
 
 

@@ -133,7 +133,7 @@ def test_captions_and_notes_say_how_many_and_how_sure(monkeypatch):
         "0: 50 %",
         "1: 88 %",
         "3: 62 %",
-        "vgg-gap, width 0.0625, after epoch 2 of 3 (run/last.pt)",
+        "vgg-gap, width 0.0625, after 2 of 3 epochs (run/last.pt)",
         "3 mistakes in 6 test images: top-1 50.00 %, 95 % interval 18.76 to 81.24 %",
         "Images: a test",
     ):

@@ -16,10 +16,10 @@ from explain.pictures import attention_sheet, title_of
 from training.attention_health import LevelHealth, attention_health, health_warnings
 from training.report import Report
 
-# TensorBoard shrinks a picture to a card of about 365 x 215 pixels: two images with their maps can
-# be read there, a sheet of many cannot.
+# TensorBoard shows a picture in a card of about 365 x 215 pixels and drops rows of a larger one,
+# which text does not survive: two images with their maps fit.
 CARDS = 4
-CARD = {"min_side": 96, "max_side": 128, "sheet_width": 440, "margin": 4, "legend": False}
+CARD = {"min_side": 64, "max_side": 72, "sheet_width": 360, "margin": 2, "legend": False}
 
 
 class Seen(NamedTuple):

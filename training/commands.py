@@ -299,7 +299,7 @@ def cpu_estimate(run: Run) -> str:
         advice += " --width 0.25 takes a sixteenth of the arithmetic."
     return (
         f"No GPU: perhaps {duration} for the epochs ahead ({epochs}), a guess from a step on "
-        f"{images} images, too high if other programs are running.{advice}"
+        f"{images} images, much too high if other programs are running.{advice}"
     )
 
 
@@ -348,6 +348,7 @@ def print_result(run: Run, result: Evaluation) -> None:
         f"Checkpoint: {run.run_dir / CHECKPOINT_NAME}"
     )
     print(time_in_words(run))
+    print(f"Each class and the mistakes: --evaluate {quoted(run.run_dir / CHECKPOINT_NAME)}")
     if run.summary:
         print(f"Summary in a picture: {run.summary}")
     print(f"Curves: {tensorboard(run.run_dir.parent)}, then open http://localhost:6006")

@@ -282,7 +282,7 @@ def seed_note(runs: Sequence[RunSummary], numbers: Sequence[int]) -> str:
         count += f"; {len(group) - len(done)} unfinished"
     who = "These" if len(group) == len(runs) else ranges(numbers)
     return (
-        f"{who} differ only in the seed: top-1 mean {statistics.mean(top1):.2f} %, "
+        f"{who} differ in no setting but the seed: top-1 mean {statistics.mean(top1):.2f} %, "
         f"sd {statistics.stdev(top1):.2f} ({count})"
     )
 

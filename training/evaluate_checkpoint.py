@@ -118,7 +118,7 @@ def print_result(evaluated: EvaluatedCheckpoint) -> None:
     average = ", moving average of the weights" if saved["ema"] else ""
     print(
         f"{evaluated.path}: {config['model']}, width {config['width']:g}, "
-        f"after epoch {saved['position']['epoch']} of {config['epochs']}{average}"
+        f"after {evaluated.trained_for}{average}"
     )
     if saved["position"]["step"]:
         print(

@@ -142,6 +142,13 @@ class EvaluatedCheckpoint:
     seconds: float
     command: str  # the command line
 
+    @property
+    def trained_for(self) -> str:
+        """How long the weights were trained: "2 of 30 epochs"."""
+        position = self.saved["position"]
+        steps = f" and {position['step']} steps" if position["step"] else ""
+        return f"{position['epoch']}{steps} of {self.config['epochs']} epochs"
+
 
 # ---- intervals ----------------------------------------------------------------------------------
 

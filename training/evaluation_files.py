@@ -184,8 +184,9 @@ def run_summary(evaluated: EvaluatedCheckpoint) -> np.ndarray:
     the checkpoint is not in its run's folder."""
     folder, config = evaluated.path.parent, evaluated.config
     record, rows = run_folder.record_of(folder, evaluated.saved["config"]), []
-    if record:
-        rows = rows_of(folder)
+    position = evaluated.saved["position"]
+    if record:  # an earlier checkpoint has the curves up to it
+        rows = [row for row in rows_of(folder) if row["epoch"] <= position["epoch"]]
     eight = evenly_spread(8, len(evaluated.test))
     return summary_picture(
         config,
@@ -195,7 +196,8 @@ def run_summary(evaluated: EvaluatedCheckpoint) -> np.ndarray:
         eval_name="test",
         curve_name="val" if config["val_fraction"] else "test",
         images=len(evaluated.test),
-        epoch=evaluated.saved["position"]["epoch"],
+        epoch=position["epoch"],
+        steps=position["step"],
         sheet=monitor_of(evaluated).sheet(evaluated.model, evaluated.precision, eight, **SHEET),
     )
 
@@ -238,9 +240,7 @@ FILES = {
         as_png(confused_pairs), is_own_picture, "the most confused pairs of classes"
     ),
     "mistakes.png": FileKind(as_png(surest_mistakes), is_own_picture, "the surest mistakes"),
-    run_folder.SUMMARY_NAME: FileKind(
-        as_png(run_summary), is_own_picture, "the run on one sheet: curves, result, command, maps"
-    ),
+    run_folder.SUMMARY_NAME: FileKind(as_png(run_summary), is_own_picture, "the run on one sheet"),
 }
 
 

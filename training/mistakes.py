@@ -236,8 +236,7 @@ def describe(evaluated: EvaluatedCheckpoint) -> list[str]:
     total, mistakes = len(evaluated.test), len(evaluated.predictions.mistakes())
     low, high = interval_95(evaluated.result.top1, total)
     return [
-        f"{config['model']}, width {config['width']:g}, after epoch "
-        f"{evaluated.saved['position']['epoch']} of {config['epochs']} "
+        f"{config['model']}, width {config['width']:g}, after {evaluated.trained_for} "
         f"({printable(path.parent.name)}/{printable(path.name)})",
         f"{mistakes:,} mistake{'s' if mistakes != 1 else ''} in {total:,} test images: "
         f"top-1 {evaluated.result.top1:.2f} %, 95 % interval {low:.2f} to {high:.2f} %",

@@ -344,7 +344,7 @@ def print_estimate(
     memory, advice = "GPU", ""
     if device.type == "cpu":
         memory = "resident"
-        advice = " If other programs are running now, less; the first epoch tells more."
+        advice = " Much too high if other programs are running; the first epoch tells more."
     print(
         f"On {device_name(device)}, {trainer.config['precision']}: about "
         f"{format_duration(seconds / epochs)} per epoch of {sizes[0]:,} images, "

@@ -15,6 +15,7 @@ from common.errors import printable
 from explain.pictures import FAINT_INK, FRAME, INK, MARGIN, PAPER, shorten, wrap
 from training.charts import Line, is_finite, line_chart, number_text
 from training.evaluation import Evaluation, interval_95
+from training.optim import width_factor
 from training.progress import format_duration, in_pixels
 from training.schedules import stages
 
@@ -49,6 +50,7 @@ def summary_picture(
     curve_name: str,
     images: int,
     epoch: int,
+    steps: int = 0,
     sheet: np.ndarray,
 ) -> np.ndarray:
     """A sheet about a run, (H, W, 3) uint8, 1,400 pixels wide, or more if ``sheet`` needs it.
@@ -58,7 +60,7 @@ def summary_picture(
         record: what config.json holds; what it lacks is left out.
         rows: of metrics.csv; without any there are no charts.
         result: of the evaluation of ``images`` images of ``eval_name``, "test" or "val", with the
-            weights after ``epoch`` epochs.
+            weights after ``epoch`` epochs and ``steps`` optimizer steps.
         curve_name: "test" or "val": what the eval_ columns of ``rows`` are of.
         sheet: images with their maps, (h, w, 3) uint8, MARGIN free around them (see
             attention_sheet).
@@ -68,7 +70,7 @@ def summary_picture(
     name = SET_NAMES.get(eval_name, eval_name)
     strips = [
         heading(width, config, record, classes),
-        results(width, headline(result, name, images), numbers(config, rows, result, epoch)),
+        results(width, headline(result, name, images), numbers(config, rows, result, epoch, steps)),
         fact_table(width, facts(config, record, rows)),
         command_panel(width, commands_of(record)),
         *charts(width, config, record, rows, SET_NAMES.get(curve_name, curve_name), classes),
@@ -106,6 +108,7 @@ def numbers(
     rows: Sequence[Mapping[str, float | None]],
     result: Evaluation,
     epoch: int,
+    steps: int = 0,
 ) -> dict[str, str]:
     """The smaller numbers of the result: {what it is: number}."""
     found = {}
@@ -113,6 +116,8 @@ def numbers(
         found["top-5"] = f"{result.top5:.2f} %"
     found["cross-entropy loss"] = number_text(result.loss, 3)
     found["epochs"] = f"{epoch} of {config.get('epochs', epoch)}"
+    if steps:  # the statistics of batch norm are not recalibrated there
+        found["epochs"] += f", and {steps} steps"
     seconds = [row.get("seconds") for row in rows]
     # of a metrics.csv that was lost and began again, the sum is not that of the run
     if rows and rows[0]["epoch"] == 1 and all(map(is_finite, seconds)):
@@ -128,8 +133,10 @@ def facts(
     """Settings and surroundings of the run, as far as they are known: {name: value}."""
     resolved, environment = part(record, "resolved"), part(record, "environment")
     size = config.get("input_size")
-    # older records lack it; the rows have the last rate of each epoch
-    rates = [rate for rate in (config.get("lr"), *(row.get("lr") for row in rows)) if rate]
+    # older records lack it; the rows have the last rate of each epoch, which is about the peak
+    rates = [row.get("lr") or 0 for row in rows]
+    if rows and config.get("lr"):
+        rates.append(config["lr"] * width_factor({"width": 1, "lr_by_width": 0, **config}))
     peak = resolved.get("peak_lr") or max(rates, default=None)
     init_from, ranks = config.get("init_from"), resolved.get("ranks")
     device, commit = environment.get("device"), environment.get("git_commit")
@@ -282,7 +289,8 @@ def fact_table(width: int, facts: Mapping[str, str]) -> Image.Image:
 
 
 def command_panel(width: int, commands: Sequence[str]) -> Image.Image | None:
-    """The command that started the run, and how often it was resumed."""
+    """The command that started the run, how often it was resumed, and the last command that did:
+    it may have made the run longer."""
     if not commands:
         return None
     padding, text_font = 14, monospaced(15)
@@ -290,7 +298,9 @@ def command_panel(width: int, commands: Sequence[str]) -> Image.Image | None:
     lines = wrap(printable(commands[0]), text_font, room, COMMAND_LINES)
     resumed = len(commands) - 1
     if resumed:
-        lines.append(f"resumed {resumed} times" if resumed > 1 else "resumed once")
+        times = f"resumed {resumed} times, the last time" if resumed > 1 else "resumed once,"
+        last = f"{times} by  {printable(commands[-1])}"
+        lines.append(shorten(last, font(15), room))
     height = len(lines) * COMMAND_LINE_HEIGHT + 2 * padding
     image, draw = strip(width, height + 32)
     draw.rectangle((EDGE, 0, width - EDGE - 1, height - 1), PANEL)
