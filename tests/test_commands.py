@@ -3,7 +3,6 @@ move or change."""
 
 import argparse
 import contextlib
-import errno
 import json
 import os
 import re
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import train_cifar100
 import train_cub
@@ -24,7 +22,6 @@ from common.checkpoint import read_checkpoint
 from data import cifar_sample
 from tests.helpers.makers import make_folders
 from tests.helpers.runs import (
-    DRAWN,
     NARROW,
     assert_runs_equal,
     config_of,
@@ -33,7 +30,6 @@ from tests.helpers.runs import (
     signal_after,
     with_sample,
 )
-from tests.helpers.tensorboard_http import tensorboard_over
 from training import commands, run_folder
 from training import run as run_module
 from training.ranks import Ranks
@@ -64,6 +60,51 @@ def test_stopped_by_a_signal_and_resumed_equals_the_unhurt_run(
         Path("hurt/config.json").unlink()
     assert cli("--resume", "hurt")[0] == 0 and len(steps) == 24
     assert_runs_equal("hurt", unhurt)
+
+
+class Killed(BaseException):
+    """Ends a run where nothing can be saved, as SIGKILL does."""
+
+
+def test_the_curves_by_step_of_a_run_killed_twice_equal_the_unhurt_runs(tmp_path, monkeypatch):
+    """One epoch of 400 steps: a point every 8. Points are on the disk that are newer than the last
+    checkpoint, and the first ones after it begin in the middle of eight steps."""
+    monkeypatch.chdir(tmp_path)
+    images = cifar_sample(classes=4, train_per_class=400, test_per_class=2)
+    task = with_sample(train_cifar100.TASK, lambda config: images)
+    words = [*NARROW, "--model", "vgg-gap", "--batch-size", "4", "--epochs", "1", "--run-dir"]
+    monkeypatch.setattr(run_module, "POINTS_EVERY", 0.0)
+
+    def save_every_37(run):
+        if run.trainer.position.step % 37 == 0:
+            run.save()
+
+    monkeypatch.setattr(run_module.Run, "save_when_due", save_every_37)
+    assert commands.main(task, [*words, "unhurt"]) == 0
+    step = Trainer.step
+    for kill_at, command in ((141, [*words, "hurt"]), (290, ["--resume", "hurt"])):
+
+        def killed(trainer, *batch, kill_at=kill_at):
+            if trainer.position.step == kill_at:
+                raise Killed
+            step(trainer, *batch)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Trainer, "step", killed)
+            commands.main(task, command)
+        saved, reported = content_of("hurt")["position"], scalars_of("hurt")
+        newest = reported["train/results/loss by step"][-1][0]
+        assert saved["step"] == kill_at // 37 * 37 < newest == kill_at // 8 * 8
+        assert saved["step"] > saved["point"][0]
+    assert commands.main(task, ["--resume", "hurt"]) == 0
+    assert_runs_equal("hurt", "unhurt")
+    curves = scalars_of("hurt")
+    for tag in ("train/results/loss by step", "run/learning rate by step"):
+        assert [at for at, _ in curves[tag]] == list(range(8, 401, 8))
+    # the mean over all points is the epoch's
+    losses = [loss for _, loss in curves["train/results/loss by step"]]
+    assert np.mean(losses) == pytest.approx(curves["train/results/loss"][0][1], rel=1e-5)
+    assert curves["run/learning rate by step"][-1][1] == curves["run/learning rate"][0][1]
 
 
 def test_stopped_in_an_evaluation(cli, monkeypatch, unhurt):
@@ -402,7 +443,7 @@ def test_config_json_says_what_was_run(cli, unhurt):
     )
 
 
-# ---- the built-in sample, and what a run leaves to open -----------------------------------------
+# ---- the built-in sample ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", [train_cifar100, train_cub])
@@ -428,140 +469,3 @@ def test_sanity_and_benchmark_of_the_sample_keep_the_real_size(cli, monkeypatch,
     monkeypatch.setattr(commands, function, lambda task, config, *_, **__: seen.append(config) or 0)
     assert cli(f"--{mode}", "--sample")[0] == 0
     assert seen[0]["sample"] and (seen[0]["width"], seen[0]["epochs"]) == (1, 30)
-
-
-def test_a_run_ends_with_its_summary_and_says_what_to_open(cli):
-    status, out, _ = cli(*DRAWN, "--epochs", 1, "--run-dir", "r/one")
-    assert status == 0
-    assert "Summary in a picture: r/one/summary.png\n" in out
-    assert "--logdir r, then open http://localhost:6006" in out
-    assert re.search(r"^Took \d+ s\.$", out, re.MULTILINE)
-    first = np.asarray(Image.open("r/one/summary.png"))
-
-    status, out, _ = cli("--resume", "r/one", "--epochs", 2)
-    assert status == 0
-    assert re.search(r"^Took \d+ s since it was resumed; \d+ s of training in all\.$", out, re.M)
-    second = np.asarray(Image.open("r/one/summary.png"))
-    assert second.shape[1] == first.shape[1] and not np.array_equal(second, first)
-    assert not Path("r/one/summary-2.png").exists()
-
-
-class Killed(BaseException):
-    """Ends a run where nothing can be saved, as SIGKILL does."""
-
-
-def test_the_curves_by_step_of_a_run_killed_twice_equal_the_unhurt_runs(tmp_path, monkeypatch):
-    """One epoch of 400 steps: a point every 8. Points are on the disk that are newer than the last
-    checkpoint, and the first ones after it begin in the middle of eight steps."""
-    monkeypatch.chdir(tmp_path)
-    images = cifar_sample(classes=4, train_per_class=400, test_per_class=2)
-    task = with_sample(train_cifar100.TASK, lambda config: images)
-    words = [*NARROW, "--model", "vgg-gap", "--batch-size", "4", "--epochs", "1", "--run-dir"]
-    monkeypatch.setattr(run_module, "POINTS_EVERY", 0.0)
-
-    def save_every_37(run):
-        if run.trainer.position.step % 37 == 0:
-            run.save()
-
-    monkeypatch.setattr(run_module.Run, "save_when_due", save_every_37)
-    assert commands.main(task, [*words, "unhurt"]) == 0
-    step = Trainer.step
-    for kill_at, command in ((141, [*words, "hurt"]), (290, ["--resume", "hurt"])):
-
-        def killed(trainer, *batch, kill_at=kill_at):
-            if trainer.position.step == kill_at:
-                raise Killed
-            step(trainer, *batch)
-
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(Trainer, "step", killed)
-            commands.main(task, command)
-        saved, reported = content_of("hurt")["position"], scalars_of("hurt")
-        newest = reported["train/results/loss by step"][-1][0]
-        assert saved["step"] == kill_at // 37 * 37 < newest == kill_at // 8 * 8
-        assert saved["step"] > saved["point"][0]
-    assert commands.main(task, ["--resume", "hurt"]) == 0
-    assert_runs_equal("hurt", "unhurt")
-    curves = scalars_of("hurt")
-    for tag in ("train/results/loss by step", "run/learning rate by step"):
-        assert [at for at, _ in curves[tag]] == list(range(8, 401, 8))
-    # the mean over all points is the epoch's
-    losses = [loss for _, loss in curves["train/results/loss by step"]]
-    assert np.mean(losses) == pytest.approx(curves["train/results/loss"][0][1], rel=1e-5)
-    assert curves["run/learning rate by step"][-1][1] == curves["run/learning rate"][0][1]
-
-
-def test_the_end_of_a_run_is_foretold_after_its_first_epoch_once(cli):
-    _, out, _ = cli(*NARROW, "--epochs", 3, "--run-dir", "r")
-    lines = out.splitlines()
-    [told] = [line for line in lines if "the run will end at about" in line]
-    assert lines[lines.index(told) - 1].startswith("epoch 1/3  train")
-    assert re.fullmatch(
-        r"About \d+ s more: the run will end at about (\w+ \d+ \w+ )?\d\d:\d\d "
-        r"\(from this epoch's speed\)\.",
-        told,
-    )
-    _, out, _ = cli("--resume", "r", "--epochs", 5)
-    assert out.count("the run will end at about") == 1
-    _, out, _ = cli("--resume", "r", "--epochs", 6)  # its only epoch is its last
-    assert "the run will end at about" not in out
-
-
-def test_somebody_elses_summary_png_stays(cli):
-    assert cli(*NARROW, "--epochs", 1, "--run-dir", "r")[0] == 0
-    assert not Path("r/summary.png").exists()  # --overlay-every 0
-    Image.new("RGB", (8, 8)).save("r/summary.png")
-    before = Path("r/summary.png").read_bytes()
-    status, out, _ = cli("--resume", "r", "--epochs", 2, "--overlay-every", 1)
-    assert status == 0 and "Summary in a picture: r/summary-2.png\n" in out
-    assert Path("r/summary.png").read_bytes() == before
-
-    status, _, err = cli(*DRAWN, "--epochs", 1, "--run-dir", "r2")
-    assert status == 0
-    os.mkdir("r3")
-    shutil.copy("r2/summary.png", "r3")
-    status, _, err = cli(*DRAWN, "--epochs", 1, "--run-dir", "r3")
-    assert status == 2 and "r3 holds summary.png, which a run writes too" in err
-
-
-def test_a_folder_of_training_images_is_no_runs_folder(cli):
-    os.makedirs("photos/train/apple")
-    status, _, err = cli(*NARROW, "--epochs", 1, "--run-dir", "photos")
-    assert status == 2 and "photos holds train, which a run writes too" in err
-    assert [path.name for path in Path("photos").iterdir()] == ["train"]
-
-
-def test_a_summary_that_cannot_be_written_is_drawn_when_the_run_is_resumed(cli, monkeypatch):
-    def full(sheet):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "r/summary.png")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "png_bytes", full)
-        status, _, err = cli(*DRAWN, "--epochs", 1, "--run-dir", "r")
-    assert status == 1 and err == "error: r/summary.png: No space left on device\n"
-    assert not json.loads(Path("r/config.json").read_text())["finished"]
-    status, out, _ = cli("--resume", "r")
-    assert status == 0 and "Summary in a picture: r/summary.png\n" in out
-    assert [row["epoch"] for row in read_metrics(Path("r/metrics.csv"))] == [1]
-
-
-def test_the_summary_of_a_network_without_attention_has_no_maps(cli):
-    status, _, _ = cli(*DRAWN, "--model", "vgg-gap", "--epochs", 1, "--run-dir", "gap")
-    assert status == 0
-    status, _, _ = cli(*DRAWN, "--model", "vgg-att1-pc", "--epochs", 1, "--run-dir", "att")
-    assert status == 0
-    # eight images in a row or two, without maps beside them
-    assert Image.open("gap/summary.png").height < Image.open("att/summary.png").height
-
-
-def test_hparams_are_the_usual_ones_and_what_differs_from_the_recipe(cli):
-    words = ["--epochs", 1, "--set", "dropout=0.5", "--val-fraction", 0.25, "--run-dir", "r"]
-    assert cli(*NARROW, *words)[0] == 0
-    assert cli("--resume", "r", "--epochs", 2)[0] == 0
-    with tensorboard_over(Path()) as board:
-        [group] = board.hparams()
-    always = {"batch_size": 16, "epochs": 2, "lr": 0.05, "model": "vgg-att3-concat-pc"}
-    always |= {"recipe": "fast", "seed": 0, "width": 0.0625}
-    changed = {"dropout": 0.5, "val_fraction": 0.25, "sample": "True"}
-    short = train_cifar100.SHORT | {"trivial_augment": "False"}  # also differs from the recipe's
-    assert group["hparams"] == always | changed | short

@@ -18,6 +18,7 @@ from common.arguments import did_you_mean, nearest
 from common.checkpoint import upgrade_config
 from common.errors import UserError, printable
 from common.process import quoted
+from training.environment import short_commit
 from training.options import MAY_CHANGE
 from training.report import read_metrics
 from training.run_folder import read_config, read_settings
@@ -26,7 +27,6 @@ WIDTH = 100  # characters of a line, where the names of runs allow it
 # Characters of a value, longer ones are cut in the middle: the first with which the columns fit.
 LIMITS = (44, 32, 24)
 MAX_NAMES = 5  # that one line lists
-COMMIT = 7  # digits of a git commit
 MISSING = "-"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 # Settings that leave the result as it is. The length of a run is none of them.
@@ -233,8 +233,7 @@ def data_of(run: RunSummary) -> dict[str, str]:
 def environment_of(run: RunSummary) -> dict[str, str]:
     shown = {name: run.environment[name] for name in ENVIRONMENT if name in run.environment}
     if isinstance(shown.get("git_commit"), str):
-        commit, plus, changes = shown["git_commit"].partition("+")
-        shown["git_commit"] = commit[:COMMIT] + plus + changes
+        shown["git_commit"] = short_commit(shown["git_commit"])
     return {name: as_text(value) for name, value in shown.items()}
 
 

@@ -41,6 +41,12 @@ def git_commit() -> str | None:
     return commit + ("+changes" if changes else "")
 
 
+def short_commit(commit: str) -> str:
+    """A commit's first 7 digits, and whether files differed from it."""
+    commit, plus, changes = commit.partition("+")
+    return commit[:7] + plus + changes
+
+
 def git(*words: str) -> str:
     """What git prints about this checkout."""
     here = Path(__file__).resolve().parent

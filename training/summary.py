@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from common.errors import printable
 from explain.pictures import FAINT_INK, FRAME, INK, MARGIN, PAPER, shorten, wrap
 from training.charts import Line, is_finite, line_chart, number_text
+from training.environment import short_commit
 from training.evaluation import Evaluation, interval_95
 from training.optim import width_factor
 from training.progress import format_duration, in_pixels
@@ -155,12 +156,6 @@ def facts(
         "commit": short_commit(commit) if isinstance(commit, str) else None,
     }
     return {name: str(value) for name, value in found.items() if value not in (None, "")}
-
-
-def short_commit(commit: str) -> str:
-    """A commit's first 7 characters, and whether files differed from it."""
-    commit, plus, changes = commit.partition("+")
-    return commit[:7] + plus + changes
 
 
 def part(record: Mapping[str, object], name: str) -> Mapping[str, object]:
