@@ -19,14 +19,15 @@ from torch import Tensor
 
 from common.errors import UserError
 from datasets.augmentation import Augmentation, normalize, resize
-from datasets.cifar100 import cifar100_present, load_cifar100
+from datasets.cifar import cifar10_present, cifar100_present, load_cifar10, load_cifar100
 from datasets.cifar_sample import cifar_sample
 from datasets.cub import cub_present, load_cub
 from datasets.cub_sample import cub_sample
-from datasets.image_files import images_and_others, open_rgb, passed_over
+from datasets.image_files import center_box, images_and_others, open_rgb, passed_over
 from datasets.image_set import ImageSet
 
 __all__ = [
+    "CIFAR10",
     "CIFAR100",
     "CUB",
     "SOURCES",
@@ -34,8 +35,10 @@ __all__ = [
     "DataSource",
     "ImageSet",
     "TrainBatches",
+    "center_box",
     "channel_statistics",
     "cifar100_present",
+    "cifar10_present",
     "cifar_sample",
     "cub_present",
     "cub_sample",
@@ -44,6 +47,7 @@ __all__ = [
     "evenly_spread",
     "images_and_others",
     "input_size",
+    "load_cifar10",
     "load_cifar100",
     "load_cub",
     "open_rgb",
@@ -59,6 +63,7 @@ __all__ = [
 # Pixels of an evaluation batch: 256 or 512 images of 32x32. A training batch of 128 leaves room for
 # that.
 EVAL_PIXELS = {"cpu": 2**18, "cuda": 2**19}
+STATISTICS_BYTES = 2**26  # of images whose values are counted at a time
 # with a zoom, pictures are stored this much larger than the network's input (256 px for 224)
 ZOOM_ROOM = 8 / 7
 
@@ -78,6 +83,7 @@ class DataSource:
     present: Callable[[str], bool]  # are there images in this data folder?
     train_images: int  # of the full data set, for estimates without it
     test_images: int
+    has_boxes: bool = False  # whether the place of the object is known
 
     def sets(self, config: dict, *, download: bool) -> tuple[ImageSet, ImageSet]:
         """(train, test): the sample, or the data set.
@@ -105,12 +111,15 @@ class DataSource:
 
 
 def _load_cifar100(config: dict, download: bool) -> tuple[ImageSet, ImageSet]:
-    return load_cifar100(
-        config["data_dir"],
-        image_size=config["image_size"],
-        num_workers=config["num_workers"],
-        download=download,
-    )
+    return load_cifar100(config["data_dir"], **_cifar_options(config), download=download)
+
+
+def _load_cifar10(config: dict, download: bool) -> tuple[ImageSet, ImageSet]:
+    return load_cifar10(config["data_dir"], **_cifar_options(config), download=download)
+
+
+def _cifar_options(config: dict) -> dict:
+    return {"image_size": config["image_size"], "num_workers": config["num_workers"]}
 
 
 def _load_cub(config: dict, download: bool) -> tuple[ImageSet, ImageSet]:
@@ -136,6 +145,14 @@ CIFAR100 = DataSource(
     train_images=50_000,
     test_images=10_000,
 )
+CIFAR10 = DataSource(
+    name="cifar10",
+    load=_load_cifar10,
+    sample=lambda config: cifar_sample(),
+    present=cifar10_present,
+    train_images=50_000,
+    test_images=10_000,
+)
 CUB = DataSource(
     name="cub",
     load=_load_cub,
@@ -143,8 +160,9 @@ CUB = DataSource(
     present=cub_present,
     train_images=5_994,
     test_images=5_794,
+    has_boxes=True,
 )
-SOURCES = {source.name: source for source in (CIFAR100, CUB)}
+SOURCES = {source.name: source for source in (CIFAR100, CIFAR10, CUB)}
 
 
 # ---- sets ---------------------------------------------------------------------------------------
@@ -196,11 +214,16 @@ def channel_statistics(
     """(mean, std) of each channel over all pixels, in [0, 1] units. Counted in integers, so exact
     on any device."""
     levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.zeros(3, 256, dtype=torch.int64)
+    step = max(1, STATISTICS_BYTES * len(train) // train.nbytes)
+    for first in range(0, len(train), step):  # the set may be larger than the memory
+        images = train.take(slice(first, min(first + step, len(train))))
+        for channel in range(3):
+            counts[channel] += torch.bincount(images[..., channel].flatten(), minlength=256).cpu()
     mean, std = [], []
-    for channel in range(3):
-        counts = torch.bincount(train.images[..., channel].flatten(), minlength=256).cpu().double()
-        mean.append((counts @ levels / counts.sum()).item())
-        variance = counts @ (levels - mean[-1]) ** 2 / counts.sum()
+    for channel in counts.double():
+        mean.append((channel @ levels / channel.sum()).item())
+        variance = channel @ (levels - mean[-1]) ** 2 / channel.sum()
         std.append(max(variance.item() ** 0.5, 1 / 255))  # a constant channel must not divide by 0
     return tuple(mean), tuple(std)
 
@@ -214,7 +237,7 @@ def place_on(image_set: ImageSet, device: torch.device | str) -> ImageSet:
     device = torch.device(device)
     if device.type == "cuda":
         free_bytes = torch.cuda.mem_get_info(device)[0]
-        if image_set.images.nbytes * 10 > free_bytes:
+        if image_set.nbytes * 10 > free_bytes:
             return image_set
     return image_set.to(device)
 
@@ -277,13 +300,15 @@ class TrainBatches:
         shuffle = torch.Generator().manual_seed(stable_seed("order", self.seed, epoch))
         # on the CPU: every device and rank must draw the same order, wherever its images are
         order = torch.randperm(len(self.image_set), generator=shuffle)
-        order = order.to(self.image_set.images.device)
+        order = order.to(self.image_set.device)
         generator = torch.Generator(self.device)
         for step in range(start_step, len(self)):
             indices = order[step * self.batch_size : (step + 1) * self.batch_size]
             total = len(indices)
             part = self.share(total)
-            images = self._take(self.image_set.images, indices[part])
+            rows = self.image_set.rows
+            rows = indices[part] if rows is None else rows[indices[part]]
+            images = self._take(self.image_set.stored, rows)
             labels = self._take(self.image_set.labels, indices[part])
             generator.manual_seed(stable_seed("augmentation", self.seed, epoch, step))
             yield self.augmentation(images, generator, part, total), labels
@@ -323,6 +348,6 @@ def eval_batches(
     start, end, _ = part.indices(len(image_set))
     for first in range(start, end, batch_size):
         batch = slice(first, min(first + batch_size, end))
-        images = image_set.images[batch].to(device, non_blocking=True)
+        images = image_set.take(batch).to(device, non_blocking=True)
         labels = image_set.labels[batch].to(device, non_blocking=True)
         yield to_input(images, mean, std, size), labels

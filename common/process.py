@@ -54,6 +54,14 @@ def share_cores() -> None:
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
+def total_memory() -> float:
+    """Bytes of this machine's memory; infinite where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # no POSIX
+        return float("inf")
+
+
 # ---- pipes --------------------------------------------------------------------------------------
 
 

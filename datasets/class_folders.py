@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError, printable
-from datasets.image_files import images_and_others, load_or_decode, passed_over, preview_names
+from datasets.image_cache import load_or_decode
+from datasets.image_files import images_and_others, passed_over, preview_names
 from datasets.image_set import ImageSet
 
 
@@ -41,15 +42,16 @@ def load_class_folders(
     size = (image_size, image_size) if image_size else None
     sets = []
     for split, classes in listings.items():
+        paths = [path for files in classes.values() for path in files]
         images = load_or_decode(
-            [path for files in classes.values() for path in files],
+            paths,
             cache_dir,
             f"{name}-{split}",
             folder,
-            size,
-            image_size is not None,
-            num_workers,
-            progress,
+            size=size,
+            resize=image_size is not None,
+            num_workers=num_workers,
+            progress=progress,
         ).images
         size = size or images.shape[1:3]  # the test images must be of the train images' size
         labels = torch.repeat_interleave(torch.tensor([len(files) for files in classes.values()]))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError, one_line
+from datasets.decoding import Pictures
 from datasets.download import (
     check_archive,
     check_data_dir,
@@ -29,7 +30,8 @@ from datasets.download import (
     find_named,
     unpack,
 )
-from datasets.image_files import MIN_IMAGE_SIZE, Pictures, load_or_decode
+from datasets.image_cache import load_or_decode
+from datasets.image_files import MIN_IMAGE_SIZE
 from datasets.image_set import ImageSet
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
@@ -139,11 +141,11 @@ def load_cub(
                 root / ".cache",
                 f"cub-{'train' if is_train else 'test'}-{crop}",
                 folder,
-                (image_size, image_size),
-                True,
-                num_workers,
-                progress,
-                crops,
+                size=(image_size, image_size),
+                resize=True,
+                num_workers=num_workers,
+                progress=progress,
+                crops=crops,
                 upright=False,
             )
         except UserError as error:
@@ -159,6 +161,7 @@ def load_cub(
                 boxes=_stored_boxes(split_birds, pictures, folder),
                 parts=None if parts is None else _stored_parts(parts[chosen], pictures),
                 part_names=part_names,
+                files=tuple(os.path.relpath(bird.path, folder) for bird in split_birds),
             )
         )
     return sets[0], sets[1]

@@ -76,7 +76,7 @@ def cub_sample(
         # cloned: the loaded images are mapped from the cache, which is deleted with the folder
         source = f"built-in sample (seed {seed})"
         train, test = (
-            replace(image_set, images=image_set.images.clone(), source=source)
+            replace(image_set, stored=image_set.images.clone(), source=source)
             for image_set in (train, test)
         )
     return train, test

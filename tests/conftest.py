@@ -29,7 +29,7 @@ def fresh_notices():
     """What a program says only once, it says anew in every test."""
     from datasets import image_files
 
-    image_files._print_once.cache_clear()
+    image_files.print_once.cache_clear()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -28,7 +28,7 @@ from common.checkpoint import SINCE_FORMAT_2, read_checkpoint
 from common.errors import UserError
 from common.files import temporary_in
 from data import cifar_sample
-from datasets import image_files
+from datasets import decoding, image_cache
 from tests.helpers.runs import NARROW, assert_runs_equal
 from training import commands, run_folder
 from training import run as run_module
@@ -112,7 +112,7 @@ def a_run(folder: str, words: list[str], hook: str, after: int) -> None:
         read_only("data")
     elif hook == "decoding worker killed":
         os.environ["MAIN_PROCESS"] = str(os.getpid())
-        image_files._decode_chunk = decode_or_die
+        decoding._decode_chunk = decode_or_die
     elif hook == "standard streams closed":
         sys.stdin = sys.stdout = sys.stderr = None
         os.closerange(0, 3)
@@ -123,7 +123,7 @@ def a_run(folder: str, words: list[str], hook: str, after: int) -> None:
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 
-        image_files.torch = types.SimpleNamespace(**vars(torch) | {"save": die_in_the_middle})
+        image_cache.torch = types.SimpleNamespace(**vars(torch) | {"save": die_in_the_middle})
 
     def hooked(self, images, labels):
         steps.append(1)
@@ -171,7 +171,7 @@ def decode_or_die(*args):
     return DECODE_CHUNK(*args)
 
 
-DECODE_CHUNK = image_files._decode_chunk
+DECODE_CHUNK = decoding._decode_chunk
 
 
 class Campaign:

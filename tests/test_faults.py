@@ -18,7 +18,7 @@ from common.errors import UserError
 from data import load_cifar100, open_rgb
 from datasets import cub
 from datasets.cub_sample import write_cub_sample
-from datasets.image_files import decode_images
+from datasets.decoding import Decoding, decode_images
 from tests.helpers.trainers import make_trainer
 from training import commands, report, run_folder
 
@@ -240,7 +240,7 @@ def test_sets_that_fit_no_memory(tmp_path):
         UserError,
         match="40,000,000 images of 20000x20000 pixels take 44,703,484 GiB of memory, more than",
     ):
-        decode_images([tmp_path / "a.png"] * 40_000_000, (20_000, 20_000), True)
+        decode_images([tmp_path / "a.png"] * 40_000_000, Decoding((20_000, 20_000), True))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from common import files
 from common.errors import UserError, printable
-from datasets import image_files
+from datasets import decoding, image_cache, image_files
 from tests.helpers.makers import cifar_fails as fails
 from tests.helpers.makers import decoded_anew, make_folders
 from tests.helpers.makers import load_cifar as load
@@ -241,8 +241,8 @@ def test_a_phones_largest_photo_is_decoded_smaller(tmp_path, orientation):
     y, x = (2000, 1500) if orientation == 1 else (1500, 2250 - 1 - 2000)
     expected = (8000 // 64 + 6000 // 64) % 256
     assert abs(int(np.asarray(image)[y, x, 0]) - expected) <= 2
-    images = image_files.decode_images(
-        [tmp_path / "phone.jpg"], (32, 32), True, progress=False
+    images = decoding.decode_images(
+        [tmp_path / "phone.jpg"], decoding.Decoding((32, 32), True), progress=False
     ).images
     assert images.shape == (1, 32, 32, 3)
 
@@ -296,7 +296,7 @@ def test_a_name_is_printed_on_one_line():
 
 # ---- workers -------------------------------------------------------------------------------------
 
-DECODE_CHUNK = image_files._decode_chunk
+DECODE_CHUNK = decoding._decode_chunk
 
 
 def dying_chunk(parent, *words):
@@ -317,9 +317,11 @@ def test_a_worker_that_dies_or_fails_is_replaced_by_the_main_process(
 ):
     make_folders(tmp_path)
     paths = sorted(tmp_path.glob("cifar100/train/*/*.png"))
-    monkeypatch.setattr(image_files, "CHUNK", 1)
-    monkeypatch.setattr(image_files, "_decode_chunk", functools.partial(chunk, os.getpid()))
-    images = image_files.decode_images(paths, (16, 20), False, num_workers=1, progress=False).images
+    monkeypatch.setattr(decoding, "CHUNK", 1)
+    monkeypatch.setattr(decoding, "_decode_chunk", functools.partial(chunk, os.getpid()))
+    images = decoding.decode_images(
+        paths, decoding.Decoding((16, 20), False), num_workers=1, progress=False
+    ).images
     assert (images.numpy() == np.stack([np.asarray(Image.open(path)) for path in paths])).all()
     assert capsys.readouterr().out.count("continuing in the main process") == 1
 
@@ -355,16 +357,16 @@ def test_cache(tmp_path, monkeypatch, capsys):
     assert decoded_anew(load, tmp_path, monkeypatch)[0] == ["cifar100-train"]
     changed.rename(changed.with_name("zzz.png"))  # another name
     assert decoded_anew(load, tmp_path, monkeypatch)[0] == ["cifar100-train"]
-    assert len(list((tmp_path / ".cache").iterdir())) == 2
+    assert len(list((tmp_path / ".cache").iterdir())) == 4  # pixels and the rest of each split
 
     # a size of its own, beside another
     assert len(decoded_anew(load, tmp_path, monkeypatch, image_size=16)[0]) == 2
     assert decoded_anew(load, tmp_path, monkeypatch, image_size=16)[0] == []
     assert decoded_anew(load, tmp_path, monkeypatch)[0] == []
-    monkeypatch.setattr(image_files, "CACHE_VERSION", 10**6)
+    monkeypatch.setattr(image_cache, "CACHE_VERSION", 10**6)
     assert len(decoded_anew(load, tmp_path, monkeypatch)[0]) == 2
     assert (
-        len(list((tmp_path / ".cache").iterdir())) == 4 and "damaged" not in capsys.readouterr().out
+        len(list((tmp_path / ".cache").iterdir())) == 8 and "damaged" not in capsys.readouterr().out
     )
 
 
@@ -374,27 +376,39 @@ def flip_a_byte(path):
     path.write_bytes(content)
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
 @pytest.mark.parametrize(
-    "spoil",
+    "ending, spoil",
     [
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(b"text"),
-        flip_a_byte,
-        lambda path: path.write_bytes(path.read_bytes()[:-100]),
-        lambda path: torch.save({"key": "x"}, path),
-        lambda path: torch.save(
-            {"key": path.stem[-20:], "images": torch.zeros(6, 16, 20, 3)}, path
-        ),
+        ("npy", lambda path: path.write_bytes(b"")),
+        ("npy", lambda path: path.write_bytes(b"text")),
+        ("npy", flip_a_byte),
+        ("npy", cut),
+        ("npy", lambda path: path.unlink()),
+        ("npy", lambda path: np.save(path, np.zeros((6, 64, 64, 3), np.uint8))),
+        ("pt", lambda path: path.write_bytes(b"")),
+        ("pt", cut),
+        ("pt", lambda path: torch.save({"key": "x"}, path)),
+        ("pt", lambda path: change(path, thumbnails=torch.zeros(6, 64, dtype=torch.uint8))),
+        ("pt", lambda path: change(path, sizes=torch.zeros(6, 2))),
+        ("pt", lambda path: change(path, crc32=1)),
     ],
 )
-def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch, capsys, spoil):
+def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch, capsys, ending, spoil):
     make_folders(tmp_path, size=(64, 64))
     first = load(tmp_path)[0].images.clone()  # what is loaded is mapped from the file
-    spoil(next((tmp_path / ".cache").glob("cifar100-train-*.pt")))
+    spoil(next((tmp_path / ".cache").glob(f"cifar100-train-*.{ending}")))
     titles, second = decoded_anew(load, tmp_path, monkeypatch)
     assert titles == ["cifar100-train"] and torch.equal(first, second[0].images)
     assert capsys.readouterr().out.count("is damaged") == 1
     assert decoded_anew(load, tmp_path, monkeypatch)[0] == []
+
+
+def change(path, **values):
+    torch.save(torch.load(path) | values, path)
 
 
 def test_without_a_place_for_the_cache(tmp_path, capsys):

@@ -96,8 +96,8 @@ class AttentionMonitor:
     def look(self, model: Network, precision: Precision, indices: Tensor) -> Seen:
         """What the network sees in the evaluation set's images ``indices`` (N,). Its mode is
         restored."""
-        indices = indices.to(self.eval_set.images.device)
-        images, labels = self.eval_set.images[indices], self.eval_set.labels[indices]
+        indices = indices.to(self.eval_set.device)
+        images, labels = self.eval_set.take(indices), self.eval_set.labels[indices]
         was_training = model.training
         model.eval()
         with precision.context():

@@ -213,7 +213,8 @@ class PlainImages(Dataset):
     """Images one by one, through torchvision's transforms."""
 
     def __init__(self, images: ImageSet, transform: Callable):
-        self.images = images.images.cpu().numpy()
+        self.stored = images.stored.cpu().numpy()
+        self.rows = range(len(images)) if images.rows is None else images.rows.tolist()
         self.labels = images.labels.tolist()
         self.transform = transform
 
@@ -221,7 +222,8 @@ class PlainImages(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+        pixels = self.stored[self.rows[index]]
+        return self.transform(Image.fromarray(pixels)), self.labels[index]
 
 
 def plain_transform(config: dict, mean: Sequence[float], std: Sequence[float]) -> Callable:

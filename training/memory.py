@@ -3,12 +3,11 @@ takes too much, without a message."""
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import nn
 
 from common.errors import UserError
+from common.process import total_memory
 
 
 def check_memory(model: nn.Module, config: dict, device: torch.device) -> None:
@@ -36,14 +35,6 @@ def check_memory(model: nn.Module, config: dict, device: torch.device) -> None:
                 f"{memory / 2**30:,.0f}",
                 2,
             )
-
-
-def total_memory() -> float:
-    """Bytes of this machine's memory; infinite where the system does not tell."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # no POSIX
-        return float("inf")
 
 
 def bytes_kept(model: nn.Module, size: int, images: int = 2) -> int:

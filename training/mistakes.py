@@ -160,7 +160,7 @@ def draw_direction(
 
 def tile(evaluated: EvaluatedCheckpoint, index: int) -> np.ndarray:
     """A test image at the size of an example, (H, W, 3) uint8."""
-    return shown(evaluated.test.images[index].cpu().numpy(), *EXAMPLE_SIDES)
+    return shown(evaluated.test.take(slice(index, index + 1))[0].cpu().numpy(), *EXAMPLE_SIDES)
 
 
 # ---- the surest mistakes ------------------------------------------------------------------------

@@ -420,7 +420,7 @@ class Run:
         batch_size = max(2, eval_batch_size(self.config["input_size"], self.device))
         for number, (batch, _) in enumerate(split_micro_batches(indices, indices, batch_size)):
             generator.manual_seed(stable_seed("statistics", self.config["seed"], number))
-            images = self.train_set.images.index_select(0, batch.to(self.train_set.images.device))
+            images = self.train_set.take(batch.to(self.train_set.device))
             yield self.trainer.batches.augmentation(images.to(self.device), generator)
 
     # ---- checkpoints ----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.errors import UserError
 from data import ImageSet, load_cifar100, load_cub
-from datasets import image_files
+from datasets import image_cache
 
 BIRD_SIZE = 24  # that load_birds resizes pictures to
 # id: name, class id, train, (width, height), box x y width height, parts x y visible
@@ -114,14 +114,14 @@ birds_fail = functools.partial(fails, load_birds)
 
 def decoded_anew(load, root, monkeypatch, **options):
     """The splits that were decoded rather than read from the cache, and what was loaded."""
-    titles, decode = [], image_files.decode_images
+    titles, decode = [], image_cache.decoded_chunks
 
     def spy(*args):
-        titles.append(args[5])
+        titles.append(args[4])
         return decode(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(image_files, "decode_images", spy)
+        patch.setattr(image_cache, "decoded_chunks", spy)
         loaded = load(root, **options)
     return titles, loaded
 
