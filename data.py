@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from datasets.augmentation import Augmentation, normalize, resize
 from datasets.cifar import cifar10_present, cifar100_present, load_cifar10, load_cifar100
 from datasets.cifar_sample import cifar_sample
 from datasets.cub import cub_present, load_cub
 from datasets.cub_sample import cub_sample
+from datasets.folder import folder_present, load_folder
 from datasets.image_files import center_box, images_and_others, open_rgb, passed_over
 from datasets.image_set import ImageSet
 
@@ -30,6 +31,7 @@ __all__ = [
     "CIFAR10",
     "CIFAR100",
     "CUB",
+    "FOLDER",
     "SOURCES",
     "Augmentation",
     "DataSource",
@@ -42,6 +44,7 @@ __all__ = [
     "cifar_sample",
     "cub_present",
     "cub_sample",
+    "folder_present",
     "eval_batch_size",
     "eval_batches",
     "evenly_spread",
@@ -50,6 +53,7 @@ __all__ = [
     "load_cifar10",
     "load_cifar100",
     "load_cub",
+    "load_folder",
     "open_rgb",
     "passed_over",
     "place_on",
@@ -66,6 +70,7 @@ EVAL_PIXELS = {"cpu": 2**18, "cuda": 2**19}
 STATISTICS_BYTES = 2**26  # of images whose values are counted at a time
 # with a zoom, pictures are stored this much larger than the network's input (256 px for 224)
 ZOOM_ROOM = 8 / 7
+TAKEN = {"cam", "reference", "sanity"}  # folders in runs/ that hold no runs of a data set
 
 
 # ---- data sets by a run's config ----------------------------------------------------------------
@@ -75,15 +80,29 @@ ZOOM_ROOM = 8 / 7
 class DataSource:
     """How to load a data set, given the config of a run (see training/options.py)."""
 
-    name: str  # "cifar100": names the runs' folder
+    name: str  # "cifar100"
     # (config, may it download?) -> train, test
     load: Callable[[dict, bool], tuple[ImageSet, ImageSet]]
     # (config) -> train, test of the built-in sample
     sample: Callable[[dict], tuple[ImageSet, ImageSet]]
-    present: Callable[[str], bool]  # are there images in this data folder?
+    present: Callable[[str | None], bool]  # are there images in this data folder?
     train_images: int  # of the full data set, for estimates without it
     test_images: int
     has_boxes: bool = False  # whether the place of the object is known
+    is_own: bool = False  # the user's: the data folder has to be named, and names the runs
+
+    @property
+    def default_dir(self) -> str | None:
+        """The data folder unless another is named."""
+        return None if self.is_own else "data"
+
+    def runs_name(self, data_dir: str | None) -> str:
+        """The name of the folder of all runs on these images, below runs/."""
+        if not self.is_own or data_dir is None:
+            return self.name
+        name = printable(Path(data_dir).resolve().name).strip(". ") or self.name
+        taken = {*TAKEN, *SOURCES} - {self.name}
+        return f"{name}-{self.name}" if name.casefold() in taken else name
 
     def sets(self, config: dict, *, download: bool) -> tuple[ImageSet, ImageSet]:
         """(train, test): the sample, or the data set.
@@ -95,7 +114,7 @@ class DataSource:
         if config["sample"]:
             return self.sample(config)
         if not download and not self.present(config["data_dir"]):
-            folder = Path(config["data_dir"]).absolute()
+            folder = Path(config["data_dir"] or "").absolute()
             raise UserError(
                 f"the images that this was trained on are not in {folder} any more: "
                 f"give --data-dir, the folder that holds them now"
@@ -104,8 +123,9 @@ class DataSource:
 
     def sets_or_sample(self, config: dict) -> tuple[ImageSet, ImageSet, bool]:
         """(train, test, whether they are the sample): the data set if present, else the sample. No
-        download."""
-        if config["sample"] or not self.present(config["data_dir"]):
+        download. The user's own images are not replaced if their folder is named."""
+        is_named = self.is_own and config["data_dir"] is not None
+        if config["sample"] or not (is_named or self.present(config["data_dir"])):
             return *self.sample(config), True
         return *self.load(config, False), False
 
@@ -122,19 +142,39 @@ def _cifar_options(config: dict) -> dict:
     return {"image_size": config["image_size"], "num_workers": config["num_workers"]}
 
 
+def _load_folder(config: dict, download: bool) -> tuple[ImageSet, ImageSet]:
+    return load_folder(
+        config["data_dir"],
+        image_size=_stored_side(config),
+        crop=config["crop"],
+        test_share=config["test_share"],
+        split_seed=config["split_seed"],
+        skip_unreadable=config["skip_unreadable"],
+        num_workers=config["num_workers"],
+    )
+
+
+def _folder_sample(config: dict) -> tuple[ImageSet, ImageSet]:
+    return cub_sample(**_cub_options(config | {"crop": "whole", "margin": 0.0}))
+
+
 def _load_cub(config: dict, download: bool) -> tuple[ImageSet, ImageSet]:
     return load_cub(config["data_dir"], **_cub_options(config), download=download)
 
 
 def _cub_options(config: dict) -> dict:
     """How birds are cropped and stored, for load_cub and cub_sample."""
-    side = config["image_size"]
     return {
-        "image_size": round(side * ZOOM_ROOM) if config["zoom"] else side,
+        "image_size": _stored_side(config),
         "crop": config["crop"],
         "margin": config["margin"],
         "num_workers": config["num_workers"],
     }
+
+
+def _stored_side(config: dict) -> int:
+    """Pixels per side of a stored picture."""
+    return round(config["image_size"] * ZOOM_ROOM) if config["zoom"] else config["image_size"]
 
 
 CIFAR100 = DataSource(
@@ -162,7 +202,16 @@ CUB = DataSource(
     test_images=5_794,
     has_boxes=True,
 )
-SOURCES = {source.name: source for source in (CIFAR100, CIFAR10, CUB)}
+FOLDER = DataSource(
+    name="folder",
+    load=_load_folder,
+    sample=_folder_sample,
+    present=folder_present,
+    train_images=1_000,
+    test_images=250,
+    is_own=True,
+)
+SOURCES = {source.name: source for source in (CIFAR100, CIFAR10, CUB, FOLDER)}
 
 
 # ---- sets ---------------------------------------------------------------------------------------

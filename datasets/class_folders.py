@@ -55,7 +55,8 @@ def load_class_folders(
         ).images
         size = size or images.shape[1:3]  # the test images must be of the train images' size
         labels = torch.repeat_interleave(torch.tensor([len(files) for files in classes.values()]))
-        sets.append(ImageSet(images, labels, train_names, source))
+        files = tuple(os.path.relpath(path, folder) for path in paths)
+        sets.append(ImageSet(images, labels, train_names, source, files=files))
     return sets[0], sets[1]
 
 
@@ -66,8 +67,7 @@ def list_classes(folder: Path) -> dict[str, list[Path]]:
         state = "a file, not a folder" if folder.exists() else "missing"
         raise UserError(
             f"{folder} is {state}: class folders are expected at "
-            f"{folder.parent}/{{train,test}}/<class>/ "
-            f"(or the three official files train, test and meta)"
+            f"{folder.parent}/{{train,test}}/<class>/"
         )
     names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
     if not names:

@@ -19,6 +19,7 @@ from common.errors import UserError, one_line, printable
 from common.process import total_memory
 from datasets.image_files import (
     Crop,
+    UnreadableImage,
     center_box,
     open_rgb,
     print_once,
@@ -188,7 +189,7 @@ def _decode_chunk(files: list[tuple[Path | str, Crop | None]], decoding: Decodin
     for i, (path, crop) in enumerate(files):
         try:
             images[i], places[i] = decode(path, decoding, crop)
-        except UserError as error:
+        except UnreadableImage as error:
             if not decoding.skip_unreadable:
                 raise
             unreadable[i] = str(error)

@@ -31,7 +31,7 @@ from datasets.decoding import (
     joined,
     with_crops,
 )
-from datasets.image_files import Crop, print_once, shows_progress, size_of
+from datasets.image_files import Crop, UnreadableImage, print_once, shows_progress, size_of
 
 CACHE_VERSION = 4  # raise it when decoding changes: caches of an older version are made again
 KEY_CHARACTERS = 20
@@ -90,7 +90,7 @@ def load_or_decode(
     elif size and tuple(pictures.images.shape[1:3]) != size:
         decode(paths[0], Decoding(size, False, upright=upright))  # raises, naming both sizes
     if pictures.unreadable and not skip_unreadable:
-        raise UserError(next(iter(pictures.unreadable.values())))
+        raise UnreadableImage(next(iter(pictures.unreadable.values())))
     return pictures
 
 
@@ -225,7 +225,7 @@ class Cache:
         """Remove the caches of other keys and of the same stem, those of earlier versions too."""
         for old in self.folder.glob(f"{glob.escape(self.stem)}{'[0-9a-f]' * KEY_CHARACTERS}.pt"):
             if old != self.small and _holds_key(old, old.stem[-KEY_CHARACTERS:]):
-                old.unlink()
+                old.unlink(missing_ok=True)  # another run may be faster
                 old.with_suffix(".npy").unlink(missing_ok=True)
 
 

@@ -30,6 +30,13 @@ NOT_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 Crop = tuple[int, int, int, int]
 
 
+REMEDY = ". Replace or remove it"
+
+
+class UnreadableImage(UserError):
+    """An image file that cannot be read, is too large, or not an image."""
+
+
 # ---- opening ------------------------------------------------------------------------------------
 
 
@@ -145,9 +152,9 @@ def sane_sizes(path: Path) -> Iterator[None]:
         size = "too many"
         with contextlib.suppress(Exception), Image.open(path, formats=image_formats()) as image:
             size = f"{image.width}x{image.height}"
-        raise UserError(
+        raise UnreadableImage(
             f"{printable(path)} has {size} pixels: more than {MAX_PIXELS / 1e6:,.0f} megapixels "
-            f"are not read. Replace or remove it"
+            f"are not read{REMEDY}"
         ) from None
     finally:
         Image.MAX_IMAGE_PIXELS = before
@@ -165,8 +172,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except Exception as error:
         strerror = error.strerror if isinstance(error, OSError) else None
         reason = strerror or one_line(error)
-        raise UserError(
-            f"{printable(path)} cannot be read as an image ({reason}). Replace or remove it"
+        raise UnreadableImage(
+            f"{printable(path)} cannot be read as an image ({reason}){REMEDY}"
         ) from None
 
 

@@ -361,7 +361,7 @@ def test_nothing_is_downloaded_for_what_was_made_before(cli, monkeypatch, tmp_pa
     def refuse(*words, **options):
         raise AssertionError("a download began")
 
-    monkeypatch.setattr("datasets.cifar100.fetch", refuse)
+    monkeypatch.setattr("datasets.cifar.fetch", refuse)
     make_folders(tmp_path / "photos", size=(16, 16), per_class=8)
     words = (
         "--data-dir photos --model vgg --width 0.015625 --device cpu --epochs 1 "

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import cam
+import train_cifar10
 import train_cifar100
 import train_cub
 from tests.helpers.environment import ROOT
@@ -27,7 +28,11 @@ SOURCES = [
     for path in sorted(ROOT.glob(pattern))
     if path.name != Path(__file__).name and ".venv" not in path.parts
 ]
-TASKS = {"train_cifar100.py": train_cifar100.TASK, "train_cub.py": train_cub.TASK}
+TASKS = {
+    "train_cifar100.py": train_cifar100.TASK,
+    "train_cifar10.py": train_cifar10.TASK,
+    "train_cub.py": train_cub.TASK,
+}
 
 
 def name_of(path: Path) -> str:

@@ -140,7 +140,7 @@ def test_hundreds_of_damaged_run_folders(tmp_path):
         except UserError as error:
             assert str(run) in str(error)
         with contextlib.suppress(UserError):
-            assert run_folder.newest_unfinished(tmp_path) == run
+            assert run_folder.newest_unfinished([tmp_path], "cifar100", tmp_path) == run
         harmed = path.read_bytes()
         report.truncate_after(run, 2)
         if (run / "metrics.csv").exists():

@@ -2,6 +2,7 @@
 we do."""
 
 import builtins
+import dataclasses
 import errno
 import io
 import json
@@ -24,6 +25,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 import cam
 from common import files
 from common.errors import UserError
+from datasets.cifar import CIFAR100_ARCHIVE
 from tests.helpers.environment import ROOT
 from tests.helpers.makers import make_folders
 from tests.helpers.runs import NARROW, assert_runs_equal, content_of, with_sample
@@ -446,7 +448,8 @@ print(held, told)
 
 
 def test_a_failed_download_leaves_no_folder(cli, monkeypatch):
-    monkeypatch.setattr("datasets.cifar100.CIFAR100_URL", "http://127.0.0.1:9/c.tar.gz")
+    dead = dataclasses.replace(CIFAR100_ARCHIVE, url="http://127.0.0.1:9/c.tar.gz")
+    monkeypatch.setattr("datasets.cifar.CIFAR100_ARCHIVE", dead)
     monkeypatch.setattr("datasets.download.PAUSE", 0.0)
     for words in ((), ("--run-dir", "a/b/c")):
         status, _, err = cli("--width", 0.0625, "--device", "cpu", *words)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import cam
+import train_cifar10
 import train_cifar100
 import train_cub
 from common.arguments import parse
@@ -18,7 +19,11 @@ from tests.helpers.runs import config_of
 from training import commands, options, recipe_help
 from training.config_checks import check_recipe
 
-TASKS = {"train_cifar100.py": train_cifar100.TASK, "train_cub.py": train_cub.TASK}
+TASKS = {
+    "train_cifar100.py": train_cifar100.TASK,
+    "train_cifar10.py": train_cifar10.TASK,
+    "train_cub.py": train_cub.TASK,
+}
 SCRIPTS = (*TASKS, "cam.py")
 
 
@@ -223,7 +228,7 @@ def test_errors_of_the_training_scripts(error_of, script, words, error):
     [
         ("--method grad-cam", "--method: invalid choice 'grad-cam' (did you mean gradcam?)"),
         ("--method lime", "--method: invalid choice 'lime' (choose attention, cam, gradcam, all)"),
-        ("--dataset cifar", "--dataset: invalid choice 'cifar' (did you mean cifar100?)"),
+        ("--dataset cifar", "--dataset: invalid choice 'cifar' (did you mean cifar10?)"),
         ("--split tests", "--split: invalid choice 'tests' (did you mean test?)"),
         ("--crop Box", "--crop: invalid choice 'Box' (did you mean box?)"),
         ("--colors inferno", "unrecognized option --colors (did you mean --colours?)"),

@@ -201,6 +201,8 @@ def test_names_of_the_data():
     assert data_name({"dataset": "cub", "sample": False}, 40) == "CUB-200-2011"
     assert data_name({"dataset": "cifar100", "sample": True}, 10) == "the built-in sample"
     assert data_name({"dataset": "cifar100"}, 3) == "class folders"
+    assert data_name({"dataset": "cifar10"}, 10) == "CIFAR-10"
+    assert data_name({"dataset": "cifar10"}, 100) == "class folders"
     assert data_name({"dataset": "other"}, 3) == "other"
 
 

@@ -34,6 +34,7 @@ from training.config_checks import check_batch, check_recipe, check_start
 from training.environment import command_line
 from training.evaluate_checkpoint import evaluate_checkpoint
 from training.evaluation import Evaluation
+from training.export import export_checkpoint
 from training.progress import format_duration
 from training.ranks import VARIABLES, Ranks, init_distributed, ranks_from_environment
 from training.report import rows_of
@@ -79,6 +80,8 @@ def other_mode(task: Task, args: argparse.Namespace, argv: list[str]) -> int:
                 words = ", ".join(map(as_option, others))
                 raise UserError(f"--compare only reads the runs: leave out {words}", 2)
             return compare(args.compare)
+        if hasattr(args, "export"):  # goes with --evaluate
+            return export_checkpoint(args, argv)
         if args.evaluate:
             return evaluate_checkpoint(task, args, argv)
         # of the sample they only take the pictures: they are about the size of a real run
@@ -135,7 +138,8 @@ def new_run(
     check_batch(config, ranks)
     run_dir = None
     if ranks.is_main:
-        candidates = new_run_dirs(task.dataset, args, config["model"])
+        runs = task.data.runs_name(config["data_dir"])
+        candidates = new_run_dirs(runs, args, config["model"])
         run_dir = folder.enter_context(run_folder.new_folder(candidates))
     run_dir = ranks.broadcast_object(run_dir)
     with ranks.main_process_first():
@@ -205,8 +209,7 @@ def run_to_resume(task: Task, args: argparse.Namespace, ranks: Ranks) -> Path:
     where it holds no run."""
     run_dir = named_run(args)
     if run_dir is None:
-        runs = Path("runs", task.dataset)
-        run_dir = run_folder.newest_unfinished(runs) if ranks.is_main else None
+        run_dir = newest_run(task, args) if ranks.is_main else None
         run_dir = ranks.broadcast_object(run_dir)
     names = ("config.json", CHECKPOINT_NAME, PREVIOUS_NAME)
     if not any((run_dir / name).exists() for name in names):
@@ -214,6 +217,15 @@ def run_to_resume(task: Task, args: argparse.Namespace, ranks: Ranks) -> Path:
             f"--resume {run_dir}: there is no run in this folder (no {', no '.join(names)})", 2
         )
     return run_dir
+
+
+def newest_run(task: Task, args: argparse.Namespace) -> Path:
+    """The newest unfinished run of this script on these images; without --data-dir on any of the
+    user's. Raises UserError where there is none."""
+    folders, where = [Path("runs", task.data.runs_name(args.data_dir))], None
+    if task.data.is_own and args.data_dir is None:
+        folders, where = sorted(Path("runs").glob("*/")), Path("runs")
+    return run_folder.newest_unfinished(folders, task.dataset, where or folders[0])
 
 
 def named_run(args: argparse.Namespace) -> Path | None:

@@ -12,7 +12,8 @@ from training.memory import check_memory
 from training.ranks import Ranks
 from training.schedules import SCHEDULES, parse_progressive
 
-CHOICES = {"schedule": SCHEDULES, "crop": ("box", "whole")}
+CHOICES = {"schedule": SCHEDULES}
+CROPS = {"cub": ("box", "whole"), "folder": ("center", "whole")}  # by data set
 UPPER_LIMITS = {  # exclusive
     "momentum": 1,
     "label_smoothing": 1,
@@ -22,6 +23,7 @@ UPPER_LIMITS = {  # exclusive
     "zoom": 1,
     "jitter": 1,
     "cutout": 4096,
+    "test_share": 1,
     "pool4": 4096,
 }
 
@@ -46,11 +48,14 @@ def check_recipe(config: dict) -> None:
         parse_progressive(config["progressive"])
     except ValueError as error:
         raise UserError(f"--set progressive: {error}", 2) from None
-    for name in CHOICES.keys() & config.keys():
-        if config[name] not in CHOICES[name]:
-            raise UserError(f"--set {name}={config[name]}: choose {' or '.join(CHOICES[name])}", 2)
+    choices = CHOICES | {"crop": CROPS.get(config["dataset"], ())}
+    for name in choices.keys() & config.keys():
+        if config[name] not in choices[name]:
+            raise UserError(f"--set {name}={config[name]}: choose {' or '.join(choices[name])}", 2)
+    if config.get("test_share") == 0:
+        raise UserError("--set test_share=0: expected a share above 0", 2)
     for name, limit in UPPER_LIMITS.items():
-        if config[name] >= limit:
+        if config.get(name, 0) >= limit:
             raise UserError(f"--set {name}={config[name]}: expected a number below {limit}", 2)
     if config["nesterov"] and not config["momentum"]:
         raise UserError("--set momentum=0: Nesterov needs a momentum; add --set nesterov=false", 2)
@@ -66,6 +71,12 @@ def check_recipe(config: dict) -> None:
 
 def check_start(config: dict) -> None:
     """--init-from of a new run, before an image is read."""
+    if config["data_dir"] is None and not config["sample"]:
+        raise UserError(
+            "--data-dir FOLDER is needed: your class folders, FOLDER/<class>/*, or "
+            "FOLDER/train/<class>/* and FOLDER/test/<class>/*. (--sample trains without)",
+            2,
+        )
     if not config["init_from"]:
         raise UserError(
             "this recipe starts from a CIFAR-100 network, which train_cifar100.py trains: "

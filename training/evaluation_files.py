@@ -96,25 +96,28 @@ def is_own_record(path: Path) -> bool:
 # ---- tables -------------------------------------------------------------------------------------
 
 
-def prediction_fields(count: int) -> list[str]:
-    """The columns of predictions.csv, with the ``count`` best classes."""
+def prediction_fields(count: int, files: bool = False) -> list[str]:
+    """The columns of predictions.csv, with the ``count`` best classes, and with the names of the
+    ``files`` where the images have any."""
     others = (f"{name}_{i}" for i in range(2, count + 1) for name in ("predicted", "probability"))
-    return ["image", "true", "predicted", "probability", *others, "loss"]
+    file = ["file"] if files else []
+    return ["image", *file, "true", "predicted", "probability", *others, "loss"]
 
 
 def predictions_csv(evaluated: EvaluatedCheckpoint) -> bytes:
     """A line per test image, in the order of the set."""
     predictions, names = evaluated.predictions, class_names(evaluated)
+    files = list(map(printable, evaluated.test.files))
     columns = (predictions.labels, predictions.best, predictions.probabilities, predictions.losses)
     rows = []
     for image, (label, best, probabilities, loss) in enumerate(
         zip(*(column.tolist() for column in columns), strict=True)
     ):
-        row = [image, names[label]]
+        row = [image, *files[image : image + 1], names[label]]
         for answer, probability in zip(best, probabilities, strict=True):
             row += [names[answer], f"{probability:.6f}"]
         rows.append([*row, f"{loss:.6f}"])
-    return csv_bytes(prediction_fields(predictions.best.shape[1]), rows)
+    return csv_bytes(prediction_fields(predictions.best.shape[1], bool(files)), rows)
 
 
 def classes_csv(evaluated: EvaluatedCheckpoint) -> bytes:
@@ -230,7 +233,9 @@ FILES = {
     "evaluation.json": FileKind(record_json, is_own_record, "the results over all classes"),
     "predictions.csv": FileKind(
         predictions_csv,
-        has_header(*map(prediction_fields, range(1, TOP + 1))),
+        has_header(
+            *(prediction_fields(n, files) for n in range(1, TOP + 1) for files in (False, True))
+        ),
         "each image: its best classes with their probabilities, and its loss",
     ),
     "classes.csv": FileKind(

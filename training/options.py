@@ -38,7 +38,15 @@ NEWEST = True  # the value of a bare --resume
 SHORT_RUN = 10  # epochs; a recipe's changes for short runs apply below this
 
 # Recipe values with an option of their own; the others are changed by --set.
-RECIPE_OPTIONS = ("epochs", "batch_size", "lr", "image_size", "init_from", "freeze_epochs")
+RECIPE_OPTIONS = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "image_size",
+    "init_from",
+    "freeze_epochs",
+    "skip_unreadable",
+)
 # What a resumed run may change: where and how it runs, and how long. All else is its mathematics.
 MAY_CHANGE = (
     "data_dir",
@@ -62,7 +70,13 @@ ALWAYS_GIVEN = (
     "overlay_every",
 )
 # Options that go with one mode alone.
-COMPANIONS = {"out": "evaluate", "sort": "evaluate", "keep": "sanity", "json": "benchmark"}
+COMPANIONS = {
+    "out": "evaluate",
+    "sort": "evaluate",
+    "export": "evaluate",
+    "keep": "sanity",
+    "json": "benchmark",
+}
 UNLESS_GIVEN = argparse.SUPPRESS  # as a default: not in the result unless it was given
 # All settings with an option of their own.
 WITH_OPTION = (
@@ -85,9 +99,7 @@ def make_parser(task: Task) -> ArgumentParser:
     constants = constants_of(recipes)
     instead = {name: f"--set {name}=VALUE" for name in constants}
     instead |= {"learning-rate": "--lr", "checkpoint": "--evaluate, --resume or --init-from"}
-    parser = ArgumentParser(
-        description=task.description, epilog=examples(task.dataset), instead=instead
-    )
+    parser = ArgumentParser(description=task.description, epilog=examples(task), instead=instead)
     add_places(parser, task)
     add_mathematics(parser, recipes, task.model)
     add_speed(parser)
@@ -120,14 +132,16 @@ def add_places(parser: argparse.ArgumentParser, task: Task) -> None:
     group.add_argument(
         "--data-dir",
         type=expanded_path,
-        default="data",
-        help="folder that holds (or will hold) the data set",
+        default=task.data.default_dir,
+        help="folder of your class folders, or of train/ and test/ with class folders"
+        if task.data.is_own
+        else "folder that holds (or will hold) the data set",
     )
     group.add_argument(
         "--run-dir",
         type=expanded_path,
         default=UNLESS_GIVEN,
-        help=f"folder of this run (default: runs/{task.dataset}/<time>-<model>)",
+        help=f"folder of this run (default: {task.runs}/<time>-<model>)",
     )
     group.add_argument(
         "--sample",
@@ -135,6 +149,13 @@ def add_places(parser: argparse.ArgumentParser, task: Task) -> None:
         default=UNLESS_GIVEN,
         help=f"train on the small built-in sample, a run with {size} unless these are given",
     )
+    if any("skip_unreadable" in recipe for recipe in task.recipes.values()):
+        group.add_argument(
+            "--skip-unreadable",
+            action="store_true",
+            default=UNLESS_GIVEN,
+            help="leave out images that cannot be read, and list them, instead of an error",
+        )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N")
     group.add_argument(
         "--num-workers",
@@ -321,6 +342,14 @@ def add_companions(parser: argparse.ArgumentParser) -> None:
         help="order of the classes that --evaluate prints (default: accuracy, worst first)",
     )
     group.add_argument(
+        "--export",
+        type=expanded_path,
+        default=UNLESS_GIVEN,
+        metavar="FILE",
+        help="instead of evaluating the checkpoint, write its network to FILE, for use without "
+        "this project: .pt2 for PyTorch (torch.export) or .onnx. Needs no images",
+    )
+    group.add_argument(
         "--keep",
         action="store_true",
         default=UNLESS_GIVEN,
@@ -348,13 +377,14 @@ def constants_of(recipes: dict[str, dict]) -> list[str]:
     return [name for name in names if name not in RECIPE_OPTIONS]
 
 
-def examples(dataset: str) -> str:
+def examples(task: Task) -> str:
     """The end of the help: a command line and its purpose, four times."""
+    data = "--data-dir photos " if task.data.is_own else ""
     purposes = {
-        "--sanity": "every path of a run in about a minute, and an estimate of the run's time",
-        "--epochs 90 --set dropout=0.5": "a new run: longer, and with half of the authors' dropout",
-        "--resume": f"resume the newest unfinished run in runs/{dataset}",
-        f"--evaluate runs/{dataset}/RUN/last.pt": "loss, top-1, top-5 and each class of a run",
+        f"{data}--sanity": "every path of a run in about a minute, and an estimate of its time",
+        f"{data}--epochs 90 --set dropout=0.5": "a new run: longer, with half the authors' dropout",
+        "--resume": f"resume the newest unfinished run in {task.runs}",
+        "--evaluate RUN/last.pt": "loss, top-1, top-5 and each class of a run",
     }
     lines = [f"  python %(prog)s {words}\n      {text}" for words, text in purposes.items()]
     return "\n".join(["examples:", *lines])

@@ -32,7 +32,9 @@ CONSTANTS = {
     "progressive_from": "optimizer steps; shorter runs train at full size throughout",
     "trunk": 'full, or pooled (after each block, as VGG16); "": by model',
     "pool4": "side of the pooling before block 4, in positions",
-    "crop": "box (the bird's bounding box) or whole (the whole image)",
+    "crop": "box (a bird's bounding box), center (the centered square), or whole (the image)",
+    "test_share": "share of each class that is the test set, where there is no folder for it",
+    "split_seed": "draws that share",
     "margin": "added to each side of the box, in units of its longer side",
     "transfer_lr": "factor on the rate of transferred layers",
 }

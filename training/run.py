@@ -185,11 +185,13 @@ class Run:
         for name, before, now in zip(
             ("training", self.eval_name), saved.get("labels", ()), self.fingerprints, strict=False
         ):
-            if before != now:
-                other_labels = " with other labels" if before[0] == now[0] else ""
+            if before != now[: len(before)]:  # earlier versions stored fewer numbers
+                changed = "now"
+                if before[0] == now[0]:
+                    changed = "others now" if before[:2] == now[:2] else "with other labels now"
                 raise UserError(
                     f"the data set has changed since the run was stopped: it had {before[0]:,} "
-                    f"{name} images and has {now[0]:,}{other_labels} now. Bring the old images "
+                    f"{name} images and has {now[0]:,} {changed}. Bring the old images "
                     f"back (--data-dir), or start a new run"
                 )
         if list(saved["input_size"]) != self.config["input_size"]:
@@ -480,8 +482,10 @@ class Run:
 
 
 def fingerprint(image_set: ImageSet) -> list[int]:
-    """The number of images, and a checksum of their labels in order."""
-    return [len(image_set), zlib.crc32(image_set.labels.cpu().numpy().tobytes())]
+    """The number of images, a checksum of their labels in order, and one of what they show (0 where
+    that is not known)."""
+    labels = zlib.crc32(image_set.labels.cpu().numpy().tobytes())
+    return [len(image_set), labels, image_set.content]
 
 
 def recalibration_count(images: int) -> int:

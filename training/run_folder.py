@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -139,15 +139,18 @@ def differences(config: dict, settings: dict) -> list[str]:
     ]
 
 
-def newest_unfinished(runs: Path) -> Path:
-    """The run in ``runs`` that was written to last, is unfinished and is not being trained; sanity
-    passes do not count. Raises UserError where there is none."""
+def newest_unfinished(folders: Iterable[Path], dataset: str, where: Path) -> Path:
+    """The run in one of the folders that is of this data set, was written to last, is unfinished
+    and is not being trained; sanity passes do not count. Raises UserError, which says ``where``,
+    if there is none."""
     found = []
-    for config_path in runs.glob("*/config.json"):
+    for config_path in (path for runs in folders for path in runs.glob("*/config.json")):
         run_dir = config_path.parent
         with contextlib.suppress(OSError, ValueError):
-            read_settings(run_dir)  # anybody may have a config.json
+            settings = read_settings(run_dir)  # anybody may have a config.json
             config = read_config(run_dir)
+            if settings.get("dataset", dataset) != dataset:
+                continue
             if not config.get("sanity") and not config.get("finished"):
                 written = max(path.lstat().st_mtime for path in run_dir.iterdir())
                 found.append((written, run_dir))
@@ -155,9 +158,9 @@ def newest_unfinished(runs: Path) -> Path:
         with contextlib.suppress(UserError), lock(run_dir):
             return run_dir
     problem = (
-        f"every unfinished run in {runs} is being trained"
+        f"every unfinished run in {where} is being trained"
         if found
-        else f"there is no unfinished run in {runs}"
+        else f"there is no unfinished run in {where}"
     )
     raise UserError(f"--resume: {problem}; name the run's folder", 2)
 

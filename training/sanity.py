@@ -58,6 +58,8 @@ def sanity_pass(
     absent = ""
     if sample and not config["sample"]:
         absent = f" (no {task.dataset} in {config['data_dir']})"
+        if task.data.is_own:
+            absent = " (--data-dir names your images)"
     outcomes = [Outcome("data", train.source + absent, seconds=time.perf_counter() - started)]
 
     started = time.perf_counter()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -30,7 +31,8 @@ EVALUATED, TRAINED, TOP5 = (87, 16, 110), (196, 84, 20), (150, 116, 164)
 
 PROJECT = "Learn to Pay Attention, arXiv 1804.02391"
 SET_NAMES = {"val": "validation"}
-DATA_NAMES = {"cifar100": "CIFAR-100", "cub": "CUB-200-2011"}
+DATA_NAMES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "cub": "CUB-200-2011"}
+CIFAR_CLASSES = {"cifar100": 100, "cifar10": 10}
 AUGMENTATIONS = ("crop_pad", "flip", "zoom", "jitter", "trivial_augment", "cutout")
 WITHOUT_ATTENTION = ("vgg", "vgg-gap")
 # Monospaced fonts that Linux distributions have; PIL brings none.
@@ -85,12 +87,14 @@ def summary_picture(
 
 
 def data_name(config: Mapping[str, object], classes: int) -> str:
-    """The data set by its usual name. Class folders of the user's own may stand in for CIFAR-100:
+    """The data set by its usual name. Class folders of the user's own may stand in for CIFAR's:
     those of another number of classes are not it."""
     if config.get("sample"):
         return "the built-in sample"
     name = str(config.get("dataset"))
-    if name == "cifar100" and classes != 100:
+    if name == "folder":
+        return Path(str(config.get("data_dir"))).absolute().name or "class folders"
+    if classes != CIFAR_CLASSES.get(name, classes):
         return "class folders"
     return DATA_NAMES.get(name, name)
 

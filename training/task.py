@@ -20,5 +20,10 @@ class Task:
 
     @property
     def dataset(self) -> str:
-        """The name of the data set ("cifar100"), and of the folder of its runs."""
+        """The name of the data set ("cifar100")."""
         return self.data.name
+
+    @property
+    def runs(self) -> str:
+        """The folder of all runs, in words."""
+        return "runs/<name of the folder>" if self.data.is_own else f"runs/{self.dataset}"

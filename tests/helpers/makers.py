@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from attention_model import build_model
+from common.checkpoint import FORMAT
 from common.errors import UserError
 from data import ImageSet, load_cifar100, load_cub
 from datasets import image_cache
@@ -67,18 +69,54 @@ def torchvisions(name, dtype=torch.float64, classes=7):
     return torchvision.models.get_model(name, weights=None, num_classes=classes).to(dtype).eval()
 
 
+def untrained(path, name, task_config, dataset, classes, size=32, width=1 / 16):
+    """A checkpoint of a network that was not trained, with batch norm that normalizes by
+    something."""
+    torch.manual_seed(0)
+    config = task_config | {
+        "model": name,
+        "width": width,
+        "dataset": dataset,
+        "sample": False,
+        "image_size": size,
+        "num_workers": 0,
+        "trunk": "pooled",
+        "pool4": 2,
+    }
+    model = build_model(name, len(classes), width=width, trunk="pooled")
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, 32, 32))
+    torch.save(
+        {
+            "format": FORMAT,
+            "model": model.state_dict(),
+            "ema": None,
+            "config": config,
+            "class_names": list(classes),
+            "input_size": [size, size],
+            "mean": [0.5] * 3,
+            "std": [0.25] * 3,
+            "position": {"epoch": 1},
+        },
+        path,
+    )
+    return path
+
+
 def image_set(count=20, height=18, width=24, classes=3, seed=0):
     rng = np.random.default_rng(seed)
     images = torch.from_numpy(rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8))
     return ImageSet(images, torch.arange(count) % classes, tuple("abcdefghij"[:classes]), "a test")
 
 
-def make_folders(root, classes=("cat", "dog"), per_class=3, size=(20, 16), ending="png"):
-    """Class folders under root/cifar100; returns the pixels by path."""
+def make_folders(
+    root, classes=("cat", "dog"), per_class=3, size=(20, 16), ending="png", name="cifar100"
+):
+    """Class folders under root/name; returns the pixels by path."""
     rng, pixels = np.random.default_rng(0), {}
     for split in ("train", "test"):
-        for name in classes:
-            folder = root / "cifar100" / split / name
+        for label in classes:
+            folder = root / name / split / label
             folder.mkdir(parents=True)
             for i in range(per_class):
                 array = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
