@@ -7,7 +7,14 @@ networks, class activation maps and Grad-CAM of these and of torchvision's.
     python cam.py --arch resnet50 --weights DEFAULT --top-k 3 photo.jpg
     python cam.py --help
 
-The methods as functions, documented in explain/maps.py: attention_maps(model, images),
+In your own code, on any thread:
+
+    from cam import load_network
+    network = load_network("runs/cifar100/RUN/last.pt")   # or arch="resnet50", weights="DEFAULT"
+    network.predict("photo.jpg")                          # [("dog", 0.93), ...]
+
+Its methods are documented in explain/networks.py: predict, attention, cam, preprocess. For any
+module that gives logits, explain/maps.py has attention_maps(model, images),
 class_activation_map(model, images, targets) and grad_cam(model, images, targets, layer=None).
 """
 
@@ -26,7 +33,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from common.arguments import (
@@ -37,15 +43,15 @@ from common.arguments import (
     one_of,
     parse,
 )
-from common.device import choose_device
 from common.errors import UserError, exit_status, print_error, printable
 from common.files import make_folders
 from common.process import open_standard_streams, unbreakable_pipes
 from data import SOURCES, ImageSet, open_rgb
+from explain.images import cut
 from explain.maps import attention_maps, class_activation_map, grad_cam
 from explain.methods import METHODS, Methods, applicable, list_layers, maps_of
 from explain.metrics import Measures, part_lines, table_lines
-from explain.networks import TrainedNetwork, find_class, from_checkpoint, from_torchvision
+from explain.networks import TrainedNetwork, class_index, load_network
 from explain.output import (
     MAX_SIDE,
     Overview,
@@ -57,7 +63,7 @@ from explain.output import (
 )
 from explain.pictures import COLOR_MAPS, shown, title_of
 
-__all__ = ["attention_maps", "class_activation_map", "grad_cam", "main"]
+__all__ = ["attention_maps", "class_activation_map", "grad_cam", "load_network", "main"]
 
 FIRST_IMAGES = 16  # images of a data set that get pictures without --index
 OVERVIEW = 64  # images on the sheet of a whole selection, at most
@@ -86,7 +92,7 @@ def make_parser() -> ArgumentParser:
         "--checkpoint",
         type=expanded_path,
         metavar="FILE",
-        help="a last.pt of train_cifar100.py or train_cub.py",
+        help="a last.pt of a training script",
     )
     network.add_argument(
         "--arch",
@@ -212,11 +218,9 @@ def dispatch(args: argparse.Namespace) -> int:
     message = misuse(args)
     if message:
         raise UserError(message, 2)
-    if args.checkpoint:
-        network = from_checkpoint(args.checkpoint)
-    else:
-        network = from_torchvision(args.arch, args.weights)
-    network.place_on(choose_device(args.device))
+    network = load_network(
+        args.checkpoint, arch=args.arch, weights=args.weights, device=args.device
+    )
     print(network.description)
     if args.list_layers:
         return list_layers(network)
@@ -252,11 +256,13 @@ def misuse(args: argparse.Namespace) -> str | None:
             "--measure needs --dataset cub or --dataset sample, "
             "where the position of the object is known"
         )
-    if args.measure and args.dataset == "cifar100":
+    if args.measure and args.dataset in SOURCES and not SOURCES[args.dataset].has_boxes:
         return (
-            "--measure needs boxes or marks, and cifar100 has none: "
+            f"--measure needs boxes or marks, and {args.dataset} has none: "
             "--dataset cub or --dataset sample"
         )
+    if args.crop and args.dataset in SOURCES and not SOURCES[args.dataset].has_boxes:
+        return f"--crop is for birds (--dataset cub), not for {args.dataset}"
     if args.measure and (args.target or args.top_k > 1):
         return "--measure takes the true class: leave --target and --top-k out"
     if args.dataset is None and (args.index or args.crop):
@@ -270,12 +276,11 @@ def misuse(args: argparse.Namespace) -> str | None:
 def batches_of_files(
     network: TrainedNetwork, paths: list[Path], unusable: list[Path]
 ) -> Iterator[tuple[list[Picture], Tensor]]:
-    """Pictures, and the batch of them for the network. Unreadable files are reported, appended to
-    ``unusable`` and left out."""
-    height, width = network.size
+    """Pictures, cut to the part that the network sees, and the batch of them for the network.
+    Unreadable files are reported, appended to ``unusable`` and left out."""
     at_once = min(network.batch_size, PHOTOS_AT_ONCE)
     for first in range(0, len(paths), at_once):
-        pictures, inputs = [], []
+        pictures, views = [], []
         for path in paths[first : first + at_once]:
             try:
                 pixels = np.asarray(open_rgb(path))
@@ -283,11 +288,11 @@ def batches_of_files(
                 print_error(str(error))
                 unusable.append(path)
                 continue
-            resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-            inputs.append(np.array(resized))
-            pictures.append(Picture(printable(path), path.stem, shown(pixels, 1, MAX_SIDE)))
+            views.append(network.view(pixels))
+            seen = cut(pixels, views[-1].box)
+            pictures.append(Picture(printable(path), path.stem, shown(seen, 1, MAX_SIDE)))
         if pictures:
-            yield pictures, network.batch(torch.from_numpy(np.stack(inputs)))
+            yield pictures, network.batch([view.pixels for view in views])
 
 
 def batches_of_set(
@@ -308,25 +313,39 @@ def batches_of_set(
 def load_set(args: argparse.Namespace, network: TrainedNetwork) -> ImageSet:
     """The split of --dataset, loaded and cropped as for the network's training (whole pictures for
     --measure)."""
-    own = network.config.get("dataset", "cifar100")
-    source = SOURCES[own if args.dataset == "sample" else args.dataset]
-    # whole birds at the network's size; CIFAR-100 at its own
-    config = {
-        "crop": "whole",
-        "margin": 0.1,
-        "zoom": 0.5,
-        "image_size": max(network.size) if source.name == "cub" else None,
-    }
-    if own == source.name:
-        config |= network.config  # empty for torchvision's
+    own = network.config.get("dataset")
+    name = args.dataset
+    if name == "sample":
+        name = own if own in SOURCES else "cifar100"
+    source, config = SOURCES[name], set_defaults(name, network)
+    if own == name:
+        config |= network.config
+    data_dir = args.data_dir or config.get("data_dir") or source.default_dir
+    if data_dir is None and args.dataset == name:
+        raise UserError(f"--dataset {name} needs --data-dir, the folder of the class folders", 2)
     config |= {
-        "data_dir": args.data_dir or config.get("data_dir", "data"),
+        "data_dir": data_dir,
         "num_workers": args.num_workers,
         "sample": args.dataset == "sample",
     }
-    config["crop"] = args.crop or ("whole" if args.measure else config["crop"])
-    train, test = source.sets(config, download=network.config.get("dataset") != source.name)
+    if source.has_boxes:
+        config["crop"] = args.crop or ("whole" if args.measure else config["crop"])
+    train, test = source.sets(config, download=own != name)
     return {"train": train, "test": test}[args.split]
+
+
+def set_defaults(name: str, network: TrainedNetwork) -> dict:
+    """How a data set is read for a network that was not trained on it: whole birds, and the
+    centered squares of class folders, for the network's size; CIFAR's images at their own."""
+    return {
+        "crop": "center" if name == "folder" else "whole",
+        "margin": 0.1,
+        "zoom": 0.5,
+        "image_size": None if name in ("cifar10", "cifar100") else max(network.size),
+        "test_share": 0.2,
+        "split_seed": 0,
+        "skip_unreadable": False,
+    }
 
 
 # ---- pictures -----------------------------------------------------------------------------------
@@ -335,7 +354,7 @@ def load_set(args: argparse.Namespace, network: TrainedNetwork) -> ImageSet:
 def make_pictures(args: argparse.Namespace, network: TrainedNetwork, methods: Methods) -> int:
     """Write an overlay per map and a sheet per image, and for a data set one sheet of all images.
     Returns the exit status."""
-    target = None if args.target is None else find_class(args.target, network.class_names)
+    target = asked_target(args.target, network)
     paths, unusable = list_files(args.images)
     set_name = f"{args.dataset}-{args.split}"
     if args.dataset:
@@ -359,6 +378,14 @@ def make_pictures(args: argparse.Namespace, network: TrainedNetwork, methods: Me
     if unusable:
         print_error(f"{len(unusable)} of the inputs could not be used: see above")
     return 1 if unusable else 0
+
+
+def asked_target(text: str | None, network: TrainedNetwork) -> int | None:
+    """--target as a class index. Raises UserError."""
+    try:
+        return None if text is None else class_index(text, network.class_names)
+    except ValueError as error:
+        raise UserError(f"--{error}", 2) from None
 
 
 def selected_batches(
@@ -445,6 +472,8 @@ def measure(args: argparse.Namespace, network: TrainedNetwork, methods: Methods)
     """Print how well the maps find the object, and write it to measures.csv (and parts.csv) in
     --out. Returns the exit status."""
     images = load_set(args, network)
+    if images.boxes is None:
+        raise UserError(f"--measure needs boxes or marks, and {images.source} has none", 2)
     chosen = images.subset(parse_index(args.index, len(images))) if args.index else images
     same_classes = chosen.class_names == network.class_names
     measures = measure_set(network, methods, chosen, same_classes)

@@ -24,7 +24,7 @@ from datasets.cifar_sample import cifar_sample
 from datasets.cub import cub_present, load_cub
 from datasets.cub_sample import cub_sample
 from datasets.folder import folder_present, load_folder
-from datasets.image_files import center_box, images_and_others, open_rgb, passed_over
+from datasets.image_files import as_rgb, center_box, images_and_others, open_rgb, passed_over
 from datasets.image_set import ImageSet
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "DataSource",
     "ImageSet",
     "TrainBatches",
+    "as_rgb",
     "center_box",
     "channel_statistics",
     "cifar100_present",

@@ -292,7 +292,9 @@ def _by_operation(count: int, first: int, device: torch.device) -> tuple[Tensor,
 def _constants(values: tuple[float, ...], device: torch.device, times: int = 1) -> Tensor:
     """The values, repeated ``times`` times, in float32. Cached, and filled on the device: a
     host-to-device copy would synchronize."""
-    constants = [torch.full((), float(value), device=device) for value in values]
+    constants = [
+        torch.full((), float(value), dtype=torch.float32, device=device) for value in values
+    ]
     return torch.stack(constants).repeat(times)
 
 

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from common.errors import UserError, printable
+from common.files import identity
 from datasets.decoding import Pictures
 from datasets.download import data_folder
 from datasets.image_cache import load_or_decode
@@ -199,22 +200,24 @@ def list_files(folder: Path, progress: bool) -> Listing:
 def files_below(folder: Path, start: int, bar: tqdm) -> tuple[list[str], list[str]]:
     """(images, other files) in a folder and those within it: their paths from character ``start``
     on."""
-    images, others, waiting, seen = [], [], [str(folder)], set()
+    images, others, waiting = [], [], [str(folder)]
+    seen = {identity(above) for above in folder.absolute().parents}
     while waiting:
         path = waiting.pop()
-        place = os.stat(path)
-        if (place.st_dev, place.st_ino) in seen:  # a link to a folder above
+        if identity(path) in seen:  # a link to a folder above, or a second one to the same folder
             continue
-        seen.add((place.st_dev, place.st_ino))
+        seen.add(identity(path))
         with os.scandir(path) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
                     waiting.append(entry.path)
-                else:
-                    (images if is_image(entry.name) else others).append(entry.path[start:])
-                    bar.update()
+                    continue
+                bar.update()
+                # a link that leads nowhere is an image that cannot be read; a pipe is none
+                is_file = entry.is_file() or not os.path.exists(entry.path)
+                (images if is_file and is_image(entry.name) else others).append(entry.path[start:])
     return images, others
 
 

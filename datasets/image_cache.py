@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.errors import UserError, one_line, printable
+from common.errors import one_line, printable
 from common.files import make_folders, remove_leftovers, remove_made, replace_file
 from datasets.decoding import (
     THUMBNAIL,
@@ -31,7 +31,7 @@ from datasets.decoding import (
     joined,
     with_crops,
 )
-from datasets.image_files import Crop, UnreadableImage, print_once, shows_progress, size_of
+from datasets.image_files import REMEDY, Crop, UnreadableImage, print_once, shows_progress, size_of
 
 CACHE_VERSION = 4  # raise it when decoding changes: caches of an older version are made again
 KEY_CHARACTERS = 20
@@ -78,7 +78,7 @@ def load_or_decode(
     """
     stem = f"{name}-{size[0]}px-" if resize else f"{name}-"
     made_from = f"{CACHE_VERSION} {size if resize else None} {upright} {center}"
-    key = _cache_key(paths, root, made_from, crops, progress)
+    key = _cache_key(paths, root, made_from, crops, progress, skip_unreadable)
     cache = Cache(cache_dir, stem, key, len(paths))
     pictures = cache.read()
     if pictures is None:
@@ -100,6 +100,7 @@ def _cache_key(
     made_from: str,
     crops: list[Crop] | None,
     progress: bool,
+    skip_unreadable: bool,
 ) -> str:
     """What the cache is made from: ``made_from``, and the name, length in bytes, modification time
     and crop of every file."""
@@ -110,12 +111,16 @@ def _cache_key(
     for path, crop in tqdm(files, desc="files", unit="", leave=False, disable=hide, delay=2):
         try:
             stat = os.stat(path)
+            size, time = stat.st_size, stat.st_mtime_ns
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{printable(path)} cannot be read ({one_line(error)}). Replace or remove it"
-            ) from None
+            if not skip_unreadable:
+                reason = one_line(error)
+                raise UnreadableImage(
+                    f"{printable(path)} cannot be read ({reason}){REMEDY}"
+                ) from None
+            size, time = -1, -1
         # by slicing: pathlib's relative_to takes seconds for the 60,000 files of CIFAR-100
-        line = f"{str(path)[name_start:]}\0{stat.st_size}\0{stat.st_mtime_ns}\0{crop}\n"
+        line = f"{str(path)[name_start:]}\0{size}\0{time}\0{crop}\n"
         digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:KEY_CHARACTERS]
 

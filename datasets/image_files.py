@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -91,7 +92,7 @@ def passed_over(folder: Path, names: list[str], total: int) -> str:
     )
 
 
-def open_rgb(path: Path, *, upright: bool = True, reduce: bool = True) -> Image.Image:
+def open_rgb(path: Path | str, *, upright: bool = True, reduce: bool = True) -> Image.Image:
     """Open an image file of any mode as an RGB image, as viewers show it: transparency on white.
 
     Args:
@@ -99,23 +100,32 @@ def open_rgb(path: Path, *, upright: bool = True, reduce: bool = True) -> Image.
         reduce: decode an image of over REDUCED_ABOVE pixels smaller, if its format can.
 
     Raises:
-        UserError: naming the file: it cannot be read, or is of over MAX_PIXELS (found before it is
-            decoded).
+        UnreadableImage: naming the file: it cannot be read, or is of over MAX_PIXELS (found before
+            it is decoded).
     """
     with sane_sizes(path), _opened(path) as image:
         if reduce and image.width * image.height > REDUCED_ABOVE:
             image.draft(None, (min(image.width, REDUCED_SIDE), min(image.height, REDUCED_SIDE)))
-        if image.mode[0] in "IF":
-            # PIL would clip them to white
-            raise ValueError(f"pixels of type {image.mode}, more than 8 bits a channel")
+        check_mode(image)
         image.load()  # for a TIFF this applies the orientation and removes it from the EXIF data
-        if upright:
-            image = _turned_upright(image)
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            white.alpha_composite(image.convert("RGBA"))
-            image = white
-        return image.convert("RGB")
+        return as_rgb(_turned_upright(image) if upright else image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB, transparency on white. Raises ValueError for more than 8 bits a
+    channel."""
+    check_mode(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
+    return image.convert("RGB")
+
+
+def check_mode(image: Image.Image) -> None:
+    """Raises ValueError for more than 8 bits a channel, which PIL would clip to white."""
+    if image.mode[0] in "IF":
+        raise ValueError(f"pixels of type {image.mode}, more than 8 bits a channel")
 
 
 UPRIGHT = {
@@ -137,31 +147,59 @@ def _turned_upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+class PillowGuard:
+    """Pillow's guard against small files that claim to be enormous, at MAX_PIXELS, while any thread
+    reads an image: its settings belong to the whole process."""
+
+    def __init__(self) -> None:
+        self.lock, self.readers = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.readers:
+                self.settings = contextlib.ExitStack()
+                self.settings.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                self.limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS
+            self.readers += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.readers -= 1
+            if not self.readers:
+                Image.MAX_IMAGE_PIXELS = self.limit
+                self.settings.close()
+
+    def size_of(self, path: Path | str) -> str:
+        """The size of a file's image, whatever it claims."""
+        with self.lock, contextlib.suppress(Exception):
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                with Image.open(path, formats=image_formats()) as image:
+                    return f"{image.width}x{image.height}"
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+        return "too many"
+
+
+GUARD = PillowGuard()
+
+
 @contextlib.contextmanager
-def sane_sizes(path: Path) -> Iterator[None]:
-    """PIL's guard against small files that claim to be enormous, at MAX_PIXELS. Raises UserError
-    with the size."""
-    before = Image.MAX_IMAGE_PIXELS
+def sane_sizes(path: Path | str) -> Iterator[None]:
+    """GUARD for one file. Raises UnreadableImage with the size."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+        with GUARD:
             yield
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        Image.MAX_IMAGE_PIXELS = None
-        size = "too many"
-        with contextlib.suppress(Exception), Image.open(path, formats=image_formats()) as image:
-            size = f"{image.width}x{image.height}"
         raise UnreadableImage(
-            f"{printable(path)} has {size} pixels: more than {MAX_PIXELS / 1e6:,.0f} megapixels "
-            f"are not read{REMEDY}"
+            f"{printable(path)} has {GUARD.size_of(path)} pixels: more than "
+            f"{MAX_PIXELS / 1e6:,.0f} megapixels are not read{REMEDY}"
         ) from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path | str) -> Iterator[Image.Image]:
     """The image; every error of reading it becomes a UserError that names the file."""
     try:
         with Image.open(path, formats=image_formats()) as image:
@@ -189,7 +227,7 @@ def resized(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def size_of(path: Path, upright: bool) -> tuple[int, int]:
+def size_of(path: Path | str, upright: bool) -> tuple[int, int]:
     """(height, width) of an image. Raises UserError for one below MIN_IMAGE_SIZE."""
     image = open_rgb(path, upright=upright)
     if min(image.size) < MIN_IMAGE_SIZE:

@@ -3,6 +3,12 @@
 Maps are non-negative and divided by their maximum. A map without a positive value (0/0) is 0
 everywhere; a uniform one is 1 everywhere. The network is left as it was, also after an error: its
 mode, requires_grad, hooks, and the gradients of its parameters.
+
+Several threads may ask for maps of one network: it serves one call at a time. Until a call has
+ended, the network must not run elsewhere, as in ``model(images)`` in another thread.
+
+The raw_... functions give the maps before they are upsampled and scaled, (N, h, w) at the positions
+of their layer, for whoever needs them at another size than that of the images.
 """
 
 from __future__ import annotations
@@ -10,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -37,14 +45,18 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     images (N, 3, H, W), normalized -> {level: (N, H, W)} float32 in [0, 1], upsampled bilinearly to
     the size of the images. Raises ValueError for a network without attention.
     """
+    raw = raw_attention(model, images)
+    return {level: upsample_and_scale(maps, images.shape[2:]) for level, maps in raw.items()}
+
+
+def raw_attention(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     if not getattr(model, "levels", ()):
         raise ValueError(
             "this network has no attention levels: use gradcam, or cam where it ends in pooling"
         )
     with eval_no_grad(model), torch.no_grad():
         _, maps = model(to_model_dtype(model, images), return_attention=True)
-    size = images.shape[2:]
-    return {level: upsample_and_scale(level_maps, size) for level, level_maps in maps.items()}
+    return maps
 
 
 def class_activation_map(
@@ -59,12 +71,17 @@ def class_activation_map(
     the size of the images. Raises ValueError for a network that does not end in average pooling and
     one linear layer.
     """
+    return upsample_and_scale(raw_class_activation(model, images, targets), images.shape[2:])
+
+
+def raw_class_activation(
+    model: nn.Module, images: Tensor, targets: Sequence[int] | Tensor
+) -> Tensor:
     hooks = FeatureHooks()
     logits = logits_with_hooks(model, images, hooks)
     targets = checked_targets(targets, logits)
     features = hooks.pooled_features(logits)
-    weights = hooks.linear.weight[targets].detach().to(features.dtype)
-    return upsample_and_scale(torch.einsum("nchw,nc->nhw", features, weights), images.shape[2:])
+    return weighted_sum(features, hooks.linear.weight[targets].detach().to(features.dtype))
 
 
 def grad_cam(
@@ -85,6 +102,15 @@ def grad_cam(
     more than a forward pass. Raises ValueError for a layer that does not exist, does not run, has
     another output, or does not reach the logit.
     """
+    return upsample_and_scale(raw_grad_cam(model, images, targets, layer), images.shape[2:])
+
+
+def raw_grad_cam(
+    model: nn.Module,
+    images: Tensor,
+    targets: Sequence[int] | Tensor,
+    layer: nn.Module | str | None = None,
+) -> Tensor:
     module = find_layer(model, default_layer(model, images[:1]) if layer is None else layer)
     kept: list[Tensor] = []
 
@@ -111,13 +137,14 @@ def grad_cam(
             )
         activations, gradient = kept[0], None
         if logits.requires_grad:
-            score = logits.gather(1, checked_targets(targets, logits)[:, None]).sum()
+            # a copy: targets from inference mode could not be kept for the backward pass
+            targets = checked_targets(targets, logits).clone()
+            score = logits.gather(1, targets[:, None]).sum()
             (gradient,) = torch.autograd.grad(score, activations, allow_unused=True)
     if gradient is None:
         raise ValueError("no logit depends on this layer: choose another")
     activations, gradient = at_least_float32(activations.detach()), at_least_float32(gradient)
-    weights = gradient.mean((2, 3))
-    return upsample_and_scale(torch.einsum("nchw,nc->nhw", activations, weights), images.shape[2:])
+    return weighted_sum(activations, gradient.mean((2, 3)))
 
 
 # ---- layers -------------------------------------------------------------------------------------
@@ -227,24 +254,37 @@ class FeatureHooks:
 def logits_with_hooks(model: nn.Module, images: Tensor, hook: Callable[..., None]) -> Tensor:
     """The logits; calls ``hook(name, module, inputs, output)`` when a module has finished."""
     handles = []
-    try:
-        for name, module in model.named_modules():
-            if name:
-                handles.append(module.register_forward_hook(functools.partial(hook, name)))
-        with torch.no_grad(), eval_no_grad(model):
+    with eval_no_grad(model), torch.no_grad():
+        try:
+            for name, module in model.named_modules():
+                if name:
+                    handles.append(module.register_forward_hook(functools.partial(hook, name)))
             return logits_of(model, images)
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 # ---- shared by the methods ----------------------------------------------------------------------
 
 
+# of each network: its hooks, modes and requires_grad are seen by every thread
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def eval_no_grad(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no parameter that requires a gradient; both are restored, module by
-    module."""
+    module. One thread at a time: others wait until this one is done with the network."""
+    with _locks_lock:
+        lock = _locks.setdefault(model, threading.RLock())
+    with lock, _evaluated(model):
+        yield
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
@@ -304,6 +344,13 @@ def is_map(output: object) -> bool:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """bf16 and fp16 as float32: sums over positions and channels need the precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def weighted_sum(features: Tensor, weights: Tensor) -> Tensor:
+    """(N, C, h, w) and (N, C) -> (N, h, w), in the precision of the features also where the caller
+    has turned on autocast."""
+    with torch.autocast(features.device.type, enabled=False):
+        return torch.einsum("nchw,nc->nhw", features, weights)
 
 
 def upsample_and_scale(maps: Tensor, size: Sequence[int]) -> Tensor:

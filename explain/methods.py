@@ -38,18 +38,19 @@ def maps_of(
     level ("conv7") and depends on no class; cam and gradcam have one per column ("cam", "cam-2").
     """
     found = {}
-    for method in methods.names:
-        if method == "attention":
-            for level, maps in attention_maps(network.model, batch).items():
-                found[level] = BatchMaps(maps.cpu().numpy(), None)
-            continue
-        for rank, targets in enumerate(classes.T.to(batch.device)):
-            if method == "cam":
-                maps = class_activation_map(network.model, batch, targets)
-            else:
-                maps = grad_cam(network.model, batch, targets, methods.layer)
-            name = f"{method}-{rank + 1}" if rank else method
-            found[name] = BatchMaps(maps.cpu().numpy(), rank)
+    with network.autocast():
+        for method in methods.names:
+            if method == "attention":
+                for level, maps in attention_maps(network.model, batch).items():
+                    found[level] = BatchMaps(maps.cpu().numpy(), None)
+                continue
+            for rank, targets in enumerate(classes.T.to(batch.device)):
+                if method == "cam":
+                    maps = class_activation_map(network.model, batch, targets)
+                else:
+                    maps = grad_cam(network.model, batch, targets, methods.layer)
+                name = f"{method}-{rank + 1}" if rank else method
+                found[name] = BatchMaps(maps.cpu().numpy(), rank)
     return found
 
 

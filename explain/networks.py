@@ -2,53 +2,279 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import load_model, read_checkpoint, read_plain
+from common.checkpoint import inference_weights, load_model, read_checkpoint, read_plain
+from common.device import DTYPES, Precision, choose_device, choose_precision
 from common.errors import UserError, one_line, printable
+from common.files import expand_user
 from common.hub import hub_weights
 from data import eval_batch_size, to_input
-from explain.maps import nearest_names
+from explain.images import View, each_pixels, is_one, view_of
+from explain.maps import (
+    eval_no_grad,
+    logits_of,
+    nearest_names,
+    raw_attention,
+    raw_class_activation,
+    raw_grad_cam,
+    upsample_and_scale,
+)
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class TrainedNetwork:
-    """A model with its classes, input size and normalization."""
+    """A trained classifier with its classes, input size and normalization; see ``load_network``.
 
-    model: nn.Module
+    ``predict``, ``attention``, ``cam`` and ``preprocess`` take images in these forms:
+
+    - a file name (str or Path): opened as in training, turned upright by its EXIF orientation;
+    - a PIL image of any mode, as it is (ImageOps.exif_transpose turns a photo upright);
+    - an array or a tensor (H, W), (H, W, 3) or (3, H, W): uint8, or floats from 0 to 1. A batch of
+      them has a dimension more. Do not normalize: the network does.
+    - a list of any of these, of any sizes, or an iterator. It is worked through in batches of
+      ``batch_size``, so the memory for many files is that of their results.
+
+    One image gives one result; several (a list, a batch) give a list of results in the same order.
+
+    Raises:
+        UserError: a file cannot be read as an image; the message names it.
+        ValueError: anything else that is not as above, such as an empty list, floats beyond [0, 1],
+            NaN, or a wrong number of channels or dimensions.
+
+    Several threads may use one network: they read their files in parallel, and the network serves
+    them one after the other. Do not run ``model`` itself in one thread while another asks for maps:
+    these put hooks on it meanwhile. To train it, take a copy (copy.deepcopy(network.model)).
+    """
+
+    model: nn.Module  # gives logits (N, classes) for what preprocess gives
     class_names: tuple[str, ...]
     size: tuple[int, int]  # (height, width) of its input in pixels
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
     description: str
     config: dict = field(default_factory=dict)  # of the run; empty for torchvision's
-    device: torch.device = torch.device("cpu")
+    precision: str = "fp32"  # of the forward pass: fp32, bf16 or fp16
+
+    def __repr__(self) -> str:
+        return f"<TrainedNetwork {self.description}>"
 
     def place_on(self, device: torch.device) -> None:
-        self.device = device
         self.model.to(device, memory_format=torch.channels_last)
 
-    def batch(self, images: Tensor) -> Tensor:
-        """(N, H, W, 3) uint8 -> (N, 3, *size), the input of the network: the whole image, resized
-        regardless of its aspect ratio, and normalized."""
-        return to_input(images.to(self.device), self.mean, self.std, self.size)
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     @property
     def batch_size(self) -> int:
         """Images per batch on its device."""
         return eval_batch_size(self.size, self.device)
 
-    @torch.no_grad()
+    def autocast(self) -> AbstractContextManager:
+        """The context of a forward pass in ``precision``; the weights stay in float32."""
+        return Precision(self.precision, self.device).context()
+
+    # ---- input ----------------------------------------------------------------------------------
+
+    def preprocess(self, images: object) -> Tensor:
+        """The input of ``model``: (N, 3, *size) float32 on the network's device, normalized by
+        ``mean`` and ``std``. N is 1 for one image.
+
+        Each image is resized as a whole, regardless of its aspect ratio; a network trained on
+        centered squares (``sees_center``) gets the square.
+
+        Example:
+            >>> batch = network.preprocess(["photo.jpg", "other.png"])
+            >>> logits = network.model(batch)  # (2, classes), with gradients if they are on
+        """
+        return self.batch([self.view(pixels).pixels for pixels in each_pixels(images)])
+
+    @property
+    def sees_center(self) -> bool:
+        """Whether it was trained on the centered square of each picture."""
+        return self.config.get("crop") == "center"
+
+    def view(self, pixels: np.ndarray) -> View:
+        """What the network sees of a picture, pixels (H, W, 3)."""
+        return view_of(pixels, self.size, self.sees_center)
+
+    def batch(self, images: Tensor | Sequence[np.ndarray]) -> Tensor:
+        """Levels from 0 to 255, (N, H, W, 3) or a list of (H, W, 3) of one size -> (N, 3, *size),
+        the input of the network: resized whole if they have another size, and normalized, as in
+        evaluation."""
+        if not torch.is_tensor(images):
+            images = torch.from_numpy(np.stack(images))
+        # whatever the default type was when the constants were made
+        return to_input(images.to(self.device), self.mean, self.std, self.size).float()
+
+    def views_and_batches(self, images: object) -> Iterator[tuple[list[View], Tensor]]:
+        """The images in batches, one file in memory at a time."""
+        views = (self.view(pixels) for pixels in each_pixels(images))
+        while chunk := list(itertools.islice(views, self.batch_size)):
+            yield chunk, self.batch([view.pixels for view in chunk])
+
+    # ---- output ---------------------------------------------------------------------------------
+
     def probabilities(self, batch: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, classes), on the CPU."""
-        return self.model(batch).float().softmax(1).cpu()
+        """(N, 3, H, W) -> (N, classes) float32, on the CPU."""
+        with eval_no_grad(self.model), torch.no_grad(), self.autocast():
+            return logits_of(self.model, batch).float().softmax(1).cpu()
+
+    def predict(
+        self, images: object, k: int = 5
+    ) -> list[tuple[str, float]] | list[list[tuple[str, float]]]:
+        """The ``k`` most probable classes, or all if there are fewer: [(class name, probability),
+        ...], the best first. A list of such lists for several images. Raises as above, and
+        ValueError for a k below 1.
+
+        Example:
+            >>> network.predict("photo.jpg", k=2)
+            [("dog", 0.93), ("wolf", 0.04)]
+            >>> for file, best in zip(files, network.predict(files, k=1)):
+            ...     print(file, best[0])
+        """
+        if k < 1:
+            raise ValueError(f"k is {k}: ask for 1 class or more")
+        results = []
+        for _, batch in self.views_and_batches(images):
+            best = self.probabilities(batch).topk(min(k, len(self.class_names)))
+            for values, classes in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                names = (self.class_names[c] for c in classes)
+                results.append(list(zip(names, values, strict=True)))
+        return results[0] if is_one(images) else results
+
+    def attention(self, images: object) -> dict[str, np.ndarray] | list[dict[str, np.ndarray]]:
+        """The attention map of each level, {"conv7": (H, W), ...}: float32 arrays from 0 to 1 at
+        the size of the picture, upsampled bilinearly and divided by their maximum. 0 outside of the
+        part that the network sees. A list of such dicts for several images.
+
+        The size of a file is that of open_rgb: upright, and smaller than in the file where that has
+        over 67 megapixels. Raises as above, and ValueError for a network without attention.
+
+        Example:
+            >>> maps = network.attention("photo.jpg")
+            >>> plt.imshow(open_rgb("photo.jpg")); plt.imshow(maps["conv10"], alpha=0.5)
+        """
+        results = []
+        for views, batch in self.views_and_batches(images):
+            with self.autocast():
+                raw = raw_attention(self.model, batch)
+            for i, view in enumerate(views):
+                results.append({level: placed(maps[i], view) for level, maps in raw.items()})
+        return results[0] if is_one(images) else results
+
+    def cam(
+        self,
+        images: object,
+        target: str | int | None = None,
+        method: str = "gradcam",
+        layer: nn.Module | str | None = None,
+    ) -> np.ndarray | list[np.ndarray]:
+        """The class activation map: where the evidence for a class is, (H, W) as in ``attention``.
+        A list of arrays for several images.
+
+        Args:
+            target: name or number of the class; None: the one that the network sees in each image.
+            method: "gradcam", for any network, or "cam", for those that end in average pooling and
+                one linear layer. See explain/maps.py.
+            layer: of gradcam, a module of ``model`` or its name; None: the last with an extent.
+
+        Raises:
+            ValueError, UserError: as above, and ValueError for a class or a layer that does not
+                exist, or a method that does not apply to the network.
+
+        Example:
+            >>> network.cam("photo.jpg").shape  # the picture's height and width
+            (1080, 1920)
+            >>> network.cam("photo.jpg", target="wolf", layer="trunk.block4")
+        """
+        if method not in ("cam", "gradcam"):
+            raise ValueError(f"method {method!r}: expected cam or gradcam")
+        if method == "cam" and layer is not None:
+            raise ValueError(f"layer {layer!r} is for gradcam, not for cam")
+        wanted = None if target is None else class_index(target, self.class_names)
+        results = []
+        for views, batch in self.views_and_batches(images):
+            if wanted is None:
+                targets = self.probabilities(batch).argmax(1)
+            else:
+                targets = torch.full((len(views),), wanted, device="cpu")
+            with self.autocast():
+                if method == "cam":
+                    maps = raw_class_activation(self.model, batch, targets)
+                else:
+                    maps = raw_grad_cam(self.model, batch, targets, layer)
+            results += [placed(maps[i], view) for i, view in enumerate(views)]
+        return results[0] if is_one(images) else results
+
+
+def placed(raw: Tensor, view: View) -> np.ndarray:
+    """A map (h, w) of a view at its place in the picture: (H, W) float32, scaled to [0, 1]."""
+    x0, y0, x1, y1 = view.box
+    result = np.zeros(view.size, np.float32)
+    result[y0:y1, x0:x1] = upsample_and_scale(raw[None], (y1 - y0, x1 - x0))[0].cpu().numpy()
+    return result
 
 
 # ---- sources ------------------------------------------------------------------------------------
+
+
+def load_network(
+    checkpoint: str | Path | None = None,
+    *,
+    arch: str | None = None,
+    weights: str | Path | None = None,
+    device: str | torch.device = "auto",
+    precision: str = "fp32",
+) -> TrainedNetwork:
+    """A trained network, ready for images, in evaluation mode.
+
+    Args:
+        checkpoint: of a run of this project, RUN/last.pt. Code in it never runs.
+        arch, weights: instead of a checkpoint, a classifier of torchvision ("resnet50"), and its
+            weights: "DEFAULT" or another name of torchvision's (downloaded into torch's cache), or
+            a file with a state dict of yours.
+        device: auto (a GPU if there is one), cpu, cuda, or cuda:N.
+        precision: fp32; bf16 or fp16 by autocast, faster on a GPU; auto: what training uses there.
+            Maps and probabilities are float32 in any case.
+
+    Raises:
+        UserError: the file, the device, or the torchvision network does not exist or does not fit.
+        ValueError: no network is named, or two are.
+
+    Example:
+        >>> network = load_network("RUN/last.pt")
+        >>> network.predict("photo.jpg", k=2)
+        [("dog", 0.93), ("wolf", 0.04)]
+        >>> load_network(arch="resnet50", weights="DEFAULT", device="cuda", precision="bf16")
+    """
+    if (checkpoint is None) == (arch is None) or (arch is None) != (weights is None):
+        raise ValueError(
+            'name one network: load_network("RUN/last.pt"), '
+            'or load_network(arch="resnet50", weights="DEFAULT" or a file of yours)'
+        )
+    place = choose_device(str(device))
+    if precision not in ("auto", *DTYPES):
+        raise UserError(f"precision {precision}: expected auto, {', '.join(DTYPES)}", 2)
+    chosen = choose_precision(precision, place)
+    # whatever the caller has set: weights made in inference mode could never have gradients
+    with torch.inference_mode(False), torch.device("cpu"):
+        if arch is None:
+            network = from_checkpoint(str(expand_user(checkpoint)))
+        else:
+            network = from_torchvision(arch, str(expand_user(weights)))
+        network.precision = chosen
+        network.place_on(place)
+    return network
 
 
 def from_checkpoint(path: str) -> TrainedNetwork:
@@ -57,8 +283,10 @@ def from_checkpoint(path: str) -> TrainedNetwork:
     saved = read_checkpoint(path)
     config, class_names = saved["config"], tuple(saved["class_names"])
     height, width = map(int, saved["input_size"])
+    model = load_model(saved).float()
+    model.load_state_dict(inference_weights(saved))  # again: another default type had rounded them
     return TrainedNetwork(
-        model=load_model(saved),
+        model=model,
         class_names=class_names,
         size=(height, width),
         mean=tuple(saved["mean"]),
@@ -79,12 +307,12 @@ def from_torchvision(arch: str, weights: str) -> TrainedNetwork:
     known = models.list_models(module=models)
     if arch not in known:
         near = nearest_names(arch, known)
-        raise UserError(f"--arch {arch}: torchvision has no such classifier; nearest: {near}", 2)
+        raise UserError(f"arch {arch}: torchvision has no such classifier; nearest: {near}", 2)
     available = models.get_model_weights(arch)
     if weights in available.__members__:
         entry = available[weights]
         # downloaded and checked here; torchvision then finds the file in the cache
-        hub_weights(entry.url, "or --weights FILE takes weights of yours")
+        hub_weights(entry.url, "or name a file with weights of yours")
         model = models.get_model(arch, weights=entry)
         class_names = tuple(entry.meta["categories"])
     elif Path(weights).exists():
@@ -95,14 +323,14 @@ def from_torchvision(arch: str, weights: str) -> TrainedNetwork:
             class_names = tuple(f"class {i}" for i in range(classes))
     else:
         raise UserError(
-            f"--weights {weights}: neither a file nor weights of torchvision's {arch}, which are "
+            f"weights {weights}: neither a file nor weights of torchvision's {arch}, which are "
             f"{', '.join(available.__members__)}",
             2,
         )
     preset = entry.transforms()
     side = preset.crop_size[0]
     return TrainedNetwork(
-        model=model.eval(),
+        model=model.float().eval(),
         class_names=class_names,
         size=(side, side),
         mean=tuple(preset.mean),
@@ -124,7 +352,7 @@ def load_classifier(arch: str, path: str) -> tuple[nn.Module, int]:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(
-            f"--weights {path} does not fit torchvision's {arch}: {one_line(error)[:150]}"
+            f"{path} does not fit torchvision's {arch}: {one_line(error)[:150]}"
         ) from None
     return model, classes
 
@@ -145,19 +373,19 @@ def read_state(path: str) -> dict[str, Tensor]:
 # ---- classes ------------------------------------------------------------------------------------
 
 
-def find_class(text: str, names: tuple[str, ...]) -> int:
-    """--target as a class index: a name, ignoring case, or else a number. Raises UserError with the
-    nearest names."""
-    wanted = folded(text.strip())
+def class_index(target: str | int, names: tuple[str, ...]) -> int:
+    """The index of a class: of its name, ignoring case, or else its number, also as text. Raises
+    ValueError with the nearest names."""
+    wanted = folded(str(target).strip())
     matches = [i for i, name in enumerate(names) if folded(name) == wanted]
-    if matches:
+    if matches and isinstance(target, str):
         return matches[0]
-    if wanted.isascii() and wanted.isdigit():
-        if len(wanted) < 20 and int(wanted) < len(names):
+    if wanted.isascii() and wanted.removeprefix("-").isdigit():
+        if len(wanted) < 20 and 0 <= int(wanted) < len(names):
             return int(wanted)
-        raise UserError(f"--target {text}: the classes are numbered 0 to {len(names) - 1}", 2)
-    near = nearest_names(text, names)
-    raise UserError(f"--target {text}: there is no such class; nearest: {near}", 2)
+        raise ValueError(f"target {target}: the classes are numbered 0 to {len(names) - 1}")
+    near = nearest_names(str(target), names)
+    raise ValueError(f"target {target}: there is no such class; nearest: {near}")
 
 
 def folded(name: str) -> str:

@@ -1,6 +1,7 @@
 """README.md and docs/: their commands parse, their links and references lead somewhere, and their
 Python runs."""
 
+import ast
 import re
 import shlex
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import cam
@@ -79,6 +81,39 @@ def test_a_document_says_first_for_whom_it_is(path):
     assert re.match("For (whoever|anyone|readers who) ", intro[0])
 
 
+SHOWS_LOAD_NETWORK = "load_network" in README.read_text()
+
+
+@pytest.mark.skipif(not SHOWS_LOAD_NETWORK, reason="README.md does not show it yet")
+def test_the_readmes_network_answers_as_its_model_does(unhurt, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(unhurt, "RUN")
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("photo.jpg")
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    assert len([line for line in blocks[0].splitlines() if line]) <= 10
+    scope = {}
+    exec(compile(blocks[0], "README.md", "exec"), scope)
+    network, batch = scope["network"], scope["batch"]
+    small = np.asarray(Image.open("photo.jpg").resize((32, 32), Image.Resampling.BILINEAR))
+    x = torch.tensor((small / 255 - network.mean) / network.std).permute(2, 0, 1)[None].float()
+    torch.testing.assert_close(batch.cpu(), x)
+    logits, raw = network.model.cpu()(x, return_attention=True)
+    torch.testing.assert_close(scope["logits"].cpu(), logits)
+    torch.testing.assert_close(torch.export.load("network.pt2").module()(batch).cpu(), logits)
+    best = logits.softmax(1)[0].topk(3)
+    printed = ast.literal_eval(capsys.readouterr().out)
+    assert [name for name, _ in printed] == [network.class_names[i] for i in best.indices]
+    assert [p for _, p in printed] == pytest.approx(best.values.tolist(), abs=1e-5)
+    assert list(scope["maps"]) == ["conv7", "conv10", "conv13"]
+    for level, found in scope["maps"].items():
+        expected = F.interpolate(raw[level][None], (60, 80), mode="bilinear")[0, 0].detach()
+        np.testing.assert_allclose(found, expected / expected.max(), atol=1e-4)
+    assert scope["heat"].shape == (60, 80) and 0 <= scope["heat"].min() < scope["heat"].max() == 1
+
+
+@pytest.mark.skipif(SHOWS_LOAD_NETWORK, reason="replaced by the test above")
 def test_the_readmes_python_runs(unhurt, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(unhurt, "RUN")
