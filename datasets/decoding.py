@@ -135,7 +135,8 @@ def decoded_chunks(
     files = with_crops(paths, crops)
     step = min(CHUNK, max(1, CHUNK_BYTES // (height * width * 3)))
     chunks = [files[start : start + step] for start in range(0, len(files), step)]
-    workers = min(num_workers, len(chunks))
+    # one chunk is decoded sooner than a process starts
+    workers = min(num_workers, len(chunks)) if len(chunks) > 1 else 0
     pool = None
     if workers > 0:
         # spawn, because forking a process that runs torch's threads can hang the child
@@ -228,13 +229,14 @@ def _clipped(crop: Crop, width: int, height: int) -> Crop:
 
 
 def _thumbnails(images: np.ndarray) -> np.ndarray:
-    """Images (n, H, W, 3) uint8 -> (n, THUMBNAIL ** 2) uint8: the mean of all channels in each cell
-    of a grid."""
-    gray = images[..., 0].astype(np.uint32) + images[..., 1] + images[..., 2]
+    """Images (n, H, W, 3) uint8 -> (n, THUMBNAIL ** 2) uint8: the mean brightness in each cell of a
+    grid."""
+    red, green, blue = np.moveaxis(images, -1, 0).astype(np.uint32)
+    gray = (77 * red + 150 * green + 29 * blue) >> 8
     for axis in (1, 2):
         gray = np.add.reduceat(gray, cell_starts(images.shape[axis]), axis)
     rows, columns = (np.diff([*cell_starts(side), side]) for side in images.shape[1:3])
-    pixels = 3 * rows[:, None] * columns
+    pixels = rows[:, None] * columns
     return (gray // pixels).astype(np.uint8).reshape(len(images), -1)
 
 

@@ -1,7 +1,7 @@
 """Pictures that show the same: copies of a file, also resized, compressed again or in gray.
 
 Found by thumbnails. A signature of each says where it gets brighter; pictures that share a part of
-it are compared. Among CIFAR-100's 60,000 images this finds 100 of the 102 pairs that a comparison
+it are compared. Among CIFAR-100's 60,000 images this finds 100 of the 103 pairs that a comparison
 of all with all finds.
 """
 
@@ -32,6 +32,8 @@ def groups_of(thumbnails: np.ndarray) -> np.ndarray:
 def connected(thumbnails: np.ndarray) -> np.ndarray:
     """The same for thumbnails that all differ."""
     parents = np.arange(len(thumbnails))
+    if not len(parents):
+        return parents
 
     def root_of(i: int) -> int:
         while parents[i] != i:

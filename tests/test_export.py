@@ -127,6 +127,11 @@ def test_the_file_holds_the_network_for_any_batch(tmp_path, ending, name, trunk,
 
     path = tmp_path / f"network{ending}"
     normalizing = NormalizingNetwork(copy.deepcopy(network), MEAN, STD)
+    maps = {"conv10": "gate in [0, 1]"} if name == "vgg-pan" else {}
+    assert normalizing.roles() == {
+        "logits": "before the softmax",
+        **{level: maps.get(level, "attention map, sums to 1") for level in network.levels},
+    }
     path.write_bytes(FORMATS[ending].content(normalizing, size, {"software": "s"}))
     assert FORMATS[ending].metadata(path) == {"software": "s"}
     run = FORMATS[ending].load(path).run
@@ -217,14 +222,16 @@ def test_the_printed_lines_run_the_file_without_the_project(
     if ending == ".pt2":
         about = json.loads(about["metadata.json"])
     else:
-        plain = ("software", "model", "checkpoint", "torch", "normalization")
-        about = {key: v if key in plain else tolerant_json(v) for key, v in about.items()}
+        about = {key: tolerant_json(value) for key, value in about.items()}
     assert about["class_names"] == list(test.class_names)
     assert about["input_size"] == [32, 32] and about["mean"] == list(saved["mean"])
     assert about["std"] == list(saved["std"]) and about["model"] == saved["config"]["model"]
     assert about["software"] == "learn-to-pay-attention" and about["torch"] == torch.__version__
     assert about["checkpoint"] == str(unhurt / "last.pt")
-    assert about["input"].startswith("images: (batch, 3, 32, 32), float32, RGB in [0, 1]")
+    assert about["inputs"] == {
+        "images": "(batch, 3, 32, 32) float32, RGB in [0, 1]: the whole picture, resized; normalization "
+        "is inside"
+    }
     assert about["outputs"] == {
         "logits": "(batch, 4), before the softmax",
         "conv7": "(batch, 32, 32), attention map, sums to 1",
@@ -246,8 +253,11 @@ def test_what_is_printed_about_the_file_and_that_the_next_export_replaces_it(exp
     mib = Path(f"network{ending}").stat().st_size / 2**20
     made = torch.__version__ if ending == ".pt2" else f"opset {OPSET}"
     assert re.search(rf"^network{ending}: {mib:.1f} MiB, float32, .*{re.escape(made)}", out, re.M)
-    assert "input   images  (batch, 3, 32, 32), RGB in [0, 1]; normalization is inside\n" in out
-    assert "output  conv13  (batch, 8, 8), attention map, sums to 1\n" in out
+    assert (
+        "  input   images  (batch, 3, 32, 32) float32, RGB in [0, 1]: the whole picture, resized; "
+        in out
+    )
+    assert "  output  conv13  (batch, 8, 8), attention map, sums to 1\n" in out
     runtime, difference = re.search(
         r"run on 4 random images \((.*)\): the largest difference from the network is (\S+)\.\n",
         out,
@@ -270,6 +280,22 @@ def test_without_onnxruntime_the_evaluator_of_onnx_compares(exported, monkeypatc
     assert "(onnx.reference " in out and ", as onnxruntime is not installed): the largest" in out
     pytest.importorskip("onnxruntime")
     assert_close(in_evaluator, load_onnx(Path("network.onnx")).run(images))
+
+
+@pytest.mark.parametrize(
+    "config, part",
+    [
+        ({}, "the whole picture"),
+        ({"crop": "whole", "margin": 0.1}, "the whole picture"),
+        ({"crop": "center"}, "the centered square"),
+        (
+            {"crop": "box", "margin": 0.1},
+            "the object's box with a margin of 0.1 of its longer side",
+        ),
+    ],
+)
+def test_the_file_says_which_part_of_a_picture_to_give_it(config, part):
+    assert export.part_seen(config) == part
 
 
 def test_an_export_needs_no_images(cli, unhurt, fake):

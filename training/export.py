@@ -42,7 +42,7 @@ def export_checkpoint(args: argparse.Namespace, argv: list[str]) -> int:
     path = Path(args.export)
     check_path(path)
     check_options(args, argv)
-    file_format = FORMATS[path.suffix.lower()]
+    file_format = FORMATS[path.suffix]
     file_format.require()
     check_existing(path, file_format)
     saved = read_checkpoint(args.evaluate)
@@ -53,7 +53,7 @@ def export_checkpoint(args: argparse.Namespace, argv: list[str]) -> int:
         "checkpoint": printable(Path(args.evaluate).absolute()),
         "command": printable(command_line(argv)),
     }
-    content = file_format.content(network, sample.batches[-1], metadata)
+    content = file_format.content(network, saved["input_size"], metadata)
     comparison = write_compared(path, content, file_format, sample)
     print_export(path, file_format, metadata, comparison)
     return 0
@@ -64,7 +64,7 @@ def export_checkpoint(args: argparse.Namespace, argv: list[str]) -> int:
 
 def check_path(path: Path) -> None:
     """Raises UserError for another ending, and for a parent that is no folder."""
-    if path.suffix.lower() not in FORMATS:
+    if path.suffix not in FORMATS:
         raise UserError(
             f"--export {path}: the name must end in .pt2 (PyTorch's torch.export) or .onnx", 2
         )
@@ -145,12 +145,13 @@ def metadata_of(network: NormalizingNetwork, saved: dict, sample: Sample) -> dic
         "dataset": config["dataset"],
         "class_names": list(saved["class_names"]),
         "input_size": size,
-        "input": f"{INPUT}: {shape_text((3, *size))}, float32, RGB in [0, 1], "
-        "the whole picture resized to this size",
+        "inputs": {
+            INPUT: f"{shape_text((3, *size))} float32, RGB in [0, 1]: {part_seen(config)}, resized; "
+            "normalization is inside"
+        },
         "outputs": {
             name: f"{shape_text(shape)}, {roles[name]}" for name, shape in sample.shapes.items()
         },
-        "normalization": "inside the network: (images - mean) / std",
         "mean": list(saved["mean"]),
         "std": list(saved["std"]),
         "epoch": saved["position"]["epoch"],
@@ -159,6 +160,14 @@ def metadata_of(network: NormalizingNetwork, saved: dict, sample: Sample) -> dic
         "git_commit": git_commit(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def part_seen(config: dict) -> str:
+    """The part of a picture that the network was trained on."""
+    crop = config.get("crop", "whole")
+    if crop == "box":
+        return f"the object's box with a margin of {config['margin']:g} of its longer side"
+    return "the centered square" if crop == "center" else "the whole picture"
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -258,14 +267,13 @@ def print_export(path: Path, file_format: Format, metadata: dict, comparison: Co
     """The file, its input and outputs, the comparison, and how to run it."""
     mib = path.stat().st_size / 2**20
     print(f"{printable(path)}: {mib:.1f} MiB, float32, {file_format.description}")
-    size, outputs = metadata["input_size"], metadata["outputs"]
-    print(f"  input   {INPUT}  {shape_text((3, *size))}, RGB in [0, 1]; normalization is inside")
-    for name, text in outputs.items():
-        print(f"  output  {name:<{len(INPUT)}}  {text}")
+    for kind in ("inputs", "outputs"):
+        for name, text in metadata[kind].items():
+            print(f"  {kind[:-1]:<6}  {name:<{len(INPUT)}}  {text}")
     print(
         f"Loaded again and run on {sum(BATCHES)} random images ({comparison.runtime}): "
         f"the largest difference from the network is {comparison.difference:.2g}."
     )
     print("To run it without this project:")
-    for line in file_format.usage(path, size, list(outputs)):
+    for line in file_format.usage(path, metadata["input_size"], list(metadata["outputs"])):
         print(f"  {line}")

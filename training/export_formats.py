@@ -34,8 +34,8 @@ class NormalizingNetwork(nn.Module):
     """RGB images (N, 3, H, W) in [0, 1] -> {"logits": (N, classes), and each map, (N, h, w), by the
     name of its level}.
 
-    Takes the network over: parameters that no output depends on are emptied. With pc they would be
-    a quarter of the file.
+    Takes the network over: a parameter that no output depends on is replaced by a single NaN, which
+    would show in any output that does. With pc they are a quarter of the file.
     """
 
     def __init__(self, network: Network, mean: Sequence[float], std: Sequence[float]):
@@ -46,7 +46,7 @@ class NormalizingNetwork(nn.Module):
         unused = network.parameters_without_gradient()
         for name, parameter in network.named_parameters():
             if name in unused:
-                parameter.data = torch.empty(0)
+                parameter.data = torch.full((1,), torch.nan)
         # so that outputs["logits"].numpy() needs no detach()
         self.eval().requires_grad_(False)
 
@@ -91,8 +91,8 @@ class Format:
 
     description: str
     advice: str  # for a file that is not what it should be
-    # (network, two or more images, description) -> the file; raises UserError
-    content: Callable[[NormalizingNetwork, Tensor, dict], bytes]
+    # (network, (height, width), description) -> the file; raises UserError
+    content: Callable[[NormalizingNetwork, Sequence[int], dict], bytes]
     load: Callable[[Path], Loaded]
     # the description in a file; raises any error for a file without one
     metadata: Callable[[Path], dict]
@@ -115,6 +115,11 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+def example(size: Sequence[int]) -> Tensor:
+    """Images to trace a network with. Two: a batch of one would be taken for the only size."""
+    return torch.zeros(2, 3, *size)
+
+
 def one_image(function: str, size: Sequence[int]) -> str:
     """The call that makes an image to try."""
     return f"{function}({', '.join(map(str, (1, 3, *size)))})"
@@ -123,12 +128,12 @@ def one_image(function: str, size: Sequence[int]) -> str:
 # ---- .pt2 ---------------------------------------------------------------------------------------
 
 
-def pt2_content(network: NormalizingNetwork, example: Tensor, metadata: dict) -> bytes:
+def pt2_content(network: NormalizingNetwork, size: Sequence[int], metadata: dict) -> bytes:
     """The file of torch.export."""
     batch = torch.export.Dim("batch", min=1, max=2**31 - 1)  # PyTorch 2.6 needs an upper limit
     with quiet():
         exported = torch.export.export(
-            network, (example,), dynamic_shapes={INPUT: {0: batch}}, strict=False
+            network, (example(size),), dynamic_shapes={INPUT: {0: batch}}, strict=False
         )
         remove_device_checks(exported)
         # into memory, as PyTorch's own writer raises no OSError on a full disk
@@ -183,15 +188,15 @@ def require_onnx() -> None:
         ) from None
 
 
-def onnx_content(network: NormalizingNetwork, example: Tensor, metadata: dict) -> bytes:
+def onnx_content(network: NormalizingNetwork, size: Sequence[int], metadata: dict) -> bytes:
     """The file of torch.onnx, with the weights in it. Raises UserError where they do not fit."""
     import onnx
 
-    size = sum(p.numel() * p.element_size() for p in network.parameters())
-    if size > ONNX_BYTES:
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    if weights > ONNX_BYTES:
         raise UserError(
-            f"the network's weights take {size / 2**30:.1f} GiB, and an ONNX file holds less than "
-            f"2 GiB: export to a .pt2 file"
+            f"the network's weights take {weights / 2**30:.1f} GiB, and an ONNX file holds less "
+            f"than 2 GiB: export to a .pt2 file"
         )
     outputs, buffer = list(network.roles()), io.BytesIO()
     with quiet():
@@ -199,7 +204,7 @@ def onnx_content(network: NormalizingNetwork, example: Tensor, metadata: dict) -
         # norm (2.6) and no adaptive pooling (2.11), and it takes ten times as long
         torch.onnx.export(
             AsTuple(network),
-            (example,),
+            (example(size),),
             buffer,
             dynamo=False,
             opset_version=OPSET,

@@ -175,25 +175,24 @@ class Run:
         return *channel_statistics(train), names
 
     def check_data(self, saved: dict) -> None:
-        """Raises UserError where a checkpoint was made with other classes, other labels, another
-        number of images, or another image size."""
+        """Raises UserError where a checkpoint was made with other classes, another number of images,
+        other labels, other images (where that can be told), or another image size."""
         if tuple(saved["class_names"]) != self.class_names:
             raise UserError(
                 "the data set has changed since the run was stopped: its classes are not those of "
                 "the checkpoint. Bring the old images back (--data-dir), or start a new run"
             )
-        for name, before, now in zip(
-            ("training", self.eval_name), saved.get("labels", ()), self.fingerprints, strict=False
-        ):
-            if before != now[: len(before)]:  # earlier versions stored fewer numbers
-                changed = "now"
-                if before[0] == now[0]:
-                    changed = "others now" if before[:2] == now[:2] else "with other labels now"
-                raise UserError(
-                    f"the data set has changed since the run was stopped: it had {before[0]:,} "
-                    f"{name} images and has {now[0]:,} {changed}. Bring the old images "
-                    f"back (--data-dir), or start a new run"
-                )
+        stored = zip(("training", self.eval_name), saved.get("labels", ()), strict=False)
+        pairs = [(*each, now) for each, now in zip(stored, self.fingerprints, strict=False)]
+        for place, how in enumerate(("", " with other labels", " others")):
+            for name, before, now in pairs:
+                # earlier versions stored fewer numbers
+                if before[place : place + 1] and before[place] != now[place]:
+                    raise UserError(
+                        f"the data set has changed since the run was stopped: it had "
+                        f"{before[0]:,} {name} images and has {now[0]:,}{how} now. Bring the old "
+                        f"images back (--data-dir), or start a new run"
+                    )
         if list(saved["input_size"]) != self.config["input_size"]:
             raise UserError(
                 f"the images are {self.config['input_size']} px now and were "
