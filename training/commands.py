@@ -44,6 +44,9 @@ from training.signals import Signals
 from training.task import Task
 
 
+FEW_STEPS = 300  # optimizer steps of a run: fewer are worth a word
+
+
 def main(task: Task, argv: list[str] | None = None) -> int:
     """Run a training script with ``argv`` (default: the command line). Returns the exit status."""
     open_standard_streams()
@@ -291,6 +294,12 @@ def describe(run: Run) -> None:
         print(f"Resuming with --micro-batch {trainer.micro_batch} (reduced after out-of-memory).")
     if trainer.batch_norm.batch_size(trainer.micro_batch) < MIN_BN_BATCH:
         print(trainer.batch_norm.note(trainer.micro_batch))
+    steps = len(trainer.batches) * config["epochs"]
+    if steps < FEW_STEPS and not config["sample"]:
+        print(
+            f"Only {steps} optimizer steps in all: more --epochs, or a smaller --batch-size with an "
+            f"--lr smaller in proportion, teach the network more."
+        )
     if run.device.type == "cpu" and ranks == 1:
         print(cpu_estimate(run))
 

@@ -18,6 +18,7 @@ from common.checkpoint import (
     read_checkpoint,
 )
 from common.device import choose_device, choose_precision, device_name, peak_memory_mib
+from common.errors import UserError
 from data import ImageSet, eval_batch_size, evenly_spread, input_size, split
 from training import transfer
 from training.attention_health import DEAD_SD
@@ -53,6 +54,10 @@ def sanity_pass(
     *sets, sample = task.data.sets_or_sample(config)
     train, evaluation = split(config, *sets)
     sizes = len(train), len(evaluation)
+    if len(train) < STEPS:
+        raise UserError(
+            f"--sanity needs {STEPS} training images or more, and {train.source} have {len(train)}"
+        )
     if sample:
         sizes = task.data.train_images, task.data.test_images
     absent = ""
