@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import http.server
+import re
 import threading
 
 import pytest
@@ -42,7 +43,8 @@ def test_everything_but_the_head_goes_over_between_trunks_and_sizes(capsys):
         ), name
     said = capsys.readouterr().out
     assert (
-        "starting fresh: classifier.linears.0; not used: classifier.linears.0" in said
+        "starting fresh: classifier.linears.0 (other classes); not used: classifier.linears.0"
+        in said
         and "a test" in said
     )
 
@@ -58,7 +60,9 @@ def test_what_does_not_fit_is_named(capsys):
     transfer.transfer(new, source_from(build_model("vgg-att3-concat-pc", 4, width=1 / 16)), NAMES)
     fresh, _, unused = capsys.readouterr().out.partition("; not used: ")
     assert (
-        "gates.conv10.compatibility.W" in fresh
+        "gates.conv10.compatibility.W (not there)" in fresh
+        and "gates.conv10.compatibility.u (1 x 32 there, 1 x 16 here)" in fresh
+        and re.search(r"classifier.linears.0 \(\d+ x \d+ there, \d+ x \d+ here\)", fresh)
         and "trunk" not in fresh
         and "gates.conv7.compatibility.u" in unused
     )

@@ -43,7 +43,6 @@ from training.sanity import sanity_pass
 from training.signals import Signals
 from training.task import Task
 
-
 FEW_STEPS = 300  # optimizer steps of a run: fewer are worth a word
 
 
@@ -297,8 +296,8 @@ def describe(run: Run) -> None:
     steps = len(trainer.batches) * config["epochs"]
     if steps < FEW_STEPS and not config["sample"]:
         print(
-            f"Only {steps} optimizer steps in all: more --epochs, or a smaller --batch-size with an "
-            f"--lr smaller in proportion, teach the network more."
+            f"Only {steps} optimizer steps in all: more --epochs, or a smaller --batch-size (and "
+            f"--lr, in proportion), teach the network more."
         )
     if run.device.type == "cpu" and ranks == 1:
         print(cpu_estimate(run))

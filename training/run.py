@@ -175,8 +175,8 @@ class Run:
         return *channel_statistics(train), names
 
     def check_data(self, saved: dict) -> None:
-        """Raises UserError where a checkpoint was made with other classes, another number of images,
-        other labels, other images (where that can be told), or another image size."""
+        """Raises UserError where a checkpoint was made with other classes, another number of
+        images, other labels, other images (where that can be told), or another image size."""
         if tuple(saved["class_names"]) != self.class_names:
             raise UserError(
                 "the data set has changed since the run was stopped: its classes are not those of "

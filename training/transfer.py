@@ -124,16 +124,33 @@ def transfer(model: Network, source: Source, class_names: tuple[str, ...]) -> fr
             f"(--width {model.width:g} here)"
         )
     model.load_state_dict(loaded, strict=False)
-    fresh = [n for n in own if n not in loaded and not n.endswith("num_batches_tracked")]
+    fresh = {}
+    for name, value in own.items():
+        if name not in loaded and not name.endswith("num_batches_tracked"):
+            fresh.setdefault(layer_of(name), why_fresh(value, source.weights.get(name)))
+    reasons = [f"{layer} ({reason})" for layer, reason in sorted(fresh.items())]
     unused = [n for n in source.weights if n not in loaded]
     print(
         f"--init-from {source.description}: {len(loaded)} of {len(own)} tensors loaded; "
-        f"starting fresh: {', '.join(layers(fresh)) or 'nothing'}; "
+        f"starting fresh: {', '.join(reasons) or 'nothing'}; "
         f"not used: {', '.join(layers(unused)) or 'nothing'}"
     )
     return frozenset(loaded)
 
 
+def why_fresh(own: torch.Tensor, given: torch.Tensor | None) -> str:
+    """Why a weight of the network was not taken from the source, which has ``given``."""
+    if given is None:
+        return "not there"
+    if given.shape != own.shape:
+        return f"{' x '.join(map(str, given.shape))} there, {' x '.join(map(str, own.shape))} here"
+    return "other classes"
+
+
 def layers(names: Iterable[str]) -> list[str]:
     """The layers of these parameters by name, sorted, once each."""
-    return sorted({name.rpartition(".")[0] for name in names})
+    return sorted({layer_of(name) for name in names})
+
+
+def layer_of(name: str) -> str:
+    return name.rpartition(".")[0]
