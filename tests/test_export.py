@@ -229,8 +229,8 @@ def test_the_printed_lines_run_the_file_without_the_project(
     assert about["software"] == "learn-to-pay-attention" and about["torch"] == torch.__version__
     assert about["checkpoint"] == str(unhurt / "last.pt")
     assert about["inputs"] == {
-        "images": "(batch, 3, 32, 32) float32, RGB in [0, 1]: the whole picture, resized; normalization "
-        "is inside"
+        "images": "(batch, 3, 32, 32) float32, RGB in [0, 1]: the whole picture, resized; "
+        "normalization is inside"
     }
     assert about["outputs"] == {
         "logits": "(batch, 4), before the softmax",

@@ -12,6 +12,7 @@ import cam
 import train_cifar10
 import train_cifar100
 import train_cub
+import train_folder
 from common.arguments import parse
 from common.errors import UserError
 from tests.helpers.environment import ROOT
@@ -23,6 +24,7 @@ TASKS = {
     "train_cifar100.py": train_cifar100.TASK,
     "train_cifar10.py": train_cifar10.TASK,
     "train_cub.py": train_cub.TASK,
+    "train_folder.py": train_folder.TASK,
 }
 SCRIPTS = (*TASKS, "cam.py")
 
@@ -112,7 +114,8 @@ def test_every_constant_has_a_meaning():
     names = [name for task in TASKS.values() for name in options.constants_of(task.recipes)]
     assert set(names) == set(recipe_help.CONSTANTS)
     for task in TASKS.values():
-        assert all(recipe.keys() == task.recipes["fast"].keys() for recipe in task.recipes.values())
+        first, *others = task.recipes.values()
+        assert all(recipe.keys() == first.keys() for recipe in others)
 
 
 def test_the_table_of_constants_has_the_values_of_both_recipes(help_of):
@@ -194,6 +197,18 @@ def test_the_scripts_as_they_are_started(script):
 # ---- errors -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("script", [name for name in TASKS if name != "train_folder.py"])
+@pytest.mark.parametrize(
+    "words, error",
+    [
+        ("--recipe fats", "--recipe: invalid choice 'fats' (did you mean fast?)"),
+        ("--recipe quick", "--recipe: invalid choice 'quick' (choose fast, paper)"),
+    ],
+)
+def test_errors_of_the_names_of_recipes(error_of, script, words, error):
+    assert error_of(script, words) == error
+
+
 @pytest.mark.parametrize("script", TASKS)
 @pytest.mark.parametrize(
     "words, error",
@@ -210,8 +225,6 @@ def test_the_scripts_as_they_are_started(script):
             "--model: invalid choice 'vgg-att3-concat' (did you mean vgg-att3-concat-pc?)",
         ),
         ("--model resnet", "--model: invalid choice 'resnet' (--help lists the 18 names)"),
-        ("--recipe fats", "--recipe: invalid choice 'fats' (did you mean fast?)"),
-        ("--recipe quick", "--recipe: invalid choice 'quick' (choose fast, paper)"),
         ("--precision bf61", "--precision: invalid choice 'bf61' (did you mean bf16?)"),
         ("--sanity --resume", "--resume: not allowed with --sanity"),
         ("--epochs", "--epochs: expected one argument"),
@@ -294,5 +307,10 @@ def test_a_wrong_name_in_set_gets_the_nearest(pair, error):
 
 def test_hints_know_every_option_of_the_config():
     for task in TASKS.values():
-        constants = set(options.constants_of(task.recipes))
-        assert config_of(task).keys() - constants - {"dataset"} == set(options.WITH_OPTION)
+        known = {"dataset", *options.constants_of(task.recipes)}
+        if task is train_folder.TASK:
+            known.add("skip_unreadable")
+        assert config_of(task).keys() - known == set(options.WITH_OPTION)
+    own = train_folder.TASK, "--set", "skip-unreadble=true"
+    with pytest.raises(UserError, match="did you mean --skip-unreadable"):
+        config_of(*own)

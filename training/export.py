@@ -146,8 +146,8 @@ def metadata_of(network: NormalizingNetwork, saved: dict, sample: Sample) -> dic
         "class_names": list(saved["class_names"]),
         "input_size": size,
         "inputs": {
-            INPUT: f"{shape_text((3, *size))} float32, RGB in [0, 1]: {part_seen(config)}, resized; "
-            "normalization is inside"
+            INPUT: f"{shape_text((3, *size))} float32, RGB in [0, 1]: {part_seen(config)}, "
+            "resized; normalization is inside"
         },
         "outputs": {
             name: f"{shape_text(shape)}, {roles[name]}" for name, shape in sample.shapes.items()

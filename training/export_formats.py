@@ -200,8 +200,8 @@ def onnx_content(network: NormalizingNetwork, size: Sequence[int], metadata: dic
         )
     outputs, buffer = list(network.roles()), io.BytesIO()
     with quiet():
-        # dynamo=False: before PyTorch 2.14 the exporter that builds on torch.export knows no batch
-        # norm (2.6) and no adaptive pooling (2.11), and it takes ten times as long
+        # dynamo=False: the exporter that builds on torch.export fails on batch norm in PyTorch 2.6
+        # and on adaptive pooling in 2.11, needs one more package, and takes ten times as long
         torch.onnx.export(
             AsTuple(network),
             (example(size),),

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 NEWEST = True  # the value of a bare --resume
 SHORT_RUN = 10  # epochs; a recipe's changes for short runs apply below this
 
+# An option of the script whose recipes have it: that for the user's own images.
+OWN_IMAGES_OPTION = "skip_unreadable"
 # Recipe values with an option of their own; the others are changed by --set.
 RECIPE_OPTIONS = (
     "epochs",
@@ -45,7 +47,7 @@ RECIPE_OPTIONS = (
     "image_size",
     "init_from",
     "freeze_epochs",
-    "skip_unreadable",
+    OWN_IMAGES_OPTION,
 )
 # What a resumed run may change: where and how it runs, and how long. All else is its mathematics.
 MAY_CHANGE = (
@@ -78,9 +80,9 @@ COMPANIONS = {
     "json": "benchmark",
 }
 UNLESS_GIVEN = argparse.SUPPRESS  # as a default: not in the result unless it was given
-# All settings with an option of their own.
+# All settings with an option of their own, in every script.
 WITH_OPTION = (
-    *RECIPE_OPTIONS,
+    *(name for name in RECIPE_OPTIONS if name != OWN_IMAGES_OPTION),
     *ALWAYS_GIVEN,
     "recipe",
     "model",
@@ -149,7 +151,7 @@ def add_places(parser: argparse.ArgumentParser, task: Task) -> None:
         default=UNLESS_GIVEN,
         help=f"train on the small built-in sample, a run with {size} unless these are given",
     )
-    if any("skip_unreadable" in recipe for recipe in task.recipes.values()):
+    if any(OWN_IMAGES_OPTION in recipe for recipe in task.recipes.values()):
         group.add_argument(
             "--skip-unreadable",
             action="store_true",
@@ -451,7 +453,8 @@ def wrong_set(pair: str, recipe: dict) -> str:
     if not equals:
         return f"{pair}: expected NAME=VALUE"
     constants = [known for known in recipe if known not in RECIPE_OPTIONS]
-    near = nearest(name.strip(), [*constants, *map(as_option, WITH_OPTION)])
+    with_option = {*WITH_OPTION, *(known for known in recipe if known in RECIPE_OPTIONS)}
+    near = nearest(name.strip(), [*constants, *map(as_option, sorted(with_option))])
     return f"{pair}: no constant is called {name.strip()}{did_you_mean(near)}"
 
 
