@@ -170,17 +170,6 @@ class PillowGuard:
                 Image.MAX_IMAGE_PIXELS = self.limit
                 self.settings.close()
 
-    def size_of(self, path: Path | str) -> str:
-        """The size of a file's image, whatever it claims."""
-        with self.lock, contextlib.suppress(Exception):
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                with Image.open(path, formats=image_formats()) as image:
-                    return f"{image.width}x{image.height}"
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
-        return "too many"
-
 
 GUARD = PillowGuard()
 
@@ -193,9 +182,25 @@ def sane_sizes(path: Path | str) -> Iterator[None]:
             yield
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise UnreadableImage(
-            f"{printable(path)} has {GUARD.size_of(path)} pixels: more than "
+            f"{printable(path)} has {claimed_size(path)} pixels: more than "
             f"{MAX_PIXELS / 1e6:,.0f} megapixels are not read{REMEDY}"
         ) from None
+
+
+def claimed_size(path: Path | str) -> str:
+    """The size that a file's header says, for messages: from Pillow's readers themselves, as
+    Image.open refuses a large one."""
+    with contextlib.suppress(Exception), open(path, "rb") as file:
+        start = file.read(16)
+        for name in image_formats():
+            reader, accepts = Image.OPEN[name]
+            # a text says why the file is not accepted
+            if accepts is None or accepts(start) and not isinstance(accepts(start), str):
+                file.seek(0)
+                with contextlib.suppress(Exception):
+                    width, height = reader(file, os.fsdecode(path)).size
+                    return f"{width}x{height}"
+    return "too many"
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ cache."""
 import functools
 import os
 import signal
+import threading
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -292,6 +294,30 @@ def test_what_other_programs_decode_is_not_opened_under_another_name(tmp_path):
 def test_a_name_is_printed_on_one_line():
     assert printable(os.fsdecode(b"caf\xe9\n\x1b[31m")) == r"caf\xe9\n\x1b[31m"
     assert printable("caf\u00e9 \U0001f426") == "caf\u00e9 \U0001f426"
+
+
+def test_threads_that_open_images_leave_pillow_as_it_was(tmp_path, monkeypatch):
+    """Its limit and Python's warnings belong to the whole process."""
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 2000)
+    for name, side in (("small", 40), ("large", 50)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+    before, errors = (Image.MAX_IMAGE_PIXELS, list(warnings.filters)), []
+
+    def read():
+        for _ in range(40):
+            assert image_files.open_rgb(tmp_path / "small.png").size == (40, 40)
+            try:
+                image_files.open_rgb(tmp_path / "large.png")
+            except UserError as error:
+                errors.append(str(error))
+
+    threads = [threading.Thread(target=read) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 6 * 40 and all("50x50 pixels" in error for error in errors)
+    assert (Image.MAX_IMAGE_PIXELS, list(warnings.filters)) == before
 
 
 # ---- workers -------------------------------------------------------------------------------------
