@@ -134,7 +134,8 @@ def load_folder(
     lines = found.describe(root, layout, listings, in_train, (test_share, split_seed))
     print("\n".join(lines), flush=True)
     found.check(root, in_train)
-    return found.image_set(in_train, root), found.image_set(~in_train, root)
+    content = found.content(root)
+    return found.image_set(in_train, root, content), found.image_set(~in_train, root, content)
 
 
 # ---- where it is --------------------------------------------------------------------------------
@@ -334,18 +335,19 @@ class Found:
         counts = np.bincount(self.labels[self.usable & in_train], minlength=len(self.names))
         if not counts.all():
             name = self.names[int(counts.argmin())]
-            raise UserError(f"class {printable(name)} in {printable(root)} has no training image")
+            raise UserError(
+                f"class {printable(name)} in {printable(root)} has no training image: add some, or "
+                f"move the class away"
+            )
         if not (self.usable & ~in_train).any():
             raise UserError(
                 f"{printable(root)} leaves no image for the test set: each class has one image, or "
                 f"near-duplicates only"
             )
 
-    def image_set(self, side: np.ndarray, root: Path) -> ImageSet:
+    def image_set(self, side: np.ndarray, root: Path, content: int) -> ImageSet:
         """The usable images of one side, (N,) bool."""
         rows = torch.from_numpy((self.usable & side).nonzero()[0])
-        content = zlib.crc32(self.labels[self.usable].tobytes())
-        content = zlib.crc32(self.pictures.thumbnails.numpy()[self.usable].tobytes(), content)
         return ImageSet(
             self.pictures.images,
             torch.from_numpy(self.labels)[rows],
@@ -355,6 +357,16 @@ class Found:
             files=tuple(self.files[row] for row in rows.tolist()),
             content=content,
         )
+
+    def content(self, root: Path) -> int:
+        """A checksum of the usable files' names and lengths: not of their pixels, which another
+        version of a decoder rounds otherwise."""
+        checksum = 0
+        for row in self.usable.nonzero()[0].tolist():
+            length = os.stat(os.path.join(root, self.files[row])).st_size
+            line = f"{self.files[row]}\0{length}\n"
+            checksum = zlib.crc32(line.encode(errors="surrogateescape"), checksum)
+        return checksum
 
     def describe(
         self,

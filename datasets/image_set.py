@@ -29,7 +29,7 @@ class ImageSet:
     part_names: tuple[str, ...] = ()
     rows: Tensor | None = None  # (N,) int64, of ``stored``; None: all, in their order
     files: tuple[str, ...] = ()  # the N names of the image files below their folder, where known
-    content: int = 0  # a checksum of what the pictures of the whole set show, where known
+    content: int = 0  # a checksum of the files of the whole data set, where known
 
     def __len__(self) -> int:
         return len(self.labels)

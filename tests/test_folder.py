@@ -203,13 +203,14 @@ def test_the_second_start_decodes_nothing_and_says_the_same(root, monkeypatch, c
     assert first[0].stored.data_ptr() == first[1].stored.data_ptr()  # no copies
 
 
-def test_an_image_that_shows_something_else_changes_the_content(root):
-    before = load(root)[0].content
-    picture(root / "cat/0.png", seed=999)
-    after = load(root)[0].content
-    assert before != after != 0
-    Image.open(root / "cat/0.png").save(root / "cat/0.png", compress_level=0)
-    assert load(root)[0].content == after  # the same picture, in another file
+def test_the_content_is_that_of_the_files(root, tmp_path):
+    train, test = load(root)
+    assert train.content == test.content != 0
+    shutil.copytree(root, tmp_path / "copy", ignore=shutil.ignore_patterns(".cache"))
+    assert load(tmp_path / "copy")[0].content == train.content
+    assert load(root, split_seed=1, image_size=24)[0].content == train.content
+    picture(root / "cat/0.png", size=(41, 30), seed=999)
+    assert load(root)[0].content != train.content
 
 
 # ---- wrong folders ------------------------------------------------------------------------------

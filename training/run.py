@@ -481,8 +481,8 @@ class Run:
 
 
 def fingerprint(image_set: ImageSet) -> list[int]:
-    """The number of images, a checksum of their labels in order, and one of what they show (0 where
-    that is not known)."""
+    """The number of images, a checksum of their labels in order, and one of their files (0 where it
+    is not known)."""
     labels = zlib.crc32(image_set.labels.cpu().numpy().tobytes())
     return [len(image_set), labels, image_set.content]
 
