@@ -344,6 +344,7 @@ def set_defaults(name: str, network: TrainedNetwork) -> dict:
         "image_size": None if name in ("cifar10", "cifar100") else max(network.size),
         "test_share": 0.2,
         "split_seed": 0,
+        "near_duplicates": True,
         "skip_unreadable": False,
     }
 

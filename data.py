@@ -23,7 +23,8 @@ from datasets.cifar import cifar10_present, cifar100_present, load_cifar10, load
 from datasets.cifar_sample import cifar_sample
 from datasets.cub import cub_present, load_cub
 from datasets.cub_sample import cub_sample
-from datasets.folder import folder_present, load_folder
+from datasets.folder import load_folder
+from datasets.folder_layout import folder_present
 from datasets.image_files import as_rgb, center_box, images_and_others, open_rgb, passed_over
 from datasets.image_set import ImageSet
 
@@ -117,7 +118,7 @@ class DataSource:
         if not download and not self.present(config["data_dir"]):
             folder = Path(config["data_dir"] or "").absolute()
             raise UserError(
-                f"the images that this was trained on are not in {folder} any more: "
+                f"the images that this was trained on are not in {folder}: "
                 f"give --data-dir, the folder that holds them now"
             )
         return self.load(config, download)
@@ -150,6 +151,7 @@ def _load_folder(config: dict, download: bool) -> tuple[ImageSet, ImageSet]:
         crop=config["crop"],
         test_share=config["test_share"],
         split_seed=config["split_seed"],
+        near_duplicates=config["near_duplicates"],
         skip_unreadable=config["skip_unreadable"],
         num_workers=config["num_workers"],
     )

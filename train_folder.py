@@ -3,7 +3,7 @@ Jetley et al., ICLR 2018, arXiv 1804.02391).
 
     python train_folder.py --data-dir photos                   photos/<class>/*, which is split, or
                                                                photos/{train,test}/<class>/*
-    python train_folder.py --data-dir photos --recipe small    32 px, from nothing
+    python train_folder.py --data-dir photos --recipe small    32 px, from scratch
     python train_folder.py --data-dir photos --sanity          every path of a run, in a minute
     python train_folder.py --sample                            a small network, generated pictures
     python train_folder.py --help                              all options
@@ -34,6 +34,7 @@ SMALL = train_cifar100.FAST | {
     "crop": "center",           # the centered square of the shorter side, or the whole image
     "test_share": 0.2,          # of each class, where there is no test/ or val/
     "split_seed": 0,            # draws it. Not --seed: runs that differ in that share a test set
+    "near_duplicates": True,    # are looked for, and kept on one side of that split
     "skip_unreadable": False,   # leave out images that cannot be read
 }
 # The recipe for birds, whose values train_cub.py explains.

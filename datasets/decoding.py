@@ -194,7 +194,7 @@ def _decode_chunk(files: list[tuple[Path | str, Crop | None]], decoding: Decodin
             if not decoding.skip_unreadable:
                 raise
             unreadable[i] = str(error)
-    return Chunk(images, places, _thumbnails(images), unreadable)
+    return Chunk(images, places, thumbnails(images), unreadable)
 
 
 def decode(
@@ -228,7 +228,7 @@ def _clipped(crop: Crop, width: int, height: int) -> Crop:
     return x0, y0, min(max(x1, x0 + 1), width), min(max(y1, y0 + 1), height)
 
 
-def _thumbnails(images: np.ndarray) -> np.ndarray:
+def thumbnails(images: np.ndarray) -> np.ndarray:
     """Images (n, H, W, 3) uint8 -> (n, THUMBNAIL ** 2) uint8: the mean brightness in each cell of a
     grid."""
     red, green, blue = np.moveaxis(images, -1, 0).astype(np.uint32)

@@ -9,6 +9,7 @@ import glob
 import hashlib
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,7 +32,15 @@ from datasets.decoding import (
     joined,
     with_crops,
 )
-from datasets.image_files import REMEDY, Crop, UnreadableImage, print_once, shows_progress, size_of
+from datasets.image_files import (
+    REMEDY,
+    Crop,
+    UnreadableImage,
+    open_rgb,
+    print_once,
+    shows_progress,
+    size_of,
+)
 
 CACHE_VERSION = 4  # raise it when decoding changes: caches of an older version are made again
 KEY_CHARACTERS = 20
@@ -81,6 +90,8 @@ def load_or_decode(
     key = _cache_key(paths, root, made_from, crops, progress, skip_unreadable)
     cache = Cache(cache_dir, stem, key, len(paths))
     pictures = cache.read()
+    if pictures and any(is_readable(paths[i]) for i in pictures.unreadable):
+        pictures = None  # a permission was missing, or a disk
     if pictures is None:
         decoding = Decoding(
             size or size_of(paths[0], upright), resize, center, upright, skip_unreadable
@@ -125,6 +136,14 @@ def _cache_key(
     return digest.hexdigest()[:KEY_CHARACTERS]
 
 
+def is_readable(path: Path | str) -> bool:
+    try:
+        open_rgb(path)
+    except UnreadableImage:
+        return False
+    return True
+
+
 class Cache:
     """The cache of ``count`` images: two files in ``folder``, named ``stem`` and ``key``."""
 
@@ -141,8 +160,7 @@ class Cache:
             content = torch.load(self.small, map_location="cpu", weights_only=True)
             if content["crc32"] is None:  # whoever wrote it was killed
                 return None
-            # a private mapping, which PyTorch may take for writable; the file stays as it is
-            images = torch.from_numpy(np.load(self.pixels, mmap_mode="c"))
+            images = mapped(self.pixels)
             tensors = {name: content[name] for name in TENSORS}
             is_well_formed = (
                 content["key"] == self.key
@@ -201,13 +219,13 @@ class Cache:
             if free < np.prod(shape, dtype=np.int64):  # else this would show after hours
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
             # first, so that no pixels are ever left without the key that tells whose they are
-            replace_file(self.small, functools.partial(torch.save, content))
+            replace_file(self.small, functools.partial(save, content))
             replace_file(self.pixels, write_pixels)
             rest = joined(torch.empty(0), chunks)
             tensors = {name: getattr(rest, name) for name in TENSORS}
             content["crc32"] = _checksum(tensors.values(), content["crc32"])
             content |= {**tensors, "unreadable": rest.unreadable}
-            replace_file(self.small, functools.partial(torch.save, content))
+            replace_file(self.small, functools.partial(save, content))
             self._remove_replaced()
             return self.read()
         except BaseException as error:
@@ -215,9 +233,7 @@ class Cache:
                 with contextlib.suppress(OSError):
                     path.unlink()
             remove_made(made)
-            if not isinstance(
-                error, (OSError, RuntimeError)
-            ):  # the latter, of torch.save: disk full
+            if not isinstance(error, OSError):
                 raise
             reason = one_line(error)[:100]
             print_once(
@@ -234,12 +250,28 @@ class Cache:
                 old.with_suffix(".npy").unlink(missing_ok=True)
 
 
-def _checksum(tensors: Iterable[Tensor], start: int = 0) -> int:
-    value = start
+def save(content: dict, file: BinaryIO) -> None:
+    """torch.save, which raises a RuntimeError for a full disk. Raises OSError."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        raise OSError(errno.ENOSPC, one_line(error)) from error
+
+
+def mapped(path: Path) -> Tensor:
+    """The array of a .npy file, mapped into memory. It must not be changed: a mapping that may be
+    changed cannot be larger than the machine's memory."""
+    array = np.load(path, mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, that it must not be changed
+        return torch.from_numpy(array)
+
+
+def _checksum(tensors: Iterable[Tensor], value: int = 0) -> int:
     for tensor in tensors:
         content = memoryview(tensor.numpy()).cast("B")
-        for start in range(0, len(content), CHECKSUM_BYTES):
-            value = zlib.crc32(content[start : start + CHECKSUM_BYTES], value)
+        for first in range(0, len(content), CHECKSUM_BYTES):
+            value = zlib.crc32(content[first : first + CHECKSUM_BYTES], value)
     return value
 
 

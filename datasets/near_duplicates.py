@@ -24,9 +24,10 @@ def groups_of(thumbnails: np.ndarray) -> np.ndarray:
     near-duplicates connect."""
     rows = np.ascontiguousarray(thumbnails).view(f"V{thumbnails.shape[1]}")[:, 0]
     _, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
-    order = np.argsort(first)  # of the different ones, by their first occurrence
-    different = first[order]
-    return different[connected(thumbnails[different])[np.argsort(order)[inverse.ravel()]]]
+    roots = connected(thumbnails[first])[inverse.ravel()]  # NumPy 2.0 gives it another shape
+    least = np.full(len(first), len(rows))
+    np.minimum.at(least, roots, np.arange(len(rows)))
+    return least[roots]
 
 
 def connected(thumbnails: np.ndarray) -> np.ndarray:

@@ -376,6 +376,8 @@ def read_state(path: str) -> dict[str, Tensor]:
 def class_index(target: str | int, names: tuple[str, ...]) -> int:
     """The index of a class: of its name, ignoring case, or else its number, also as text. Raises
     ValueError with the nearest names."""
+    if target in names:
+        return names.index(target)
     wanted = folded(str(target).strip())
     matches = [i for i, name in enumerate(names) if folded(name) == wanted]
     if matches and isinstance(target, str):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.errors import UserError
 from data import SOURCES, center_box, load_folder
-from datasets.folder import folder_present
+from datasets.folder_layout import folder_present
 
 SIZE = 16
 
@@ -91,7 +91,9 @@ def test_folders_of_training_and_test_images_are_not_split(tmp_path, capsys, tes
     }
     out = capsys.readouterr().out
     assert f"10 for training in train, 4 for the test in {test_name}" in out
-    assert "2 test images are near-duplicates of training images" in out
+    assert (
+        "near-duplicates of training images in the test set (2), which inflate the accuracy" in out
+    )
     assert f"{test_name}/cat/0.png = train/cat/0.png" in out
 
 
@@ -100,7 +102,7 @@ def test_of_test_and_val_the_test_images_are_used(tmp_path, capsys):
         photos(tmp_path / "own" / name, count=3)
     _, test = load(tmp_path / "own")
     assert {file.split("/")[0] for file in test.files} == {"test"}
-    assert "not used: " in (out := capsys.readouterr().out) and "--val-fraction" in out
+    assert "  not used: val\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("inner", ["train", "archive-main"])
@@ -108,6 +110,21 @@ def test_a_folder_in_between_is_passed(tmp_path, inner):
     photos(tmp_path / "own" / inner)
     train, _ = load(tmp_path / "own")
     assert train.class_names == ("cat", "dog") and train.files[0].startswith(f"{inner}/cat/")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    photos(tmp_path / "own", classes=("bus", "plane", "train"))
+    picture(tmp_path / "own/train/steam/a.png", seed=1000)
+    assert load(tmp_path / "own")[0].class_names == ("bus", "plane", "train")
+
+
+def test_the_folder_may_be_the_one_where_the_script_starts(root, monkeypatch):
+    expected = load(root)
+    monkeypatch.chdir(root)
+    (root / "runs/photos/a run").mkdir(parents=True)  # begins before the images are read
+    for name in (".", "./", "../photos"):
+        found = load(name)
+        assert found[0].files == expected[0].files and found[1].files == expected[1].files
 
 
 def test_folders_in_a_class_belong_to_it_and_hidden_names_do_not(root, capsys):
@@ -123,7 +140,7 @@ def test_folders_in_a_class_belong_to_it_and_hidden_names_do_not(root, capsys):
     files = [*train.files, *test.files]
     assert len(files) == 13 and "cat/2021/may/a.png" in files
     out = capsys.readouterr().out
-    assert "13 images in 2 classes, 6 to 7 per class; 40x30 pixels" in out
+    assert "13 images in 2 classes (cat, dog), 6 to 7 per class; 40x30 pixels" in out
     assert "passed over 2 of 15 names" in out and "dog/notes.txt, dog/pipe.png" in out
     assert "passed over 1 image in no class folder: loose.png" in out
 
@@ -165,8 +182,23 @@ def test_near_duplicates_are_on_one_side(root, capsys, seed):
     for original, copy in copies.items():
         assert (original in train.files) == (copy in train.files)
     out = capsys.readouterr().out
-    assert "8 near-duplicates are kept on one side" in out
+    assert "near-duplicates, each kept on one side: 8\n" in out
     assert "near-duplicates of different classes (1): dog/5.jpg = cat/5.png" in out
+
+
+def test_pictures_before_the_same_background_can_be_split(tmp_path, capsys):
+    background = picture(tmp_path / "background.png", size=(96, 96), seed=0)
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        image = background.copy()
+        image.paste("red" if i % 2 else "blue", (x := int(rng.integers(0, 88)), 40, x + 8, 48))
+        path = tmp_path / "own" / ("red" if i % 2 else "blue") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    assert "--set near_duplicates=false" in error_of(tmp_path / "own")
+    assert "20 of them are one group" in capsys.readouterr().out
+    assert len(load(tmp_path / "own", near_duplicates=False)[1]) == 4
+    assert "near-duplicates" not in capsys.readouterr().out
 
 
 def test_a_class_of_copies_alone_has_no_test_image(root, capsys):
@@ -230,6 +262,17 @@ def same_but_for_unicode(root):
     picture(root / unicodedata.normalize("NFD", "caf\u00e9") / "a.png")
 
 
+def train_and_another(root):
+    for name in ("train", "holdout"):
+        shutil.copytree(root / "cat", root / name / "cat")
+    for name in ("cat", "dog"):
+        shutil.rmtree(root / name)
+
+
+def val_and_classes(root):
+    shutil.copytree(root / "cat", root / "val/cat")
+
+
 def only_images(root):
     shutil.rmtree(root)
     picture(root / "a.png")
@@ -242,6 +285,8 @@ def only_images(root):
         (lambda root: shutil.rmtree(root / "cat"), ["two classes or more", "only, dog"]),
         (same_but_for_case, ["Cat and cat", "differ only in case"]),
         (same_but_for_unicode, ["cafe\\u0301 and caf\u00e9", "differ only in their Unicode form"]),
+        (train_and_another, ["train/ with folders in it, and beside it holdout", "test or val"]),
+        (val_and_classes, ["val/ with folders in it, and beside it cat, dog", "set train, or"]),
         (only_images, ["holds no folders", "FOLDER/<class>/*"]),
         (shutil.rmtree, ["is missing", "FOLDER/<class>/*"]),
     ],
@@ -279,12 +324,10 @@ def test_an_unreadable_image_is_named_and_can_be_skipped(root, monkeypatch, caps
     whole = (root / "dog/1.png").read_bytes()
     (root / "dog/1.png").write_bytes(whole[: len(whole) // 2])
     os.symlink("nowhere", root / "dog/broken.png")
-    for _ in range(2):
-        assert "dog/broken.png cannot be read" in error_of(root)
-        assert "--skip-unreadable" in error_of(root)
-    (root / "dog/broken.png").unlink()
     message = error_of(root, num_workers=num_workers)
-    assert "cat/0.png cannot be read as an image (not an image)" in message
+    assert "cat/0.png cannot be read as an image (not an image) (2 more images" in message
+    assert "dog/1.png, dog/broken.png). Replace or remove it, or leave" in message
+    (root / "dog/broken.png").unlink()
     capsys.readouterr()
     for _ in range(2):  # decoded, and from the cache
         train, test = load(root, skip_unreadable=True, num_workers=num_workers)
@@ -297,6 +340,16 @@ def test_an_unreadable_image_is_named_and_can_be_skipped(root, monkeypatch, caps
         assert f"skipped: {root / 'cat/0.png'} cannot be read as an image (not an image)\n" in out
         assert "10 images in 2 classes" in out
     assert "--skip-unreadable" in error_of(root)  # though the cache has the others
+
+
+def test_an_image_that_can_be_read_again_is(root, monkeypatch):
+    """A permission was missing, for example: neither length nor time of the file change."""
+    whole = (root / "cat/0.png").read_bytes()
+    before = os.stat(root / "cat/0.png")
+    for content, count in ((b"x" * len(whole), 11), (whole, 12)):
+        (root / "cat/0.png").write_bytes(content)
+        os.utime(root / "cat/0.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert sum(map(len, load(root, skip_unreadable=True))) == count
 
 
 def test_many_unreadable_images_are_counted(root, capsys):

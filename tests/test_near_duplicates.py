@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
 from datasets import near_duplicates
-from datasets.decoding import _thumbnails
+from datasets.decoding import thumbnails as thumbnails_of
 from datasets.near_duplicates import groups_of, near_pairs
 
 
@@ -26,7 +26,7 @@ def compressed(image: Image.Image, quality: int) -> Image.Image:
 
 
 def thumbnails(images: list[Image.Image]) -> np.ndarray:
-    return _thumbnails(np.stack([np.asarray(image.resize((32, 32), 2)) for image in images]))
+    return thumbnails_of(np.stack([np.asarray(image.resize((32, 32), 2)) for image in images]))
 
 
 def by_all_pairs(grid: np.ndarray) -> set[tuple[int, int]]:
@@ -42,7 +42,7 @@ def by_all_pairs(grid: np.ndarray) -> set[tuple[int, int]]:
 def test_a_thumbnail_is_the_mean_brightness_of_each_cell():
     images = np.random.default_rng(0).integers(0, 256, (2, 30, 45, 3), dtype=np.uint8)
     rows, columns = ([i * side // 8 for i in range(9)] for side in (30, 45))
-    for image, thumbnail in zip(images, _thumbnails(images), strict=True):
+    for image, thumbnail in zip(images, thumbnails_of(images), strict=True):
         gray = np.floor(image @ (77 / 256, 150 / 256, 29 / 256))
         for y in range(8):
             for x in range(8):

@@ -296,8 +296,8 @@ def describe(run: Run) -> None:
     steps = len(trainer.batches) * config["epochs"]
     if steps < FEW_STEPS and not config["sample"]:
         print(
-            f"Only {steps} optimizer steps in all: more --epochs, or a smaller --batch-size (and "
-            f"--lr, in proportion), teach the network more."
+            f"Only {steps} optimizer steps: use more --epochs, or a smaller --batch-size "
+            f"(and --lr in proportion)."
         )
     if run.device.type == "cpu" and ranks == 1:
         print(cpu_estimate(run))

@@ -35,6 +35,7 @@ CONSTANTS = {
     "crop": "box (a bird's bounding box), center (the centered square), or whole (the image)",
     "test_share": "share of each class that is the test set, where there is no folder for it",
     "split_seed": "draws that share",
+    "near_duplicates": "keep copies of a picture on one side of that split",
     "margin": "added to each side of the box, in units of its longer side",
     "transfer_lr": "factor on the rate of transferred layers",
 }
