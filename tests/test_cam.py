@@ -353,7 +353,7 @@ def test_the_data_folder_is_the_checkpoints_and_nothing_is_downloaded(cli, tmp_p
     assert cli(*words, "--index", "0")[0] == 0
     Path("photos").rename("moved")
     status, _, err = cli(*words)
-    assert status == 1 and f"are not in {tmp_path / 'photos'} any more: give --data-dir" in err
+    assert status == 1 and f"are not in {tmp_path / 'photos'}: give --data-dir" in err
     assert cli(*words, "--data-dir", "moved", "--index", "0")[0] == 0
 
 

@@ -100,7 +100,7 @@ def test_class_folders_are_split_and_cut_as_in_training(cli, trained, photos):
     assert "folder-train 9: " in out
     photos.rename(photos.parent / "moved")
     status, _, err, _ = cli("--checkpoint", path, "--dataset", "folder")
-    assert status == 1 and "any more: give --data-dir" in err
+    assert status == 1 and ": give --data-dir" in err
     status, _, err, given = cli("--checkpoint", path, "--dataset", "folder", "--data-dir", "moved")
     assert status == 0 and np.array_equal(given[0], expected[1].images), err
 

@@ -75,7 +75,7 @@ DATA = {
     "an image fewer": "it had 96 training images and has 95 now",
     "a class more": "its classes are not those",
     "an image in another class": "96 training images and has 96 with other labels",
-    "data folder moved away": "any more: give --data-dir, the folder that holds them now",
+    "data folder moved away": "give --data-dir, the folder that holds them now",
 }
 # What is done to the files of a run that has been stopped by SIGKILL.
 DAMAGE = (
@@ -112,7 +112,7 @@ def a_run(folder: str, words: list[str], hook: str, after: int) -> None:
         read_only("data")
     elif hook == "decoding worker killed":
         os.environ["MAIN_PROCESS"] = str(os.getpid())
-        decoding._decode_chunk = decode_or_die
+        decoding._decode_chunk, decoding.CHUNK = decode_or_die, 8
     elif hook == "standard streams closed":
         sys.stdin = sys.stdout = sys.stderr = None
         os.closerange(0, 3)

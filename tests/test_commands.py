@@ -67,22 +67,22 @@ class Killed(BaseException):
 
 
 def test_the_curves_by_step_of_a_run_killed_twice_equal_the_unhurt_runs(tmp_path, monkeypatch):
-    """One epoch of 400 steps: a point every 8. Points are on the disk that are newer than the last
-    checkpoint, and the first ones after it begin in the middle of eight steps."""
+    """One epoch of 200 steps: a point every 4. Points are on the disk that are newer than the last
+    checkpoint, and the first ones after it begin in the middle of four steps."""
     monkeypatch.chdir(tmp_path)
-    images = cifar_sample(classes=4, train_per_class=400, test_per_class=2)
+    images = cifar_sample(classes=4, train_per_class=200, test_per_class=2)
     task = with_sample(train_cifar100.TASK, lambda config: images)
     words = [*NARROW, "--model", "vgg-gap", "--batch-size", "4", "--epochs", "1", "--run-dir"]
     monkeypatch.setattr(run_module, "POINTS_EVERY", 0.0)
 
-    def save_every_37(run):
-        if run.trainer.position.step % 37 == 0:
+    def save_every_19(run):
+        if run.trainer.position.step % 19 == 0:
             run.save()
 
-    monkeypatch.setattr(run_module.Run, "save_when_due", save_every_37)
+    monkeypatch.setattr(run_module.Run, "save_when_due", save_every_19)
     assert commands.main(task, [*words, "unhurt"]) == 0
     step = Trainer.step
-    for kill_at, command in ((141, [*words, "hurt"]), (290, ["--resume", "hurt"])):
+    for kill_at, command in ((71, [*words, "hurt"]), (145, ["--resume", "hurt"])):
 
         def killed(trainer, *batch, kill_at=kill_at):
             if trainer.position.step == kill_at:
@@ -94,13 +94,13 @@ def test_the_curves_by_step_of_a_run_killed_twice_equal_the_unhurt_runs(tmp_path
             commands.main(task, command)
         saved, reported = content_of("hurt")["position"], scalars_of("hurt")
         newest = reported["train/results/loss by step"][-1][0]
-        assert saved["step"] == kill_at // 37 * 37 < newest == kill_at // 8 * 8
+        assert saved["step"] == kill_at // 19 * 19 < newest == kill_at // 4 * 4
         assert saved["step"] > saved["point"][0]
     assert commands.main(task, ["--resume", "hurt"]) == 0
     assert_runs_equal("hurt", "unhurt")
     curves = scalars_of("hurt")
     for tag in ("train/results/loss by step", "run/learning rate by step"):
-        assert [at for at, _ in curves[tag]] == list(range(8, 401, 8))
+        assert [at for at, _ in curves[tag]] == list(range(4, 201, 4))
     # the mean over all points is the epoch's
     losses = [loss for _, loss in curves["train/results/loss by step"]]
     assert np.mean(losses) == pytest.approx(curves["train/results/loss"][0][1], rel=1e-5)
@@ -374,7 +374,7 @@ def test_nothing_is_downloaded_for_what_was_made_before(cli, monkeypatch, tmp_pa
         for command in (["--resume", "r", "--epochs", 2], ["--evaluate", "r/last.pt"]):
             status, _, err = cli(*command, *place, "--device", "cpu")
             assert status == 1 and err == (
-                f"error: the images that this was trained on are not in {where} any more: give "
+                f"error: the images that this was trained on are not in {where}: give "
                 f"--data-dir, the folder that holds them now\n"
             )
     assert not Path("photos").exists() and not Path("elsewhere").exists()

@@ -735,7 +735,7 @@ def some_trees(made_before: Path, folder: Path, seeds: list[int]) -> None:
         through_everything(made_before, folder / str(seed), seed)
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("count", [25, pytest.param(200, marks=pytest.mark.campaign)])
 def test_random_trees_of_foreign_files_are_there_afterwards_byte_for_byte(
     made_before, tmp_path, count
 ):

@@ -181,11 +181,15 @@ def test_the_example_of_a_new_run_can_be_run(help_of, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_scripts_as_they_are_started(script):
     """With the name by which they are started, and with the exit status."""
-    path, environment = str(Path(ROOT, script)), {"COLUMNS": "100", "PATH": ""}
-    start = [sys.executable, path]
+    start, environment = [sys.executable, str(Path(ROOT, script))], {"COLUMNS": "100", "PATH": ""}
     done = subprocess.run([*start, "--help"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and not done.stderr
     assert f"\n  python {script} " in done.stdout
+
+
+@pytest.mark.parametrize("script", ["train_cub.py", "cam.py"])
+def test_a_wrong_option_of_a_started_script(script):
+    start = [sys.executable, str(Path(ROOT, script))]
     done = subprocess.run([*start, "--devise", "cpu"], capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.splitlines() == [
