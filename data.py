@@ -158,7 +158,9 @@ def _load_folder(config: dict, download: bool) -> tuple[ImageSet, ImageSet]:
 
 
 def _folder_sample(config: dict) -> tuple[ImageSet, ImageSet]:
-    return cub_sample(**_cub_options(config | {"crop": "whole", "margin": 0.0}))
+    if config["image_size"] <= 32:
+        return cifar_sample()
+    return cub_sample(**_cub_options(config | {"crop": "box", "margin": 0.1}))
 
 
 def _load_cub(config: dict, download: bool) -> tuple[ImageSet, ImageSet]:

@@ -90,7 +90,7 @@ TASK = Task(
     description="Train a VGG with attention gates on CUB-200-2011 (arXiv 1804.02391).",
     recipes={"fast": FAST, "paper": PAPER},
     short={},
-    sample=SAMPLE,
+    sample={"fast": SAMPLE, "paper": SAMPLE},
     model="vgg-att3-concat-pc",
     data=CUB,
 )

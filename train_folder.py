@@ -48,7 +48,7 @@ TASK = Task(
     "(arXiv 1804.02391).",
     recipes={"photos": PHOTOS, "small": SMALL},
     short={"small": train_cifar100.SHORT},
-    sample=train_cub.SAMPLE,
+    sample={"photos": train_cub.SAMPLE, "small": train_cifar100.SAMPLE},
     model="vgg-att3-concat-pc",
     data=FOLDER,
 )

@@ -450,7 +450,8 @@ def test_config_json_says_what_was_run(cli, unhurt):
 def test_the_sample_has_a_size_of_its_own_which_options_change(script):
     task = script.TASK
     config = config_of(task, "--sample")
-    assert {name: config[name] for name in task.sample} == task.sample
+    sample = task.sample["fast"]
+    assert {name: config[name] for name in sample} == sample
     assert config["lr"] == config_of(task)["lr"]
     assert config_of(task, "--sample", "--width", 1, "--epochs", 7)["width"] == 1
     assert config_of(task, "--sample", "--epochs", 7)["epochs"] == 7

@@ -129,7 +129,8 @@ def make_parser(task: Task) -> ArgumentParser:
 
 def add_places(parser: argparse.ArgumentParser, task: Task) -> None:
     """Data, run folder and device."""
-    size = " ".join(f"{as_option(name)} {value}" for name, value in task.sample.items())
+    first = task.sample[next(iter(task.recipes))]
+    size = " ".join(f"{as_option(name)} {value}" for name, value in first.items())
     group = parser.add_argument_group("what and where")
     group.add_argument(
         "--data-dir",
@@ -403,7 +404,7 @@ def resolve(args: argparse.Namespace, task: Task, *, sample_size: bool = True) -
     given = vars(args)
     recipe = given.get("recipe", next(iter(task.recipes)))
     base = dict(task.recipes[recipe])
-    size = task.sample if sample_size and "sample" in given else {}
+    size = task.sample[recipe] if sample_size and "sample" in given else {}
     if given.get("epochs", (base | size)["epochs"]) < SHORT_RUN:
         base |= task.short.get(recipe, {})
     config = {

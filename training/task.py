@@ -14,7 +14,7 @@ class Task:
     description: str
     recipes: dict[str, dict]  # the first is the default
     short: dict[str, dict]  # a recipe's changes for runs under options.SHORT_RUN epochs
-    sample: dict  # changes for a run on the built-in sample: its size
+    sample: dict[str, dict]  # a recipe's changes for a run on the built-in sample: its size
     model: str  # the default network
     data: DataSource
 
