@@ -8,7 +8,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -65,16 +65,9 @@ class Chunk(NamedTuple):
     unreadable: dict[int, str]
 
 
-def decode_images(
-    paths: Sequence[Path | str],
-    decoding: Decoding,
-    num_workers: int = 0,
-    progress: bool = True,
-    title: str = "images",
-    crops: list[Crop] | None = None,
-) -> Pictures:
-    """Decode the images of ``paths`` into memory. Arguments and errors as of ``decoded_chunks``;
-    also raises UserError where the memory is too small for all of them."""
+def decode_images(paths: Sequence[Path | str], decoding: Decoding, **options: Any) -> Pictures:
+    """Decode the images of ``paths`` into memory. Options and errors as of ``decoded_chunks``; also
+    raises UserError where the memory is too small for all of them."""
     height, width = decoding.size
     gib = len(paths) * height * width * 3 / 2**30
     try:
@@ -87,7 +80,7 @@ def decode_images(
             f"more than is available. Give a smaller --image-size"
         ) from None
     done, others = 0, []
-    for chunk in decoded_chunks(paths, decoding, num_workers, progress, title, crops):
+    for chunk in decoded_chunks(paths, decoding, **options):
         images[done : done + len(chunk.images)] = chunk.images
         done += len(chunk.images)
         others.append(chunk._replace(images=None))

@@ -202,7 +202,7 @@ class Found:
         version of a decoder rounds otherwise."""
         checksum = 0
         for row in self.usable.nonzero()[0].tolist():
-            length = os.stat(self.root / self.files[row]).st_size
+            length = os.stat(os.path.join(self.root, self.files[row])).st_size
             line = f"{self.files[row]}\0{length}\n"
             checksum = zlib.crc32(line.encode(errors="surrogateescape"), checksum)
         return checksum

@@ -13,7 +13,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -96,8 +96,9 @@ def load_or_decode(
         decoding = Decoding(
             size or size_of(paths[0], upright), resize, center, upright, skip_unreadable
         )
-        arguments = paths, decoding, num_workers, progress, name, crops
-        pictures = cache.write(*arguments) or decode_images(*arguments)
+        options = dict(num_workers=num_workers, progress=progress, title=name, crops=crops)
+        pictures = cache.write(paths, decoding, **options)
+        pictures = pictures or decode_images(paths, decoding, **options)
     elif size and tuple(pictures.images.shape[1:3]) != size:
         decode(paths[0], Decoding(size, False, upright=upright))  # raises, naming both sizes
     if pictures.unreadable and not skip_unreadable:
@@ -186,18 +187,12 @@ class Cache:
         return None
 
     def write(
-        self,
-        paths: Sequence[Path | str],
-        decoding: Decoding,
-        num_workers: int,
-        progress: bool,
-        title: str,
-        crops: list[Crop] | None,
+        self, paths: Sequence[Path | str], decoding: Decoding, **options: Any
     ) -> Pictures | None:
         """Decode the images into it, and remove the caches that it replaces. If it cannot be
         written, print that and return None.
 
-        Raises UserError as decoded_chunks."""
+        Options and errors as of decoded_chunks."""
         made, chunks = [], []
         shape = (self.count, *decoding.size, 3)
 
@@ -205,7 +200,7 @@ class Cache:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             crc = 0
-            for chunk in decoded_chunks(paths, decoding, num_workers, progress, title, crops):
+            for chunk in decoded_chunks(paths, decoding, **options):
                 file.write(chunk.images.data)
                 crc = zlib.crc32(chunk.images.data, crc)
                 chunks.append(chunk._replace(images=None))

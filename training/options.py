@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 NEWEST = True  # the value of a bare --resume
 SHORT_RUN = 10  # epochs; a recipe's changes for short runs apply below this
 
-# An option of the script whose recipes have it: that for the user's own images.
-OWN_IMAGES_OPTION = "skip_unreadable"
 # Recipe values with an option of their own; the others are changed by --set.
 RECIPE_OPTIONS = (
     "epochs",
@@ -47,7 +45,7 @@ RECIPE_OPTIONS = (
     "image_size",
     "init_from",
     "freeze_epochs",
-    OWN_IMAGES_OPTION,
+    "skip_unreadable",
 )
 # What a resumed run may change: where and how it runs, and how long. All else is its mathematics.
 MAY_CHANGE = (
@@ -80,10 +78,10 @@ COMPANIONS = {
     "json": "benchmark",
 }
 UNLESS_GIVEN = argparse.SUPPRESS  # as a default: not in the result unless it was given
-# All settings with an option of their own, in every script.
+# The other settings with an option of their own. (Not every recipe has an image size.)
 WITH_OPTION = (
-    *(name for name in RECIPE_OPTIONS if name != OWN_IMAGES_OPTION),
     *ALWAYS_GIVEN,
+    "image_size",
     "recipe",
     "model",
     "width",
@@ -152,7 +150,7 @@ def add_places(parser: argparse.ArgumentParser, task: Task) -> None:
         default=UNLESS_GIVEN,
         help=f"train on the small built-in sample, a run with {size} unless these are given",
     )
-    if any(OWN_IMAGES_OPTION in recipe for recipe in task.recipes.values()):
+    if any("skip_unreadable" in recipe for recipe in task.recipes.values()):
         group.add_argument(
             "--skip-unreadable",
             action="store_true",
@@ -453,9 +451,9 @@ def wrong_set(pair: str, recipe: dict) -> str:
     name, equals, _ = pair.partition("=")
     if not equals:
         return f"{pair}: expected NAME=VALUE"
-    constants = [known for known in recipe if known not in RECIPE_OPTIONS]
-    with_option = {*WITH_OPTION, *(known for known in recipe if known in RECIPE_OPTIONS)}
-    near = nearest(name.strip(), [*constants, *map(as_option, sorted(with_option))])
+    with_option = {*RECIPE_OPTIONS, *WITH_OPTION}
+    settings = dict.fromkeys([*recipe, *WITH_OPTION])
+    near = nearest(name.strip(), (as_option(n) if n in with_option else n for n in settings))
     return f"{pair}: no constant is called {name.strip()}{did_you_mean(near)}"
 
 

@@ -154,9 +154,9 @@ def decoded_anew(load, root, monkeypatch, **options):
     """The splits that were decoded rather than read from the cache, and what was loaded."""
     titles, decode = [], image_cache.decoded_chunks
 
-    def spy(*args):
-        titles.append(args[4])
-        return decode(*args)
+    def spy(*args, **options):
+        titles.append(options["title"])
+        return decode(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(image_cache, "decoded_chunks", spy)
