@@ -124,7 +124,7 @@ def test_images_in_no_class_folder_are_counted(tmp_path, capsys, ours):
         tmp_path,
         "class folder",
         folder / "test/cow",
-        "holds no images, only images/. Put images into it",
+        "holds no images. Put images into it",
     )
 
 

@@ -273,13 +273,14 @@ def test_every_ending_that_pillow_decodes_counts(tmp_path, capsys):
     for name in ("h.HEIC", "i.heic", "notes.txt", "README", ".hidden.png", "script.eps"):
         (folder / name).write_text("")
     (folder / "more").mkdir()
+    Image.new("RGB", (20, 16)).save(folder / "more/a.png")  # belongs to the class
     train, _ = load(tmp_path)
-    assert train.labels.tolist().count(0) == 3 + len(names)
+    assert train.labels.tolist().count(0) == 4 + len(names)
     assert capsys.readouterr().out == (
-        f"{tmp_path / 'cifar100/train'}: passed over 6 of {12 + len(names)} names without "
+        f"{tmp_path / 'cifar100/train'}: passed over 5 of {12 + len(names)} names without "
         "an ending of an image format that Pillow reads "
-        "here (2 .heic, 1 no ending, 1 a folder, 1 .txt, 1 .eps): cat/README, cat/h.HEIC, "
-        "cat/i.heic and 3 more\n"
+        "here (2 .heic, 1 no ending, 1 .txt, 1 .eps): cat/README, cat/h.HEIC, "
+        "cat/i.heic and 2 more\n"
     )
 
 
