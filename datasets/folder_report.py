@@ -99,10 +99,10 @@ def kept_together(found: Found) -> list[str]:
 
 def of_two_classes(found: Found) -> list[str]:
     """A line on near-duplicates of different classes."""
+    differ = found.usable & (found.labels != found.labels[found.groups])
     pairs = [
         f"{found.files[row]} = {found.files[found.groups[row]]}"
-        for row in found.usable.nonzero()[0].tolist()
-        if found.labels[row] != found.labels[found.groups[row]]
+        for row in differ.nonzero()[0].tolist()
     ]
     if not pairs:
         return []
