@@ -303,6 +303,11 @@ class Network(nn.Module, abc.ABC):
         return ()
 
     @property
+    def global_branches(self) -> tuple[str, ...]:
+        """Names of the global branches whose feature g the maps depend on."""
+        return ()
+
+    @property
     def checkpoint_activations(self) -> bool:
         """Trade compute for memory: recompute the convolutions' inner activations in the backward
         pass."""
@@ -491,6 +496,10 @@ class AttentionVGG(Network):
     def levels(self) -> tuple[str, ...]:
         return self._levels
 
+    @property
+    def global_branches(self) -> tuple[str, ...]:
+        return ("global_branch",) if self.uses_global else ()
+
     def logits_and_raw_scores(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         x, local = images, {}
         for number in range(1, 6):
@@ -545,6 +554,10 @@ class VGGPAN(Network):
     @property
     def levels(self) -> tuple[str, ...]:
         return ("conv10", "conv13")
+
+    @property
+    def global_branches(self) -> tuple[str, ...]:
+        return ("global_branch_conv10",)
 
     def logits_and_raw_scores(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         x, scores = images, {}

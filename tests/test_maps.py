@@ -14,13 +14,8 @@ import torchvision
 from torch import nn
 
 from attention_model import build_model
-from explain.maps import (
-    attention_maps,
-    class_activation_map,
-    default_layer,
-    feature_layers,
-    grad_cam,
-)
+from explain.layers import default_layer, feature_layers
+from explain.maps import attention_maps, class_activation_map, grad_cam
 from tests.helpers.makers import torchvisions
 
 SIZE = (64, 96)

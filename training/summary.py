@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common.errors import printable
+from explain.charts import Line, is_finite, line_chart, number_text
 from explain.pictures import FAINT_INK, FRAME, INK, MARGIN, PAPER, shorten, wrap
-from training.charts import Line, is_finite, line_chart, number_text
 from training.environment import short_commit
 from training.evaluation import Evaluation, interval_95
 from training.optim import width_factor
