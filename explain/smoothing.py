@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from explain.inference import at_least_float32
 from explain.maps import upsample
 
 # of the shorter side: less than a position of most last layers, where a map jumps by whole ones
@@ -32,7 +33,7 @@ def smoothed(raw: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor) -> d
             shown = torch.ones_like(counts)
             counts += moved_back(shown, flip, dy, dx)
             for name, values in maps.items():
-                back = moved_back(upsample(values.float(), size), flip, dy, dx)
+                back = moved_back(upsample(at_least_float32(values), size), flip, dy, dx)
                 sums[name] = sums[name] + back if name in sums else back
     return {name: total / counts for name, total in sums.items()}
 
