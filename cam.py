@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,30 +44,50 @@ from common.arguments import (
     parse,
 )
 from common.errors import UserError, exit_status, print_error, printable
-from common.files import make_folders
+from common.fonts import drawable_names
 from common.process import open_standard_streams, unbreakable_pipes
-from data import SOURCES, ImageSet, open_rgb
-from explain.images import cut
-from explain.maps import attention_maps, class_activation_map, grad_cam
+from data import SOURCES
+from explain.inputs import FIRST_IMAGES, batches_of_files, batches_of_set, load_set, selected
+from explain.maps import (
+    GRADIENT_METHODS,
+    attention_maps,
+    class_activation_map,
+    grad_cam,
+    grad_cam_plus_plus,
+    gradient_maps,
+    hires_cam,
+    layer_cam,
+)
+from explain.measuring import MEASURED, measure
 from explain.methods import METHODS, Methods, applicable, list_layers, maps_of
-from explain.metrics import Measures, part_lines, table_lines
 from explain.networks import TrainedNetwork, class_index, load_network
 from explain.output import (
+    MAX_SCALE,
     MAX_SIDE,
+    PREDICTED,
     Overview,
     Picture,
+    Prediction,
     Writer,
     list_files,
-    parse_index,
-    write_csv,
+    peak_pixel,
+    write_predictions,
 )
-from explain.pictures import COLOR_MAPS, shown, title_of
+from explain.pictures import BLENDS, COLOR_MAPS, FORMATS, title_of
 
-__all__ = ["attention_maps", "class_activation_map", "grad_cam", "load_network", "main"]
+__all__ = [
+    "attention_maps",
+    "class_activation_map",
+    "grad_cam",
+    "grad_cam_plus_plus",
+    "gradient_maps",
+    "hires_cam",
+    "layer_cam",
+    "load_network",
+    "main",
+]
 
-FIRST_IMAGES = 16  # images of a data set that get pictures without --index
 OVERVIEW = 64  # images on the sheet of a whole selection, at most
-PHOTOS_AT_ONCE = 16  # files per batch: each is in memory at the size of its picture
 PREDICTIONS = 3  # classes printed per image, at least
 
 EXAMPLES = """examples (RUN: the folder of a run):
@@ -104,6 +124,12 @@ def make_parser() -> ArgumentParser:
         type=expanded_path,
         metavar="{DEFAULT,NAME,FILE}",
         help="of --arch: torchvision's by name (downloaded), or a state dict of yours",
+    )
+    network.add_argument(
+        "--class-names",
+        type=expanded_path,
+        metavar="FILE",
+        help="names of the classes, one per line or as JSON (default: the network's)",
     )
     images = parser.add_argument_group("images")
     images.add_argument(
@@ -145,14 +171,30 @@ def make_parser() -> ArgumentParser:
     maps.add_argument(
         "--method",
         **one_of((*METHODS, "all")),
-        default="all",
-        help="which maps; all: those that the network has",
+        action="append",
+        help="which maps, several times for several "
+        "(default: attention, cam and gradcam, those that the network has)",
     )
     maps.add_argument(
-        "--layer", metavar="NAME", help="of gradcam (default: the last with an extent)"
+        "--layer",
+        metavar="NAME",
+        action="append",
+        help="of the gradient methods, several times for several; "
+        "blocks: the last of each block (default: the last with an extent)",
     )
     maps.add_argument(
-        "--list-layers", action="store_true", help="print the layers that gradcam can be made at"
+        "--list-layers", action="store_true", help="print the layers that --layer can name"
+    )
+    maps.add_argument(
+        "--smooth",
+        action="store_true",
+        help="the mean over flips and small shifts of the image: ten times the work",
+    )
+    maps.add_argument(
+        "--query",
+        type=expanded_path,
+        metavar="IMAGE",
+        help="attention to another image's global feature, beside the image's own (dp, gate)",
     )
     target = maps.add_mutually_exclusive_group()
     target.add_argument(
@@ -173,21 +215,36 @@ def make_parser() -> ArgumentParser:
     output.add_argument(
         "--measure",
         action="store_true",
-        help="no pictures but how well the maps find the object, as a table and CSV: "
-        "for birds and the sample",
+        help="no pictures but tables: how much the answer depends on what the maps mark, "
+        "and for birds and the sample how well they find the object "
+        f"(of at most {MEASURED:,} images without --index)",
     )
     output.add_argument(
+        "--colors",
         "--colours",
-        dest="colors",
         **one_of(COLOR_MAPS),
         default="inferno",
         help="colors of the map",
+    )
+    output.add_argument(
+        "--blend",
+        **one_of(BLENDS),
+        default="even",
+        help="map over photo: even, over a gray one; or as opaque as the map is high",
     )
     output.add_argument(
         "--opacity",
         type=opacity,
         default=0.5,
         help="of the map over the image, 0 to 1",
+    )
+    output.add_argument("--format", **one_of(FORMATS), default="png", help="of the pictures")
+    output.add_argument(
+        "--scale",
+        type=int_at_least(1, MAX_SCALE),
+        default=1,
+        metavar="N",
+        help="pictures and text N times as large, for print",
     )
     output.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N")
     return parser
@@ -219,12 +276,17 @@ def dispatch(args: argparse.Namespace) -> int:
     if message:
         raise UserError(message, 2)
     network = load_network(
-        args.checkpoint, arch=args.arch, weights=args.weights, device=args.device
+        args.checkpoint,
+        arch=args.arch,
+        weights=args.weights,
+        class_names=args.class_names,
+        device=args.device,
     )
     print(network.description)
     if args.list_layers:
         return list_layers(network)
-    methods = applicable(network, args.method, args.layer)
+    query = None if args.query is None else network.preprocess(args.query)
+    methods = applicable(network, args.method or (), args.layer or (), args.smooth, query)
     if args.measure:
         return measure(args, network, methods)
     return make_pictures(args, network, methods)
@@ -241,8 +303,8 @@ def misuse(args: argparse.Namespace) -> str | None:
             f"--arch {args.arch} needs weights: --weights DEFAULT for torchvision's, "
             "or a FILE of yours"
         )
-    if args.layer and args.method not in ("gradcam", "all"):
-        return f"--layer is for gradcam, not for --method {args.method}"
+    if args.layer and args.method and not {*args.method} & {*GRADIENT_METHODS, "all"}:
+        return f"--layer is for {', '.join(GRADIENT_METHODS)}, not for --method {args.method[0]}"
     if args.list_layers:
         return None
     if Path(args.out).exists() and not Path(args.out).is_dir():
@@ -251,131 +313,70 @@ def misuse(args: argparse.Namespace) -> str | None:
         return "name images (files or folders), or a --dataset, not both"
     if not args.images and not args.dataset:
         return "name images (files or folders), or a --dataset"
-    if args.measure and not args.dataset:
-        return (
-            "--measure needs --dataset cub or --dataset sample, "
-            "where the position of the object is known"
-        )
-    if args.measure and args.dataset in SOURCES and not SOURCES[args.dataset].has_boxes:
-        return (
-            f"--measure needs boxes or marks, and {args.dataset} has none: "
-            "--dataset cub or --dataset sample"
-        )
     if args.crop and args.dataset in SOURCES and not SOURCES[args.dataset].has_boxes:
         return f"--crop is for birds (--dataset cub), not for {args.dataset}"
     if args.measure and (args.target or args.top_k > 1):
-        return "--measure takes the true class: leave --target and --top-k out"
+        return "--measure chooses the class: leave --target and --top-k out"
+    if args.measure and args.class_names:
+        return (
+            "--measure compares the names of classes with the data set's: leave --class-names out"
+        )
+    if args.measure and args.query:
+        return "--measure is of the image's own attention: leave --query out"
     if args.dataset is None and (args.index or args.crop):
         return "--index and --crop are for a --dataset"
     return None
-
-
-# ---- images -------------------------------------------------------------------------------------
-
-
-def batches_of_files(
-    network: TrainedNetwork, paths: list[Path], unusable: list[Path]
-) -> Iterator[tuple[list[Picture], Tensor]]:
-    """Pictures, cut to the part that the network sees, and the batch of them for the network.
-    Unreadable files are reported, appended to ``unusable`` and left out."""
-    at_once = min(network.batch_size, PHOTOS_AT_ONCE)
-    for first in range(0, len(paths), at_once):
-        pictures, views = [], []
-        for path in paths[first : first + at_once]:
-            try:
-                pixels = np.asarray(open_rgb(path))
-            except UserError as error:
-                print_error(str(error))
-                unusable.append(path)
-                continue
-            views.append(network.view(pixels))
-            seen = cut(pixels, views[-1].box)
-            pictures.append(Picture(printable(path), path.stem, shown(seen, 1, MAX_SIDE)))
-        if pictures:
-            yield pictures, network.batch([view.pixels for view in views])
-
-
-def batches_of_set(
-    network: TrainedNetwork, images: ImageSet, indices: list[int], set_name: str
-) -> Iterator[tuple[list[Picture], Tensor]]:
-    """The same of a data set's images."""
-    for first in range(0, len(indices), network.batch_size):
-        chosen = indices[first : first + network.batch_size]
-        subset = images.subset(chosen)
-        labels = subset.labels.tolist()
-        pictures = [
-            Picture(f"{set_name} {i}", f"{set_name}-{i:05d}", pixels, images.class_names[label])
-            for i, pixels, label in zip(chosen, subset.images.numpy(), labels, strict=True)
-        ]
-        yield pictures, network.batch(subset.images)
-
-
-def load_set(args: argparse.Namespace, network: TrainedNetwork) -> ImageSet:
-    """The split of --dataset, loaded and cropped as for the network's training (whole pictures for
-    --measure)."""
-    own = network.config.get("dataset")
-    name = args.dataset
-    if name == "sample":
-        name = own if own in SOURCES else "cifar100"
-    source, config = SOURCES[name], set_defaults(name, network)
-    if own == name:
-        config |= network.config
-    data_dir = args.data_dir or config.get("data_dir") or source.default_dir
-    if data_dir is None and args.dataset == name:
-        raise UserError(f"--dataset {name} needs --data-dir, the folder of the class folders", 2)
-    config |= {
-        "data_dir": data_dir,
-        "num_workers": args.num_workers,
-        "sample": args.dataset == "sample",
-    }
-    if source.has_boxes:
-        config["crop"] = args.crop or ("whole" if args.measure else config["crop"])
-    train, test = source.sets(config, download=own != name)
-    return {"train": train, "test": test}[args.split]
-
-
-def set_defaults(name: str, network: TrainedNetwork) -> dict:
-    """How a data set is read for a network that was not trained on it: whole birds, and the
-    centered squares of class folders, for the network's size; CIFAR's images at their own."""
-    return {
-        "crop": "center" if name == "folder" else "whole",
-        "margin": 0.1,
-        "zoom": 0.5,
-        "image_size": None if name in ("cifar10", "cifar100") else max(network.size),
-        "test_share": 0.2,
-        "split_seed": 0,
-        "near_duplicates": True,
-        "skip_unreadable": False,
-    }
 
 
 # ---- pictures -----------------------------------------------------------------------------------
 
 
 def make_pictures(args: argparse.Namespace, network: TrainedNetwork, methods: Methods) -> int:
-    """Write an overlay per map and a sheet per image, and for a data set one sheet of all images.
-    Returns the exit status."""
+    """Write an overlay per map and a sheet per image, for a data set one sheet of all images, and
+    predictions.csv. Returns the exit status."""
     target = asked_target(args.target, network)
+    names, note = drawable_names(network.class_names)
+    if note:
+        print(f"note: {note}")
     paths, unusable = list_files(args.images)
     set_name = f"{args.dataset}-{args.split}"
     if args.dataset:
-        batches = selected_batches(args, network, set_name)
+        images = load_set(args, network)
+        indices = selected(args, images)
+        print(f"{len(indices)} of {len(images):,} {args.split} images ({images.source})")
+        batches = batches_of_set(network, images, indices, set_name)
     else:
-        batches = batches_of_files(network, paths, unusable)
-    writer = Writer(Path(args.out), paths, raw=args.raw, opacity=args.opacity, colors=args.colors)
-    overview, done = Overview(), 0
-    for pictures, batch in batches:
-        for result in explain_batch(network, methods, pictures, batch, target, args.top_k):
-            picture = result.picture
-            stem = writer.write_image(picture, result.maps, result.headings, result.title)
-            renamed = "" if stem == picture.stem else f"   (written as {printable(stem)})"
-            print(f"{picture.name}: {result.predictions}{renamed}", flush=True)
-            if args.dataset and done < OVERVIEW:
-                overview.add(picture, result.first_maps, result.title)
-            done += 1
+        batches = batches_of_files(network, paths, unusable, MAX_SIDE * args.scale)
+    writer = Writer(
+        Path(args.out),
+        paths,
+        raw=args.raw,
+        opacity=args.opacity,
+        colors=args.colors,
+        blend=args.blend,
+        picture_format=args.format,
+        scale=args.scale,
+    )
+    overview, seen = Overview(), []
+    try:
+        for pictures, batch in batches:
+            for result in explain_batch(
+                network, methods, pictures, batch, target, args.top_k, names
+            ):
+                picture = result.picture
+                stem = writer.write_image(picture, result.maps, result.headings, result.title)
+                renamed = "" if stem == picture.stem else f"   (written as {printable(stem)})"
+                print(f"{picture.name}: {result.said()}{renamed}", flush=True)
+                if args.dataset and len(seen) < OVERVIEW:
+                    overview.add(picture, result.first_maps, result.title)
+                seen.append(result.prediction())
+    finally:  # what is done has its line, also after Ctrl-C
+        if seen:
+            write_predictions(Path(args.out) / "predictions.csv", seen)
     if len(overview.pixels) > 1:
         writer.write_overview(set_name, overview)
-    print(f"{done} image{'s' * (done != 1)} done, {writer.written} files in {printable(args.out)}")
+    count, files = len(seen), writer.written + bool(seen)
+    print(f"{count} image{'s' * (count != 1)} done, {files} files in {printable(args.out)}")
     if unusable:
         print_error(f"{len(unusable)} of the inputs could not be used: see above")
     return 1 if unusable else 0
@@ -389,27 +390,28 @@ def asked_target(text: str | None, network: TrainedNetwork) -> int | None:
         raise UserError(f"--{error}", 2) from None
 
 
-def selected_batches(
-    args: argparse.Namespace, network: TrainedNetwork, set_name: str
-) -> Iterator[tuple[list[Picture], Tensor]]:
-    """The images of --dataset that --index selects, by default the first ones, in batches."""
-    images = load_set(args, network)
-    indices = list(range(min(FIRST_IMAGES, len(images))))
-    if args.index:
-        indices = parse_index(args.index, len(images))
-    print(f"{len(indices)} of {len(images):,} {args.split} images ({images.source})")
-    return batches_of_set(network, images, indices, set_name)
-
-
 class Explained(NamedTuple):
-    """An image with its maps (H, W) by name, and the texts that go with them."""
+    """An image with its maps (H, W) by name, and what is said of it."""
 
     picture: Picture
     maps: dict[str, np.ndarray]
     first_maps: dict[str, np.ndarray]  # without those of the second class of --top-k and on
     headings: dict[str, str]  # by name of the map
     title: str
-    predictions: str
+    best: list[tuple[str, float]]  # classes with their probabilities, the best first
+    asked: list[tuple[str, float]]  # the classes of the maps
+
+    def prediction(self) -> Prediction:
+        peaks = {
+            name: peak_pixel(values, self.picture.shown_box) for name, values in self.maps.items()
+        }
+        return Prediction(self.picture.name, self.picture.truth, self.best, peaks)
+
+    def said(self) -> str:
+        """The best classes, and those that were asked for."""
+        shown = self.best[: max(PREDICTIONS, len(self.asked))]
+        shown += [each for each in self.asked if each not in shown]
+        return ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in shown)
 
 
 def explain_batch(
@@ -419,102 +421,38 @@ def explain_batch(
     batch: Tensor,
     target: int | None,
     top_k: int,
+    drawn: Sequence[str],
 ) -> Iterator[Explained]:
     """The maps of each image of a batch (N, 3, H, W), of the class ``target``, or of the ``top_k``
-    most probable ones."""
+    most probable ones. drawn: the names of the classes in pictures."""
     probabilities = network.probabilities(batch)
     classes = probabilities.topk(min(top_k, probabilities.shape[1])).indices
     if target is not None:
         classes = torch.full((len(pictures), 1), target)
     maps = maps_of(network, methods, batch, classes)
+    best = probabilities.topk(min(max(PREDICTED, top_k), probabilities.shape[1]))
     for i, picture in enumerate(pictures):
-        probability, predicted = probabilities[i].max(0)
         headings = {}
-        for name, (_, rank) in maps.items():
-            target_class = None if rank is None else int(classes[i, rank])
-            headings[name] = heading(network, name, probabilities[i], target_class)
+        for name, (_, rank, label) in maps.items():
+            headings[name] = label
+            if rank is not None:
+                seen = int(classes[i, rank])
+                # the probability comes first, as long names are cut off
+                headings[name] += f"\n{100 * probabilities[i, seen]:.0f} % {drawn[seen]}"
+        names = [(network.class_names[c], float(probabilities[i, c])) for c in best.indices[i]]
         yield Explained(
             picture,
-            maps={name: values[i] for name, (values, _) in maps.items()},
-            first_maps={name: values[i] for name, (values, rank) in maps.items() if not rank},
+            maps={name: each.values[i] for name, each in maps.items()},
+            first_maps={name: each.values[i] for name, each in maps.items() if not each.rank},
             headings=headings,
             title=title_of(
                 picture.truth or Path(picture.name).name,
-                network.class_names[predicted],
-                float(probability),
+                drawn[int(best.indices[i, 0])],
+                float(best.values[i, 0]),
             ),
-            predictions=predictions(network, probabilities[i], classes[i]),
+            best=names,
+            asked=[(network.class_names[c], float(probabilities[i, c])) for c in classes[i]],
         )
-
-
-def predictions(network: TrainedNetwork, probabilities: Tensor, classes: Tensor) -> str:
-    """The best classes with their probabilities, and those that were asked for."""
-    count = min(max(PREDICTIONS, len(classes)), len(probabilities))
-    best = probabilities.topk(count).indices.tolist()
-    asked = [c for c in classes.tolist() if c not in best]
-    return ", ".join(
-        f"{network.class_names[c]} {100 * probabilities[c]:.1f} %" for c in best + asked
-    )
-
-
-def heading(network: TrainedNetwork, name: str, probabilities: Tensor, target: int | None) -> str:
-    """The heading of a map: level, or method and class. The probability comes first, as long names
-    are cut off."""
-    if target is None:
-        return name
-    method = name.split("-")[0]
-    return f"{method}\n{100 * probabilities[target]:.0f} % {network.class_names[target]}"
-
-
-# ---- measures -----------------------------------------------------------------------------------
-
-
-def measure(args: argparse.Namespace, network: TrainedNetwork, methods: Methods) -> int:
-    """Print how well the maps find the object, and write it to measures.csv (and parts.csv) in
-    --out. Returns the exit status."""
-    images = load_set(args, network)
-    if images.boxes is None:
-        raise UserError(f"--measure needs boxes or marks, and {images.source} has none", 2)
-    chosen = images.subset(parse_index(args.index, len(images))) if args.index else images
-    same_classes = chosen.class_names == network.class_names
-    measures = measure_set(network, methods, chosen, same_classes)
-    target = "the true class"
-    if not same_classes:
-        target = "the predicted class, as the network has other classes"
-    print(f"{len(chosen):,} {args.split} images ({chosen.source}); cam and gradcam of {target}")
-    out = Path(args.out)
-    make_folders(out)
-    rows, part_rows = measures.table(), measures.part_table(chosen.part_names)
-    print("\n" + "\n".join(table_lines(rows)))
-    written = [write_csv(out / "measures.csv", rows)]
-    if part_rows:
-        print("\n" + "\n".join(part_lines(part_rows, chosen.part_names)))
-        written.append(write_csv(out / "parts.csv", part_rows))
-    print(f"\nWritten to {' and '.join(map(printable, written))}")
-    return 0
-
-
-def measure_set(
-    network: TrainedNetwork, methods: Methods, images: ImageSet, same_classes: bool
-) -> Measures:
-    """The measures of a set with boxes. cam and gradcam are of the true class if the network has
-    the ``same_classes`` as the set, else of the predicted one."""
-    # from pixels of the stored images to pixels of the network's input: x, y
-    sides = zip(network.size, images.image_size, strict=True)
-    scale = torch.tensor([side / stored for side, stored in sides]).flip(0)
-    measures = Measures()
-    for first in range(0, len(images), network.batch_size):
-        part = images.subset(range(first, min(first + network.batch_size, len(images))))
-        batch = network.batch(part.images)
-        targets = part.labels if same_classes else network.probabilities(batch).argmax(1)
-        maps = maps_of(network, methods, batch, targets[:, None])
-        object_parts = None
-        if part.parts is not None:
-            xy, visible = part.parts[..., :2] * scale, part.parts[..., 2:]
-            object_parts = torch.cat([xy, visible], -1).numpy()
-        boxes = (part.boxes * scale.repeat(2)).numpy()
-        measures.add({name: values for name, (values, _) in maps.items()}, boxes, object_parts)
-    return measures
 
 
 if __name__ == "__main__":

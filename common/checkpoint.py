@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 
 from attention_model import Network, build_model, scaled
 from common.errors import UserError
+from common.file_kinds import kind_of
 
 CHECKPOINT_NAME, PREVIOUS_NAME = "last.pt", "last.prev.pt"
 FORMAT = 2
@@ -49,6 +51,11 @@ def read_checkpoint(path: Path | str) -> dict:
     """Load a checkpoint of this project, checksums verified, config upgraded. Code in it never
     runs. Raises UserError for any other file, and OSError as ``read_plain`` does."""
     path = Path(path)
+    kind = kind_of(path)
+    if kind:
+        raise UserError(
+            f"{path} is {kind.name}, not a checkpoint of this project: name the last.pt of a run"
+        )
     saved = read_plain(path, verify=True)
     missing = [name for name in REQUIRED if not isinstance(saved, dict) or name not in saved]
     if missing:
@@ -70,11 +77,12 @@ def read_checkpoint(path: Path | str) -> dict:
     return saved | {"config": upgrade_config(saved["config"])}
 
 
-def read_plain(path: Path | str, verify: bool = False) -> object:
+def read_plain(path: Path | str, verify: bool = False, otherwise: str = "") -> object:
     """Load a file with weights_only=True: plain values and tensors, no code.
 
     ``verify`` checks the checksums, which torch.load does not; files of other programs may lack
-    them. Raises UserError, or OSError if the disk or the file's permissions are the cause.
+    them. ``otherwise``: the last words of the message about a file with code, what to do instead.
+    Raises UserError, or OSError if the disk or the file's permissions are the cause.
     """
     path = Path(path)
     try:
@@ -92,16 +100,19 @@ def read_plain(path: Path | str, verify: bool = False) -> object:
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} is refused: it holds more than plain numbers and tensors, "
-            "and reading it could run code"
+            f"and reading it could run code{otherwise}"
         ) from None
     except (
         OSError,
         RuntimeError,
         ValueError,
-        KeyError,
+        LookupError,
+        ArithmeticError,
         AttributeError,
         TypeError,
-        NotImplementedError,
+        AssertionError,
+        struct.error,
+        MemoryError,  # a damaged length
     ) as error:
         if isinstance(error, OSError) and error.errno in UNRELATED_TO_CONTENT:
             raise OSError(error.errno, error.strerror, str(path)) from None

@@ -10,9 +10,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from explain.pictures import FAINT_INK, INK, PAPER, shorten
+from common.fonts import TextFont, draw_text, shorten
+from explain.pictures import FAINT_INK, INK, PAPER
 
 Color = tuple[int, int, int]
 Point = tuple[float, float]
@@ -33,13 +34,14 @@ OUTLIERS, OUTLIER_GAP = 0.1, 3.0
 @dataclasses.dataclass(frozen=True)
 class Line:
     """A line of a chart: ``points`` (x, y) from left to right. Where y is None, NaN or infinite, it
-    has a gap. ``width`` in pixels."""
+    has a gap. ``width`` in pixels. ``value``: the number at its name, by default its last one."""
 
     name: str
     points: Sequence[tuple[float, float | None]]
     color: Color
     width: float = 2.0
     dashed: bool = False
+    value: float | None = None
 
     def parts(self) -> list[list[Point]]:
         """The points between the gaps."""
@@ -99,7 +101,7 @@ def line_chart(
     x_high = max(1, max(x for line in lines for x, _ in line.points))
     x_ticks = [tick for tick in ticks(0, x_high, most=7, whole=True) if tick <= x_high]
 
-    font = ImageFont.load_default(TEXT_SIZE)
+    font = TextFont(TEXT_SIZE)
     labels = [label(line, decimals) for line in lines]
     plot = Plot(
         left=math.ceil(max(map(font.getlength, tick_texts(y_ticks)))) + TICK_GAP,
@@ -247,8 +249,9 @@ def draw_arrowhead(draw: ImageDraw.ImageDraw, x: float, y: float, color: Color) 
 
 
 def label(line: Line, decimals: int) -> str:
-    """The last value and the name of a line."""
-    return f"{number_text(line.parts()[-1][-1][1], decimals)}  {line.name}"
+    """The value and the name of a line."""
+    value = line.parts()[-1][-1][1] if line.value is None else line.value
+    return f"{number_text(value, decimals)}  {line.name}"
 
 
 def number_text(value: float, decimals: int) -> str:
@@ -292,23 +295,23 @@ def draw_ticks(
     y_ticks: Sequence[float],
     x_name: str,
 ) -> None:
-    font = ImageFont.load_default(TEXT_SIZE)
+    font = TextFont(TEXT_SIZE)
     for tick, text in zip(y_ticks, tick_texts(y_ticks), strict=True):
         _, y = plot.at((0, tick))
-        draw.text((plot.left - TICK_GAP, y), text, FAINT_INK, font, "rm")
+        draw_text(draw, (plot.left - TICK_GAP, y), text, FAINT_INK, font, "rm")
     baseline = plot.bottom + 20
     for tick in x_ticks:
         x, _ = plot.at((tick, y_ticks[0]))
-        draw.text((x, baseline), f"{tick:,.0f}", FAINT_INK, font, "ms")
+        draw_text(draw, (x, baseline), f"{tick:,.0f}", FAINT_INK, font, "ms")
     free = x + font.getlength(f"{x_ticks[-1]:,.0f}") / 2 + TICK_GAP
-    draw.text((max(free, plot.right + LABEL_GAP), baseline), x_name, FAINT_INK, font, "ls")
+    draw_text(draw, (max(free, plot.right + LABEL_GAP), baseline), x_name, FAINT_INK, font, "ls")
 
 
 def draw_labels(
     draw: ImageDraw.ImageDraw, plot: Plot, lines: Sequence[Line], labels: Sequence[str]
 ) -> None:
     """At the end of each line its label; where they are apart, a thin line connects them."""
-    font = ImageFont.load_default(TEXT_SIZE)
+    font = TextFont(TEXT_SIZE)
     ends = [plot.at(line.parts()[-1][-1]) for line in lines]
     centers = place_labels([y for _, y in ends], LABEL_HEIGHT, plot.top, plot.bottom)
     for line, text, (x, y), center in zip(lines, labels, ends, centers, strict=True):
@@ -316,12 +319,12 @@ def draw_labels(
             draw.line((x, y, plot.right, y), line.color)
         if abs(center - y) > LABEL_HEIGHT / 2 or x < plot.right - 1:
             draw.line((plot.right, y, plot.right + LABEL_GAP - 6, center), line.color)
-        draw.text((plot.right + LABEL_GAP, center), text, line.color, font, "lm")
+        draw_text(draw, (plot.right + LABEL_GAP, center), text, line.color, font, "lm")
 
 
 def draw_title(draw: ImageDraw.ImageDraw, width: int, title: str, note: str) -> None:
     """At the left the title, at the right a note."""
-    font, small = ImageFont.load_default(TITLE_SIZE), ImageFont.load_default(TEXT_SIZE)
-    draw.text((0, 16), title, INK, font, "ls")
+    font, small = TextFont(TITLE_SIZE), TextFont(TEXT_SIZE)
+    draw_text(draw, (0, 16), title, INK, font, "ls")
     room = width - font.getlength(title) - 20
-    draw.text((width - 1, 16), shorten(note, small, room), FAINT_INK, small, "rs")
+    draw_text(draw, (width - 1, 16), shorten(note, small, room), FAINT_INK, small, "rs")

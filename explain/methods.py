@@ -41,7 +41,7 @@ class Methods(NamedTuple):
 class BatchMaps(NamedTuple):
     values: np.ndarray  # (N, H, W)
     rank: int | None  # the column of the classes (N, K) that they are of; None: of no class
-    label: str  # the method, and its layer where there are several
+    label: str  # the level; or the method, and below it the layer where there are several
 
 
 def maps_of(
@@ -74,7 +74,7 @@ def raw_maps(
     model, found = network.model, {}
 
     def add(label: str, rank: int | None, values: Tensor) -> None:
-        name = f"{label}-{rank + 1}" if rank else label
+        name = "-".join(label.split("\n")) + (f"-{rank + 1}" if rank else "")
         found[name], labels[name] = values, (rank, label)
 
     if "attention" in methods.names:
@@ -82,7 +82,7 @@ def raw_maps(
             add(level, None, values)
         if methods.query is not None:
             for level, values in raw_attention(model, batch, methods.query).items():
-                add(f"{level}-query", None, values)
+                add(f"{level}\nquery", None, values)
     if "cam" in methods.names:
         for rank, targets in enumerate(columns):
             add("cam", rank, raw_class_activation(model, batch, targets))
@@ -91,7 +91,7 @@ def raw_maps(
         by_layer = raw_gradient_maps(model, batch, columns, names, methods.layers)
         for method in names:
             for layer, by_method in by_layer.items():
-                label = method if len(by_layer) == 1 else f"{method}-{layer}"
+                label = method if len(by_layer) == 1 else f"{method}\n{layer}"
                 for rank, values in enumerate(by_method[method]):
                     add(label, rank, values)
     return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,22 +13,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import inference_weights, load_model, read_checkpoint, read_plain
+from common.checkpoint import inference_weights, load_model, read_checkpoint
 from common.device import DTYPES, Precision, choose_device, choose_precision
-from common.errors import UserError, one_line, printable
+from common.errors import UserError, printable
 from common.files import expand_user
-from common.hub import hub_weights
 from data import eval_batch_size, to_input
+from explain.class_names import read_class_names
 from explain.images import View, each_pixels, is_one, view_of
+from explain.inference import eval_no_grad, logits_of
+from explain.layers import nearest_names
 from explain.maps import (
-    eval_no_grad,
-    logits_of,
-    nearest_names,
+    GRADIENT_METHODS,
     raw_attention,
     raw_class_activation,
-    raw_grad_cam,
+    raw_gradient_maps,
     upsample_and_scale,
 )
+from explain.smoothing import smoothed
+from explain.weights import from_torchvision
 
 
 @dataclass(repr=False, eq=False)
@@ -152,24 +155,41 @@ class TrainedNetwork:
                 results.append(list(zip(names, values, strict=True)))
         return results[0] if is_one(images) else results
 
-    def attention(self, images: object) -> dict[str, np.ndarray] | list[dict[str, np.ndarray]]:
+    def attention(
+        self, images: object, query: object = None, smooth: bool = False
+    ) -> dict[str, np.ndarray] | list[dict[str, np.ndarray]]:
         """The attention map of each level, {"conv7": (H, W), ...}: float32 arrays from 0 to 1 at
         the size of the picture, upsampled bilinearly and divided by their maximum. 0 outside of the
         part that the network sees. A list of such dicts for several images.
 
         The size of a file is that of open_rgb: upright, and smaller than in the file where that has
-        over 67 megapixels. Raises as above, and ValueError for a network without attention.
+        over 67 megapixels.
+
+        Args:
+            query: another image, whose global feature takes the place of the images' own (dp and
+                gate networks; see ``attention_maps`` in explain/maps.py).
+            smooth: the mean over flips and small shifts of the image (explain/smoothing.py).
+
+        Raises as above, and ValueError for a network without attention, or a query that changes
+        nothing.
 
         Example:
             >>> maps = network.attention("photo.jpg")
             >>> plt.imshow(open_rgb("photo.jpg")); plt.imshow(maps["conv10"], alpha=0.5)
         """
+        asked = None if query is None else self.preprocess(query)
+        if asked is not None and len(asked) != 1:
+            raise ValueError(f"query: expected one image, got {len(asked)}")
+
+        def raw(batch: Tensor) -> Mapping[str, Tensor]:
+            return raw_attention(self.model, batch, asked)
+
         results = []
         for views, batch in self.views_and_batches(images):
             with self.autocast():
-                raw = raw_attention(self.model, batch)
+                found = smoothed(raw, batch) if smooth else raw(batch)
             for i, view in enumerate(views):
-                results.append({level: placed(maps[i], view) for level, maps in raw.items()})
+                results.append({level: placed(maps[i], view) for level, maps in found.items()})
         return results[0] if is_one(images) else results
 
     def cam(
@@ -178,15 +198,18 @@ class TrainedNetwork:
         target: str | int | None = None,
         method: str = "gradcam",
         layer: nn.Module | str | None = None,
+        smooth: bool = False,
     ) -> np.ndarray | list[np.ndarray]:
         """The class activation map: where the evidence for a class is, (H, W) as in ``attention``.
         A list of arrays for several images.
 
         Args:
             target: name or number of the class; None: the one that the network sees in each image.
-            method: "gradcam", for any network, or "cam", for those that end in average pooling and
-                one linear layer. See explain/maps.py.
-            layer: of gradcam, a module of ``model`` or its name; None: the last with an extent.
+            method: "gradcam", "gradcam++", "hirescam" or "layercam", for any network, or "cam",
+                for those that end in average pooling and one linear layer. See explain/maps.py.
+            layer: of the gradient methods, a module of ``model`` or its name; None: the last with
+                an extent.
+            smooth: the mean over flips and small shifts of the image (explain/smoothing.py).
 
         Raises:
             ValueError, UserError: as above, and ValueError for a class or a layer that does not
@@ -195,12 +218,13 @@ class TrainedNetwork:
         Example:
             >>> network.cam("photo.jpg").shape  # the picture's height and width
             (1080, 1920)
-            >>> network.cam("photo.jpg", target="wolf", layer="trunk.block4")
+            >>> network.cam("photo.jpg", target="wolf", method="layercam", layer="trunk.block4")
         """
-        if method not in ("cam", "gradcam"):
-            raise ValueError(f"method {method!r}: expected cam or gradcam")
+        if method not in ("cam", *GRADIENT_METHODS):
+            known = ", ".join(("cam", *GRADIENT_METHODS))
+            raise ValueError(f"method {method!r}: expected one of {known}")
         if method == "cam" and layer is not None:
-            raise ValueError(f"layer {layer!r} is for gradcam, not for cam")
+            raise ValueError(f"layer {layer!r} is for the gradient methods, not for cam")
         wanted = None if target is None else class_index(target, self.class_names)
         results = []
         for views, batch in self.views_and_batches(images):
@@ -208,13 +232,25 @@ class TrainedNetwork:
                 targets = self.probabilities(batch).argmax(1)
             else:
                 targets = torch.full((len(views),), wanted, device="cpu")
+            raw = functools.partial(raw_map, self.model, targets, method, layer)
             with self.autocast():
-                if method == "cam":
-                    maps = raw_class_activation(self.model, batch, targets)
-                else:
-                    maps = raw_grad_cam(self.model, batch, targets, layer)
+                maps = (smoothed(raw, batch) if smooth else raw(batch))[method]
             results += [placed(maps[i], view) for i, view in enumerate(views)]
         return results[0] if is_one(images) else results
+
+
+def raw_map(
+    model: nn.Module,
+    targets: Tensor,
+    method: str,
+    layer: nn.Module | str | None,
+    batch: Tensor,
+) -> dict[str, Tensor]:
+    """{method: (N, h, w)} of the classes ``targets`` (N,)."""
+    if method == "cam":
+        return {method: raw_class_activation(model, batch, targets)}
+    (found,) = raw_gradient_maps(model, batch, [targets], [method], [layer]).values()
+    return {method: found[method][0]}
 
 
 def placed(raw: Tensor, view: View) -> np.ndarray:
@@ -233,6 +269,7 @@ def load_network(
     *,
     arch: str | None = None,
     weights: str | Path | None = None,
+    class_names: str | Path | None = None,
     device: str | torch.device = "auto",
     precision: str = "fp32",
 ) -> TrainedNetwork:
@@ -242,13 +279,16 @@ def load_network(
         checkpoint: of a run of this project, RUN/last.pt. Code in it never runs.
         arch, weights: instead of a checkpoint, a classifier of torchvision ("resnet50"), and its
             weights: "DEFAULT" or another name of torchvision's (downloaded into torch's cache), or
-            a file with a state dict of yours.
+            a file with a state dict of yours (see explain/weights.py). ``description`` says what
+            was taken of it.
+        class_names: a file with names for the classes: one per line, or JSON; see
+            explain/class_names.py.
         device: auto (a GPU if there is one), cpu, cuda, or cuda:N.
         precision: fp32; bf16 or fp16 by autocast, faster on a GPU; auto: what training uses there.
             Maps and probabilities are float32 in any case.
 
     Raises:
-        UserError: the file, the device, or the torchvision network does not exist or does not fit.
+        UserError: a file, the device, or the torchvision network does not exist or does not fit.
         ValueError: no network is named, or two are.
 
     Example:
@@ -271,7 +311,12 @@ def load_network(
         if arch is None:
             network = from_checkpoint(str(expand_user(checkpoint)))
         else:
-            network = from_torchvision(arch, str(expand_user(weights)))
+            parts = from_torchvision(arch, str(expand_user(weights)))
+            network = TrainedNetwork(**parts._asdict())
+        if class_names is not None:
+            path = expand_user(class_names)
+            network.class_names = read_class_names(path, len(network.class_names))
+            network.description += f"; class names of {printable(path)}"
         network.precision = chosen
         network.place_on(place)
     return network
@@ -295,79 +340,6 @@ def from_checkpoint(path: str) -> TrainedNetwork:
         f"{len(class_names)} classes, {height}x{width} px",
         config=config,
     )
-
-
-def from_torchvision(arch: str, weights: str) -> TrainedNetwork:
-    """A classifier of torchvision, with its weights of the name ``weights`` or with a state dict
-    from a file. Input size and normalization are those of torchvision's weights. Raises UserError.
-    """
-    # imported here: it takes a second, and the networks of this project do without
-    from torchvision import models
-
-    known = models.list_models(module=models)
-    if arch not in known:
-        near = nearest_names(arch, known)
-        raise UserError(f"arch {arch}: torchvision has no such classifier; nearest: {near}", 2)
-    available = models.get_model_weights(arch)
-    if weights in available.__members__:
-        entry = available[weights]
-        # downloaded and checked here; torchvision then finds the file in the cache
-        hub_weights(entry.url, "or name a file with weights of yours")
-        model = models.get_model(arch, weights=entry)
-        class_names = tuple(entry.meta["categories"])
-    elif Path(weights).exists():
-        entry = available["DEFAULT"]
-        model, classes = load_classifier(arch, weights)
-        class_names = tuple(entry.meta["categories"])
-        if classes != len(class_names):
-            class_names = tuple(f"class {i}" for i in range(classes))
-    else:
-        raise UserError(
-            f"weights {weights}: neither a file nor weights of torchvision's {arch}, which are "
-            f"{', '.join(available.__members__)}",
-            2,
-        )
-    preset = entry.transforms()
-    side = preset.crop_size[0]
-    return TrainedNetwork(
-        model=model.float().eval(),
-        class_names=class_names,
-        size=(side, side),
-        mean=tuple(preset.mean),
-        std=tuple(preset.std),
-        description=f"torchvision's {arch}, weights {weights}, {len(class_names)} classes, "
-        f"{side}x{side} px",
-    )
-
-
-def load_classifier(arch: str, path: str) -> tuple[nn.Module, int]:
-    """A classifier of torchvision with a state dict from a file, and its number of classes. Raises
-    UserError."""
-    from torchvision import models
-
-    state = read_state(path)
-    classes = len(list(state.values())[-1])
-    try:
-        model = models.get_model(arch, weights=None, num_classes=classes)
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} does not fit torchvision's {arch}: {one_line(error)[:150]}"
-        ) from None
-    return model, classes
-
-
-def read_state(path: str) -> dict[str, Tensor]:
-    """A state dict, also one inside a checkpoint under "state_dict" or "model". Its code never
-    runs. Raises UserError."""
-    content = read_plain(path)
-    for name in ("state_dict", "model"):
-        content = content.get(name, content) if isinstance(content, dict) else content
-    last = list(content.values())[-1:] if isinstance(content, dict) else []
-    # the last tensor, whose length is the number of classes
-    if not last or not torch.is_tensor(last[0]) or not last[0].ndim:
-        raise UserError(f"{path} holds no state dict: save model.state_dict()")
-    return {name.removeprefix("module."): value for name, value in content.items()}
 
 
 # ---- classes ------------------------------------------------------------------------------------

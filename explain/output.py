@@ -1,26 +1,51 @@
-"""Files of cam.py: the images that it reads, and the overlays and sheets that it writes."""
+"""Files of cam.py: the images that it reads, and the overlays, sheets and tables that it writes."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from common.errors import UserError, print_error, printable
 from common.files import free_path, make_folders, replace_file
 from data import images_and_others, passed_over
-from explain.pictures import attention_sheet, is_own_picture, overlay, png_bytes, shown
+from explain.pictures import (
+    FLAT,
+    FORMATS,
+    attention_sheet,
+    is_own_picture,
+    overlay,
+    picture_bytes,
+    shown,
+)
 
 # pixels of an overlay: smaller images are enlarged, larger ones shrunk
 MIN_SIDE, MAX_SIDE = 224, 1024
-MAX_STEM_BYTES = 200  # with the name of the map, a file name stays below a file system's 255
 SHEET_SIDE = 288  # pixels of the longer side of a picture on an image's own sheet, at most
+MAX_SCALE = 4  # an overlay of 4,096 pixels takes 1.5 GiB while it is drawn
+
+# Bytes of the parts of a file name. With a number and an ending, it stays below the 255 of file
+# systems.
+MAX_STEM, MAX_MAP = 190, 50
+
+PREDICTED = 5  # classes per image in predictions.csv
+PREDICTION_FIELDS = (
+    "file",
+    "class",
+    *(f"predicted_{place}" for place in range(1, PREDICTED + 1)),
+    *(f"probability_{place}" for place in range(1, PREDICTED + 1)),
+)
+# Values within this fraction of a map's range count as its highest: enlarging a map rounds them.
+PEAK_TOLERANCE = 1e-6
 
 
 # ---- in -----------------------------------------------------------------------------------------
@@ -32,8 +57,15 @@ class Picture:
 
     name: str  # in messages
     stem: str  # of the files that are written
-    pixels: np.ndarray  # (H, W, 3) uint8
+    pixels: np.ndarray  # (H, W, 3) uint8, at most MAX_SIDE * scale pixels large
     truth: str | None = None  # class name
+    # the part of the image that ``pixels`` show, x0 y0 x1 y1 in its own pixels; None: all of it,
+    # pixel by pixel
+    box: tuple[int, int, int, int] | None = None
+
+    @property
+    def shown_box(self) -> tuple[int, int, int, int]:
+        return self.box or (0, 0, self.pixels.shape[1], self.pixels.shape[0])
 
 
 def list_files(words: Sequence[str]) -> tuple[list[Path], list[Path]]:
@@ -53,10 +85,12 @@ def images_in(folder: Path) -> list[Path]:
     """The images in a folder, sorted by name. Files of other types and cam.py's own pictures are
     left out, and reported."""
     images, others = images_and_others(folder)
-    if others:
-        print(passed_over(folder, others, len(images) + len(others)), flush=True)
+    total = len(images) + len(others)
     found = [folder / name for name in images if not is_own_picture(folder / name)]
-    own = len(images) - len(found)
+    foreign = [name for name in others if not is_own_picture(folder / name)]
+    own = total - len(found) - len(foreign)
+    if foreign:
+        print(passed_over(folder, foreign, total), flush=True)
     if own:
         print(f"{printable(folder)}: passed over {own:,} of cam.py's own pictures", flush=True)
     return found
@@ -100,13 +134,26 @@ class Writer:
     """Writes files into a folder, each whole or not at all. None takes the name of an input, of
     another file of this writer, or of an existing file unless an earlier run wrote that one.
 
-    raw: also write the maps as .npy. opacity, colors: see explain/pictures.py.
+    raw: also write the maps as .npy. opacity, colors, blend, scale: see explain/pictures.py.
+    picture_format: one of FORMATS.
     """
 
     def __init__(
-        self, out: Path, inputs: Sequence[Path], *, raw: bool, opacity: float, colors: str
+        self,
+        out: Path,
+        inputs: Sequence[Path],
+        *,
+        raw: bool,
+        opacity: float,
+        colors: str,
+        blend: str = "even",
+        picture_format: str = "png",
+        scale: int = 1,
     ):
-        self.out, self.raw, self.opacity, self.colors = out, raw, opacity, colors
+        if picture_format not in FORMATS:
+            raise ValueError(f"unknown format {picture_format!r}: choose one of {FORMATS}")
+        self.out, self.raw, self.picture_format, self.scale = out, raw, picture_format, scale
+        self.look = {"opacity": opacity, "color_map": colors, "blend": blend}
         self.inputs = {identity for path in inputs for identity in identities(path)}
         self.taken: set[str] = set()  # names of this writer's files, case folded
         self.written = 0
@@ -120,13 +167,17 @@ class Writer:
     ) -> str:
         """Write an overlay per map {name: (H, W)}, and a sheet of the input and the overlays.
         Returns the stem of the files."""
+        parts = {name: file_name_part(name, MAX_MAP) for name in maps}
         raw = {}
         if self.raw:
-            raw = {f"{name}.npy": npy_bytes(values) for name, values in maps.items()}
-        stem = self.free_stem(picture.stem, [*(f"{name}.png" for name in maps), "sheet.png"], raw)
-        large = shown(picture.pixels, MIN_SIDE, MAX_SIDE)
+            raw = {f"{parts[name]}.npy": npy_bytes(values) for name, values in maps.items()}
+        stem = self.free_stem(
+            picture.stem, [*map(self.as_picture, parts.values()), self.as_picture("sheet")], raw
+        )
+        large = shown(picture.pixels, MIN_SIDE, MAX_SIDE, self.scale)
         for name, values in maps.items():
-            self.write_png(f"{stem}-{name}.png", overlay(large, values, self.opacity, self.colors))
+            pixels = overlay(large, values, **self.look)
+            self.write_picture(f"{stem}-{self.as_picture(parts[name])}", pixels)
         for ending, content in raw.items():
             self.write_file(f"{stem}-{ending}", content)
         sheet = attention_sheet(
@@ -134,32 +185,37 @@ class Writer:
             {name: values[None] for name, values in maps.items()},
             [title],
             headings=headings,
-            opacity=self.opacity,
             min_side=MIN_SIDE,
             max_side=SHEET_SIDE,
-            color_map=self.colors,
+            scale=self.scale,
+            **self.look,
         )
-        self.write_png(f"{stem}-sheet.png", sheet)
+        self.write_picture(f"{stem}-{self.as_picture('sheet')}", sheet)
         return stem
 
     def write_overview(self, stem: str, overview: Overview) -> None:
         """Write one sheet of a whole selection."""
-        stem = self.free_stem(stem, ["sheet.png"], {})
+        ending = self.as_picture("sheet")
+        stem = self.free_stem(stem, [ending], {})
         sheet = attention_sheet(
             np.stack(overview.pixels),
             {name: np.stack(values) for name, values in overview.maps.items()},
             overview.titles,
-            opacity=self.opacity,
-            color_map=self.colors,
+            scale=self.scale,
+            **self.look,
         )
-        self.write_png(f"{stem}-sheet.png", sheet)
+        self.write_picture(f"{stem}-{ending}", sheet)
+
+    def as_picture(self, name: str) -> str:
+        """The name with the ending of the pictures' format."""
+        return f"{name}.{self.picture_format}"
 
     def free_stem(self, wanted: str, pictures: Sequence[str], raw: Mapping[str, bytes]) -> str:
         """``wanted``, with a number if needed, so that each file STEM-ENDING may be written, for
         the endings of pictures and of ``raw`` {ending: content}. Cut to a length that file systems
-        take."""
+        take; names that begin alike stay different."""
         contents: dict[str, bytes | None] = dict.fromkeys(pictures) | dict(raw)
-        base = cut_to_bytes(wanted, MAX_STEM_BYTES)
+        base = file_name_part(wanted, MAX_STEM)
         numbered = (f"{base}-{number}" for number in itertools.count(2))
         for stem in itertools.chain([base], numbered):
             names = {f"{stem}-{ending}": content for ending, content in contents.items()}
@@ -182,8 +238,8 @@ class Writer:
             return path.stat().st_size == len(content) and path.read_bytes() == content
         return is_own_picture(path)
 
-    def write_png(self, name: str, pixels: np.ndarray) -> None:
-        self.write_file(name, png_bytes(pixels))
+    def write_picture(self, name: str, pixels: np.ndarray) -> None:
+        self.write_file(name, picture_bytes(pixels, self.picture_format, self.scale))
 
     def write_file(self, name: str, content: bytes) -> None:
         make_folders(self.out)
@@ -197,10 +253,15 @@ def npy_bytes(values: np.ndarray) -> bytes:
     return content.getvalue()
 
 
-def cut_to_bytes(text: str, count: int) -> str:
-    """As much of a file name as fits into ``count`` bytes."""
+def file_name_part(text: str, count: int) -> str:
+    """A text as a part of a file name, in at most ``count`` bytes: a longer one is cut, and ends in
+    a digest of all of it, so that no two become the same."""
+    text = text.replace("/", "_").replace(os.sep, "_")
     encoded = os.fsencode(text)
-    return text if len(encoded) <= count else encoded[:count].decode("utf-8", "ignore")
+    if len(encoded) <= count:
+        return text
+    digest = "-" + hashlib.sha256(encoded).hexdigest()[:8]
+    return encoded[: count - len(digest)].decode("utf-8", "ignore") + digest
 
 
 def identities(path: Path) -> set[tuple[int, int]]:
@@ -211,9 +272,16 @@ def identities(path: Path) -> set[tuple[int, int]]:
         return set()
 
 
-def write_csv(path: Path, rows: list[dict[str, object]]) -> Path:
-    """Write a table, over an earlier one with the same columns, or else under a free name. Returns
-    the path."""
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def write_csv(
+    path: Path,
+    rows: list[dict[str, object]],
+    is_ours: Callable[[list[str]], bool] | None = None,
+) -> Path:
+    """Write a table, over an earlier one with the same columns, or with some that ``is_ours``
+    knows; else under a free name. Returns the path."""
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     table.writeheader()
@@ -225,7 +293,79 @@ def write_csv(path: Path, rows: list[dict[str, object]]) -> Path:
             }
         )
     content = text.getvalue().encode()
-    header = content[: content.index(b"\n") + 1]
-    path = free_path(path, lambda old: old.is_file() and old.read_bytes().startswith(header))
+    is_ours = is_ours or list(rows[0]).__eq__
+    path = free_path(path, lambda old: is_ours(columns_of(old)))
     replace_file(path, lambda file: file.write(content))
     return path
+
+
+def columns_of(path: Path) -> list[str]:
+    """The names in the first line of a table; [] of any other file."""
+    if not path.is_file():  # opening a pipe would wait
+        return []
+    try:
+        with open(path, "rb") as file:
+            line = file.readline(2**20)
+        return next(csv.reader([line.decode()]), []) if line.endswith(b"\n") else []
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []
+
+
+class Prediction(NamedTuple):
+    """What a network sees in an image: a line of predictions.csv."""
+
+    file: str
+    truth: str | None  # the class, where it is known
+    best: Sequence[tuple[str, float]]  # classes and their probabilities, the best first
+    peaks: Mapping[str, tuple[int, int] | None]  # x, y of the peak of each map, see ``peak_pixel``
+
+
+def write_predictions(path: Path, predictions: Sequence[Prediction]) -> Path:
+    """Write predictions.csv, a line per image, over an earlier one (also one with other maps), or
+    else under a free name. Returns the path. What an image lacks is empty. There is at least one
+    image."""
+    maps = list(dict.fromkeys(name for each in predictions for name in each.peaks))
+    rows = []
+    for each in predictions:
+        row: dict[str, object] = dict.fromkeys(PREDICTION_FIELDS, "")
+        row |= {"file": printable(each.file), "class": printable(each.truth or "")}
+        for place, (name, probability) in enumerate(each.best[:PREDICTED], start=1):
+            row[f"predicted_{place}"] = printable(name)
+            row[f"probability_{place}"] = float(probability)
+        for name in maps:
+            x_y = each.peaks.get(name) or ("", "")
+            row |= dict(zip((f"peak_{name}_x", f"peak_{name}_y"), x_y, strict=True))
+        rows.append(row)
+    return write_csv(path, rows, are_prediction_fields)
+
+
+def are_prediction_fields(columns: list[str]) -> bool:
+    """Whether these are columns of predictions.csv, of whatever maps. One of the user's among them
+    makes the table the user's."""
+    count = len(PREDICTION_FIELDS)
+    return tuple(columns[:count]) == PREDICTION_FIELDS and all(
+        re.fullmatch(r"peak_.+_[xy]", column, re.DOTALL) for column in columns[count:]
+    )
+
+
+def peak_pixel(values: np.ndarray, box: Sequence[int]) -> tuple[int, int] | None:
+    """Where a map is highest: x, y of a pixel of the picture.
+
+    values: (H, W) floats. box: the part of the picture that the map covers, x0 y0 x1 y1 in pixels
+    of the picture. Of several highest values, the one nearest to the mean of their positions: the
+    mean itself may lie where the map is low. None for a map without a peak: a flat one (see
+    explain.pictures.FLAT), or one that is not finite anywhere.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return None
+    lowest, highest = finite.min(), finite.max()
+    if highest - lowest <= FLAT * max(abs(lowest), abs(highest)):
+        return None
+    near = np.isfinite(values) & (values >= highest - PEAK_TOLERANCE * (highest - lowest))
+    positions = np.argwhere(near)
+    distances = np.square(positions - positions.mean(axis=0)).sum(axis=1)
+    row, column = positions[distances.argmin()] + 0.5  # the center of its cell
+    (height, width), (x0, y0, x1, y1) = values.shape, box
+    return int(x0 + column / width * (x1 - x0)), int(y0 + row / height * (y1 - y0))

@@ -17,7 +17,7 @@ import cam
 from data import cifar_sample, load_cifar100, load_cub
 from datasets.augmentation import normalize
 from datasets.cub_sample import write_cub_sample
-from explain import methods
+from explain import measuring, methods
 from explain.metrics import CENTER, UNIFORM
 from tests.helpers.environment import ROOT
 from tests.helpers.makers import first_lines, make_folders, torchvisions, untrained
@@ -62,6 +62,7 @@ def cli(tmp_path, monkeypatch, capsys):
     """cli("photo.png") -> (exit status, standard output, standard error), in an empty folder; with
     a small sample."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measuring, "MEASURED", 8)
     sets = cifar_sample(classes=4, train_per_class=150, test_per_class=40)
     monkeypatch.setitem(cam.SOURCES, "cifar100", with_sample(TASK, lambda config: sets).data)
 
@@ -84,9 +85,7 @@ def test_maps_point_at_the_mark(cli, trained, capsys):
         status, out, _ = cli(
             "--checkpoint", path, "--dataset", "sample", "--measure", "--out", name
         )
-        assert (
-            status == 0 and "160 test images" in out and "cam and gradcam of the true class" in out
-        )
+        assert status == 0 and "160 test images" in out and "gradcam of the true class" in out
         rows[name] = rows_of(Path(name, "measures.csv"))
         with capsys.disabled():
             print("\n" + out[out.index(":") + 2 :])
@@ -119,6 +118,9 @@ def ours_on_disk(tmp_path):
         "cifar100",
         ["apple", "pear", "sweet_pepper"],
     )
+
+
+MEASURED_FILES = {"measures.csv", "faithfulness.csv", "curves.csv", "curves.png"}
 
 
 def noise(height, width, channels=3):
@@ -180,13 +182,13 @@ def test_the_network_sees_the_picture_as_in_training_and_the_map_lies_over_it(
     pixels, seen = noise(40, 90), []
     Image.fromarray(pixels).save("photo.png")
 
-    def spot(model, batch, targets, layer):
+    def spot(model, batch, columns, names, layers):
         seen.append(batch)
         maps = torch.zeros(len(batch), 32, 32)
         maps[:, 8, 24] = 1
-        return maps
+        return {layers[0]: {"gradcam": [maps]}}
 
-    monkeypatch.setattr(methods, "grad_cam", spot)
+    monkeypatch.setattr(methods, "raw_gradient_maps", spot)
     assert (
         cli("--checkpoint", path, "photo.png", "--method", "gradcam", "--opacity", 1, "--out", ".")[
             0
@@ -213,7 +215,7 @@ def test_bad_images_are_told_and_the_rest_is_done(cli, ours_on_disk, tmp_path):
     status, out, err = cli(
         "--checkpoint", ours_on_disk, *"cut.png text.jpg gone.png deep.png empty good.png".split()
     )
-    assert status == 1 and "1 image done, 4 files in runs/cam" in out
+    assert status == 1 and "1 image done, 5 files in runs/cam" in out
     for name, reason in (
         ("cut.png", "truncated"),
         ("text.jpg", "not an image"),
@@ -234,9 +236,9 @@ def test_no_input_is_overwritten_and_names_do_not_clash(cli, ours_on_disk):
     Image.fromarray(noise(32, 32)).save(Path("a", "link.bmp"))
     before = {path: path.read_bytes() for path in Path().glob("[ab]/*")}
     status, out, _ = cli("--checkpoint", ours_on_disk, "a", "b", "--out", "a")
-    assert status == 0 and "6 images done, 24 files in a" in out
+    assert status == 0 and "6 images done, 25 files in a" in out
     assert re.search(r"^b/photo\.png: .*   \(written as photo-3\)$", out, re.M)
-    assert len(list(Path("a").iterdir())) == 4 + 24
+    assert len(list(Path("a").iterdir())) == 4 + 25
     assert all(path.read_bytes() == content for path, content in before.items())
     assert Path("a/link-sheet.png").is_symlink()
     assert Path("a/photo-2-conv10.png").exists() and Path("a/photo-3-sheet.png").exists()
@@ -291,10 +293,10 @@ def test_pictures_beside_their_photos_are_not_taken_for_photos(cli, ours_on_disk
     made = None
     for _ in range(2):
         status, out, err = cli("--checkpoint", ours_on_disk, "photos", "--out", "photos")
-        assert status == 0 and "1 image done, 4 files in photos" in out, err
+        assert status == 0 and "1 image done, 5 files in photos" in out, err
         made = made or {path.name for path in Path("photos").iterdir()}
         assert {path.name for path in Path("photos").iterdir()} == made
-    assert f"photos: passed over {len(made) - 1} of cam.py's own pictures\n" in out
+    assert f"photos: passed over {len(made) - 2} of cam.py's own pictures\n" in out
 
 
 def test_names_that_are_long_or_in_another_encoding(cli, ours_on_disk):
@@ -317,7 +319,7 @@ def test_names_that_are_long_or_in_another_encoding(cli, ours_on_disk):
         and f"{len(names)} images done" in out
         and r"files in ma\xeeps" in out
     )
-    assert len(list(Path(os.fsdecode(b"ma\xeeps")).iterdir())) == len(names) * 7
+    assert len(list(Path(os.fsdecode(b"ma\xeeps")).iterdir())) == len(names) * 7 + 1
     assert r"caf\xe9.png: " in out and r"line\nbreak.png: " in out
 
 
@@ -329,7 +331,7 @@ def test_a_closed_pipe_stops_no_pictures(trained, tmp_path):
     assert (
         first_lines(
             [
-                [*start, "--measure", "--dataset", "sample", "--out", "m"],
+                [*start, "--measure", "--dataset", "sample", "--index", "0,1", "--out", "m"],
                 [*start, "photo.png", "other.png", "--out", "p"],
                 [*start, "--list-layers"],
             ],
@@ -337,9 +339,10 @@ def test_a_closed_pipe_stops_no_pictures(trained, tmp_path):
         )
         == [(0, 1, "")] * 3
     )
-    assert [path.name for path in tmp_path.glob("m/*")] == ["measures.csv"]
+    assert {path.name for path in tmp_path.glob("m/*")} == MEASURED_FILES
     assert {path.name for path in tmp_path.glob("p/*")} == {
-        f"{name}-{what}.png" for name in ("photo", "other") for what in ("cam", "gradcam", "sheet")
+        "predictions.csv",
+        *(f"{n}-{what}.png" for n in ("photo", "other") for what in ("cam", "gradcam", "sheet")),
     }
 
 
@@ -415,13 +418,13 @@ def test_data_set_selection_targets_and_top_k(cli, trained):
         f"sample-test-0000{i}-{what}.png"
         for i in range(4)
         for what in ("cam", "cam-2", "gradcam", "gradcam-2", "sheet")
-    } | {"sample-test-sheet.png"}
+    } | {"sample-test-sheet.png", "predictions.csv"}
     status, out, _ = cli(
         "--checkpoint",
         path,
         *"--dataset sample --index 0 --target CROSS --out b --method cam".split(),
     )
-    assert status == 0 and "cross" in out and len(list(Path("b").iterdir())) == 2
+    assert status == 0 and "cross" in out and len(list(Path("b").iterdir())) == 3
     status, *_ = cli(
         "--checkpoint", path, *"--dataset sample --index 0 --target 2 --out c --method cam".split()
     )
@@ -437,14 +440,15 @@ def test_data_set_selection_targets_and_top_k(cli, trained):
 
 
 def test_sets_go_through_in_one_batch(cli, trained, monkeypatch):
-    calls, method = [], methods.grad_cam
+    calls, method = [], methods.raw_gradient_maps
     monkeypatch.setattr(
         methods,
-        "grad_cam",
+        "raw_gradient_maps",
         lambda model, batch, *rest: (calls.append(len(batch)), method(model, batch, *rest))[1],
     )
     assert cli("--checkpoint", trained["vgg-gap"], "--dataset", "sample", "--measure")[0] == 0
-    assert calls == [1, 160]  # the first asks whether the method applies
+    # the first asks whether the method applies; then the true classes, and the predicted ones
+    assert calls == [1, 160, 8]
 
 
 def test_birds_are_measured_on_whole_pictures_part_by_part(cli, tmp_path):
@@ -499,6 +503,7 @@ def test_cifar_100_selection(cli, ours_on_disk, tmp_path):
         "cifar100-test-00000",
         "cifar100-test-00005",
         "cifar100-test-sheet",
+        "predictions.csv",
     }
 
 
@@ -518,7 +523,7 @@ def test_weights_of_your_own_for_torchvisions(cli, monkeypatch):
     status, out, _ = cli("--arch", "resnet18", "--weights", "mine.pth", "--list-layers")
     assert (
         status == 0
-        and re.search(r"^layer4 +512 x 7 x 7   \(default\)$", out, re.M)
+        and re.search(r"^layer4 +512 x 7 x 7   \(default, blocks\)$", out, re.M)
         and "layer3.0.conv1" in out
     )
     status, _, err = cli("--arch", "resnet34", "--weights", "mine.pth", "photo.png")
@@ -570,9 +575,17 @@ def test_files_that_are_no_checkpoints_are_refused(cli, ours_on_disk):
         (["--layer", "global_branch.linear"], "gives (1, 32)"),
         (["--method", "cam"], "--method cam: this network does not end in average pooling"),
         (["--method", "attention", "--layer", "x"], "--layer is for gradcam"),
+        (
+            ["--method", "attention", "--method", "cam", "--layer", "x"],
+            "not for --method attention",
+        ),
+        (["--query", "photo.png", "--method", "gradcam"], "--query is for attention maps"),
+        (["--measure", "--query", "photo.png"], "leave --query out"),
+        (["--measure", "--class-names", "names.txt"], "leave --class-names out"),
+        (["--format", "jpeg"], "invalid choice 'jpeg' (did you mean jpg?)"),
+        (["--scale", "0"], "--scale"),
         (["--target", "pear", "--top-k", "2"], "not allowed with"),
         (["--opacity", "2"], "not between 0 and 1"),
-        (["--measure"], "--measure needs --dataset"),
         (["--dataset", "sample"], "not both"),
         (["--arch", "resnet18"], "name one network"),
         (["--index", "0"], "are for a --dataset"),
@@ -589,10 +602,9 @@ def test_wrong_use_exits_with_2(cli, ours_on_disk, words, message):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--dataset", "cifar100", "--measure"], "cifar100 has none: --dataset cub"),
         (["--dataset", "sample", "--index", "5-3"], "expected numbers and ranges"),
         (["--dataset", "sample", "--index", "160"], "there are 160 images, numbered from 0"),
-        (["--dataset", "sample", "--measure", "--top-k", "2"], "takes the true class"),
+        (["--dataset", "sample", "--measure", "--top-k", "2"], "--measure chooses the class"),
         (["--dataset", "cub", "--data-dir", "gone/data"], "gone/data does not exist"),
         ([], "name images"),
     ],

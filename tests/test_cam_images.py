@@ -3,7 +3,6 @@ trained on."""
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import cam
@@ -129,18 +128,7 @@ def test_cifar_10_with_any_network(cli, trained, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "cub"])
-def test_only_birds_have_boxes_to_measure_and_crop_by(cli, trained, name):
+def test_only_birds_have_boxes_to_crop_by(cli, trained, name):
     path = trained(SMALL, name)
-    status, _, err, _ = cli("--checkpoint", path, "--dataset", name, "--measure")
-    assert status == 2 and f"needs boxes or marks, and {name} has none: --dataset cub" in err
     status, _, err, _ = cli("--checkpoint", path, "--dataset", name, "--crop", "box")
     assert status == 2 and f"--crop is for birds (--dataset cub), not for {name}" in err
-
-
-def test_a_set_without_boxes_is_not_measured(cli, trained, monkeypatch):
-    """Whatever its source has said."""
-    images = torch.from_numpy(np.stack([noise(32, 32, seed) for seed in range(2)]))
-    bare = cam.ImageSet(images, torch.tensor([0, 1]), ("a", "b"), "a test")
-    monkeypatch.setattr(cam, "load_set", lambda *_: bare)
-    status, _, err, _ = cli("--checkpoint", trained(FAST, "cub"), "--dataset", "cub", "--measure")
-    assert status == 2 and "needs boxes or marks, and a test has none" in err

@@ -5,19 +5,20 @@ import math
 import numpy as np
 import pytest
 
-from explain.pictures import PAPER
-from training.charts import (
+from explain.charts import (
     AXIS,
     GRID,
     Line,
     dashes,
     highest_shown,
+    label,
     line_chart,
     place_labels,
     tick_texts,
     ticks,
     widened,
 )
+from explain.pictures import PAPER
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 SIZE = (600, 300)
@@ -248,6 +249,12 @@ def test_labels_never_overlap_and_lie_as_near_as_they_can():
         nearby = placed[order] + rng.normal(0, 1, (200, count))
         allowed = (np.diff(nearby) >= 20).all(1) & (nearby.min(1) >= 0) & (nearby.max(1) <= 200)
         assert (((nearby[allowed] - wanted[order]) ** 2).sum(1) >= cost - 1e-9).all()
+
+
+def test_a_label_has_the_last_value_or_the_one_given():
+    points = [(0, 1.0), (1, 2.25), (2, None)]
+    assert label(Line("a", points, RED), 2) == "2.25  a"
+    assert label(Line("a", points, RED, value=0.0), 1) == "0.0  a"
 
 
 def test_labels_stay_where_there_is_room():

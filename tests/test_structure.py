@@ -28,8 +28,8 @@ MAY_IMPORT = {
     "train_cub": {"training", "data", "common"},
     "train_folder": {"train_cifar100", "train_cub", "training", "data", "common"},
 }
-# Of explain, training needs the pictures alone: TensorBoard shows the sheets that cam.py draws.
-OF_EXPLAIN = {"explain.pictures"}
+# Of explain, training needs the drawing alone: its sheets are those that cam.py draws.
+OF_EXPLAIN = {"explain.charts", "explain.pictures"}
 # Of common, what imports a network is the reader of checkpoints.
 OF_THE_MODEL = {"common/checkpoint.py"}
 

@@ -9,10 +9,11 @@ import pytest
 from PIL import ImageFont
 
 from attention_model import MODEL_NAMES, build_model
-from explain.pictures import MARGIN, PAPER, wrap
+from common.fonts import wrap
+from explain.charts import AXIS, GRID
+from explain.pictures import MARGIN, PAPER
 from tests.helpers.environment import ROOT
 from training import summary
-from training.charts import AXIS, GRID
 from training.evaluation import Evaluation
 from training.report import read_metrics
 from training.summary import (

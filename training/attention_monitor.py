@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attention_model import Network
 from common.device import Precision
+from common.fonts import drawable_names
 from data import ImageSet, evenly_spread, to_input
 from explain.pictures import attention_sheet, title_of
 from training.attention_health import LevelHealth, attention_health, health_warnings
@@ -60,6 +61,8 @@ class AttentionMonitor:
         self.mean, self.std, self.size = mean, std, size
         self.health: dict[str, LevelHealth] = {}  # of the last epoch, per attention level
         self.warned: set[str] = set()  # keys of the last epoch's warnings
+        # of the classes, as the pictures have them; and what to print with the first ones
+        self.names, self.note_on_names = drawable_names(eval_set.class_names)
 
     def observe(
         self,
@@ -72,7 +75,8 @@ class AttentionMonitor:
         overlays: bool,
     ) -> None:
         """Report the health and, with ``overlays``, the pictures. Prints the warnings that the
-        epoch before did not have. The model's mode is restored."""
+        epoch before did not have, and once a note on letters that no font has. The model's mode
+        is restored."""
         if not model.levels:
             return
         seen = self.look(model, precision, evenly_spread(self.IMAGES, len(self.eval_set)))
@@ -80,6 +84,9 @@ class AttentionMonitor:
         report.health(epoch, self.health)
         self.warn()
         if overlays:
+            if self.note_on_names:
+                print(f"note: {self.note_on_names}")
+                self.note_on_names = None
             pairs = evenly_spread(2 * CARDS, len(seen.labels)).split(2)
             sheets = [self.draw(model, seen.subset(pair), **CARD) for pair in pairs]
             report.overlays(epoch, sheets)
@@ -124,10 +131,9 @@ class AttentionMonitor:
 
     def titles(self, labels: list[int], logits: Tensor) -> list[str]:
         """The title of each image: its class, and the network's answer with its probability."""
-        names = self.eval_set.class_names
         probability, predicted = logits.float().softmax(1).max(1)
         return [
-            title_of(names[label], names[answer], p)
+            title_of(self.names[label], self.names[answer], p)
             for label, answer, p in zip(
                 labels, predicted.tolist(), probability.tolist(), strict=True
             )

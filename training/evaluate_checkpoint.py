@@ -15,6 +15,7 @@ from common.arguments import as_option, was_given
 from common.checkpoint import load_model, read_checkpoint
 from common.device import Precision, choose_device, choose_precision, device_name
 from common.errors import UserError, printable
+from common.fonts import drawable_names
 from data import eval_batches
 from training.environment import command_line
 from training.evaluation import (
@@ -45,6 +46,9 @@ def evaluate_checkpoint(task: Task, args: argparse.Namespace, argv: list[str]) -
     print_classes(names, result.class_counts, result.class_correct, sort)
     folder = Path(getattr(args, "out", evaluated.path.parent))
     print_files(folder, write_files(evaluated, folder))
+    _, note = drawable_names(names)
+    if note:
+        print(f"note: {note}")
     return 0
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from common.errors import printable
+from common.fonts import TextFont, draw_text, drawable_names, font_for, shorten, wrap
 from explain.pictures import (
     BLOCK_GAP,
     FAINT_INK,
@@ -21,9 +22,7 @@ from explain.pictures import (
     MARGIN,
     PAPER,
     attention_sheet,
-    shorten,
     shown,
-    wrap,
 )
 from training.attention_monitor import AttentionMonitor, maps_of
 from training.evaluation import EvaluatedCheckpoint, interval_95
@@ -97,12 +96,12 @@ def direction_of(
     evaluated: EvaluatedCheckpoint, mistakes: Tensor, truth: int, seen: int
 ) -> Direction:
     """Images of class ``truth`` that are seen as ``seen``, of ``mistakes`` (M,)."""
-    predictions, names = evaluated.predictions, evaluated.test.class_names
+    predictions, names = evaluated.predictions, names_of(evaluated)
     found = (predictions.labels[mistakes] == truth) & (predictions.predicted[mistakes] == seen)
     indices = mistakes[found].tolist()
     return Direction(
-        printable(names[truth]),
-        printable(names[seen]),
+        names[truth],
+        names[seen],
         len(indices),
         evaluated.result.class_counts[truth],
         indices[:EXAMPLES],
@@ -142,12 +141,12 @@ def draw_direction(
     room: int,
 ) -> None:
     """The caption of a direction, at most ``room`` pixels wide, and below it the examples."""
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=CAPTION_SIZE)
+    draw, font = ImageDraw.Draw(sheet), TextFont(CAPTION_SIZE)
     count = f": {direction.times:,} of {direction.images:,}"
     caption = fitted("{} seen as {}" + count, direction.truth, direction.seen, font, room)
     ink = INK if direction.times else FAINT_INK
-    draw.text((left, top + CAPTION_HEIGHT - 10), caption, ink, font, "ls")
-    note_font = ImageFont.load_default(size=NOTE_SIZE)
+    draw_text(draw, (left, top + CAPTION_HEIGHT - 10), caption, ink, font, "ls")
+    note_font = TextFont(NOTE_SIZE)
     for place, index in enumerate(direction.examples):
         picture = tile(evaluated, index)
         height, width = picture.shape[:2]
@@ -155,7 +154,7 @@ def draw_direction(
         draw.rectangle((x - 1, y - 1, x + width, y + height), outline=FRAME)
         sheet.paste(Image.fromarray(picture), (x, y))
         note = f"{index}: {percent(evaluated, index)}"
-        draw.text((x, y + height + NOTE_HEIGHT - 4), note, FAINT_INK, note_font, "ls")
+        draw_text(draw, (x, y + height + NOTE_HEIGHT - 4), note, FAINT_INK, note_font, "ls")
 
 
 def tile(evaluated: EvaluatedCheckpoint, index: int) -> np.ndarray:
@@ -212,14 +211,19 @@ def monitor_of(evaluated: EvaluatedCheckpoint) -> AttentionMonitor:
 def sheet_title(evaluated: EvaluatedCheckpoint, index: int, width: float) -> str:
     """The title of a mistake, at most ``width`` pixels wide: both names, the image's number, and
     the probability, as explain.pictures.title_of has them."""
-    predictions, names = evaluated.predictions, evaluated.test.class_names
+    predictions, names = evaluated.predictions, names_of(evaluated)
     return fitted(
         f"{index}: {{}}, seen: {{}} {percent(evaluated, index)}",
-        printable(names[predictions.labels[index]]),
-        printable(names[predictions.predicted[index]]),
-        ImageFont.load_default(size=TEXT_SIZE),
+        names[predictions.labels[index]],
+        names[predictions.predicted[index]],
+        TextFont(TEXT_SIZE),
         width,
     )
+
+
+def names_of(evaluated: EvaluatedCheckpoint) -> list[str]:
+    """The names of the classes, as pictures can show them."""
+    return drawable_names(evaluated.test.class_names)[0]
 
 
 def percent(evaluated: EvaluatedCheckpoint, index: int) -> str:
@@ -246,27 +250,27 @@ def describe(evaluated: EvaluatedCheckpoint) -> list[str]:
 
 def with_heading(pixels: np.ndarray, title: str, paragraphs: Sequence[str]) -> np.ndarray:
     """A picture (H, W, 3) uint8 below a title and paragraphs, which are wrapped to its width."""
-    font = ImageFont.load_default(size=TEXT_SIZE)
+    font = TextFont(TEXT_SIZE)
     width = max(MIN_WIDTH, pixels.shape[1])
     lines = [line for text in paragraphs for line in wrap(text, font, width - 2 * MARGIN)]
     top = MARGIN + TITLE_SIZE + 8
     sheet = Image.new("RGB", (width, top + HEAD_LINE * len(lines) + len(pixels)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    title_font = ImageFont.load_default(size=TITLE_SIZE)
-    draw.text((MARGIN, MARGIN + TITLE_SIZE - 4), title, INK, title_font, "ls")
+    title_font = TextFont(TITLE_SIZE)
+    draw_text(draw, (MARGIN, MARGIN + TITLE_SIZE - 4), title, INK, title_font, "ls")
     for number, line in enumerate(lines):
-        draw.text((MARGIN, top + HEAD_LINE * number + 14), line, FAINT_INK, font, "ls")
+        draw_text(draw, (MARGIN, top + HEAD_LINE * number + 14), line, FAINT_INK, font, "ls")
     sheet.paste(Image.fromarray(pixels), (0, top + HEAD_LINE * len(lines)))
     return np.asarray(sheet)
 
 
-def fitted(
-    template: str, first: str, second: str, font: ImageFont.FreeTypeFont, width: float
-) -> str:
+def fitted(template: str, first: str, second: str, font: TextFont, width: float) -> str:
     """The template with two names in its {}, cut as far as the line has to be to fit ``width``
     pixels: the longer name first."""
-    lengths = [font.getlength(name) for name in (first, second)]
-    room = width - font.getlength(template.format("", ""))
+    whole = font_for(template.format(first, second), font.size)
+    lengths = [whole.getlength(name) for name in (first, second)]
+    room = width - whole.getlength(template.format("", ""))
     rooms = [max(room / 2, room - other) for other in reversed(lengths)]
-    names = [shorten(*each) for each in zip((first, second), (font, font), rooms, strict=True)]
-    return template.format(*names)
+    names = [shorten(*each) for each in zip((first, second), (whole, whole), rooms, strict=True)]
+    # what is left may have other fonts; a pixel more, as the spaces between parts are rounded
+    return shorten(template.format(*names), font, width + 1)

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from common.errors import printable
+from common.fonts import TextFont, draw_text, named_face, shorten, wrap
 from explain.charts import Line, is_finite, line_chart, number_text
-from explain.pictures import FAINT_INK, FRAME, INK, MARGIN, PAPER, shorten, wrap
+from explain.pictures import FAINT_INK, FRAME, INK, MARGIN, PAPER
 from training.environment import short_commit
 from training.evaluation import Evaluation, interval_95
 from training.optim import width_factor
@@ -216,19 +217,14 @@ def strip(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 
 @functools.cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
+def font(size: int) -> TextFont:
+    return TextFont(size)
 
 
 @functools.cache
-def monospaced(size: int) -> ImageFont.FreeTypeFont:
+def monospaced(size: int) -> TextFont:
     """A monospaced font if the system has one of MONOSPACED."""
-    for name in MONOSPACED:
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return font(size)
+    return TextFont(size, named_face(*MONOSPACED))
 
 
 def heading(
@@ -239,8 +235,8 @@ def heading(
     room = width - 2 * EDGE
     title = f"{config.get('model')} on {data_name(config, classes)}"
     title = shorten(title, font(30), room - font(15).getlength(PROJECT) - 24)
-    draw.text((EDGE, 56), title, INK, font(30), "ls")
-    draw.text((width - EDGE, 56), PROJECT, FAINT_INK, font(15), "rs")
+    draw_text(draw, (EDGE, 56), title, INK, font(30), "ls")
+    draw_text(draw, (width - EDGE, 56), PROJECT, FAINT_INK, font(15), "rs")
     words = [f"{classes:,} classes"]
     trained_on = part(record, "data").get("images")
     if isinstance(trained_on, int):
@@ -248,7 +244,7 @@ def heading(
     words.append(f"width {config.get('width', 1):g}")
     if record.get("sanity"):
         words.append("sanity pass")
-    draw.text((EDGE, 84), "  ·  ".join(words), FAINT_INK, font(17), "ls")
+    draw_text(draw, (EDGE, 84), "  ·  ".join(words), FAINT_INK, font(17), "ls")
     return image
 
 
@@ -256,13 +252,13 @@ def results(width: int, first: tuple[str, str, str], others: Mapping[str, str]) 
     """The accuracy, large, and beside it the other numbers."""
     image, draw = strip(width, 170)
     number, what, below = first
-    draw.text((EDGE - 4, 92), number, EVALUATED, font(80), "ls")
-    draw.text((EDGE, 124), what, INK, font(18), "ls")
-    draw.text((EDGE, 148), below, FAINT_INK, font(15), "ls")
+    draw_text(draw, (EDGE - 4, 92), number, EVALUATED, font(80), "ls")
+    draw_text(draw, (EDGE, 124), what, INK, font(18), "ls")
+    draw_text(draw, (EDGE, 148), below, FAINT_INK, font(15), "ls")
     x = EDGE + max(font(80).getlength(number), font(18).getlength(what)) + 72
     for name, value in others.items():
-        draw.text((x, 92), value, INK, font(32), "ls")
-        draw.text((x, 124), name, FAINT_INK, font(18), "ls")
+        draw_text(draw, (x, 92), value, INK, font(32), "ls")
+        draw_text(draw, (x, 124), name, FAINT_INK, font(18), "ls")
         x += max(font(32).getlength(value), font(18).getlength(name)) + 56
     return image
 
@@ -282,8 +278,8 @@ def fact_table(width: int, facts: Mapping[str, str]) -> Image.Image:
     image, draw = strip(width, (row + 1) * row_height + 24)
     draw.line((EDGE, 0, right, 0), FRAME)
     for x, top, name, value in cells:
-        draw.text((x, top + 30), name, FAINT_INK, name_font, "ls")
-        draw.text((x, top + 53), value, INK, value_font, "ls")
+        draw_text(draw, (x, top + 30), name, FAINT_INK, name_font, "ls")
+        draw_text(draw, (x, top + 53), value, INK, value_font, "ls")
     return image
 
 
@@ -307,7 +303,7 @@ def command_panel(width: int, commands: Sequence[str]) -> Image.Image | None:
         baseline = padding + number * COMMAND_LINE_HEIGHT + 15
         note = resumed and number == len(lines) - 1
         line_font, color = (font(15), FAINT_INK) if note else (text_font, INK)
-        draw.text((EDGE + padding, baseline), line, color, line_font, "ls")
+        draw_text(draw, (EDGE + padding, baseline), line, color, line_font, "ls")
     return image
 
 
@@ -335,7 +331,7 @@ def charts(
     for number, chart in enumerate(drawn):
         image.paste(Image.fromarray(chart), (EDGE + number * (size[0] + CHART_GAP), 0))
     note = shorten(comparison_note(config, record, curve_name), font(14), width - 2 * EDGE)
-    draw.text((EDGE, CHART_HEIGHT + 20), note, FAINT_INK, font(14), "ls")
+    draw_text(draw, (EDGE, CHART_HEIGHT + 20), note, FAINT_INK, font(14), "ls")
     return [image]
 
 
@@ -378,8 +374,8 @@ def caption(width: int, model: str, name: str) -> Image.Image:
     )
     if model in WITHOUT_ATTENTION:
         title, more = f"{name.capitalize()} images", ""
-    draw.text((EDGE, 38), title, INK, font(20), "ls")
-    draw.text((EDGE + font(20).getlength(title) + 16, 38), more, FAINT_INK, font(15), "ls")
+    draw_text(draw, (EDGE, 38), title, INK, font(20), "ls")
+    draw_text(draw, (EDGE + font(20).getlength(title) + 16, 38), more, FAINT_INK, font(15), "ls")
     return image
 
 
