@@ -22,7 +22,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from PIL import ImageDraw, ImageFont, features
+from PIL import ImageDraw, ImageFont
 
 from common.errors import printable
 
@@ -40,24 +40,17 @@ KNOWN = (
 )
 # Parts of the names of fonts that draw a sign or nothing for each character.
 NO_LETTERS = ("lastresort", "blank", "wingdings", "webdings", "dingbats")
+# Parts of the names of fonts that are tried last.
 STYLES = (
-    "bold",
-    "italic",
-    "oblique",
-    "black",
-    "thin",
-    "light",
-    "condensed",
-    "narrow",
-    "mono",
-    "math",
-)  # tried last
+    *("bold", "italic", "oblique", "black", "thin", "light", "condensed", "narrow"),
+    *("mono", "math"),
+)
 INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # Unicode categories
 MISSING = "\U0010ffff"  # no character, by definition
 LEFT_TO_RIGHT = "\u200e"  # an invisible mark
 CHECK_SIZE = 24  # pixels: the signs of most scripts differ
-# Seconds that a process looks through unknown fonts, in all. A thousand take half a second if they
-# are in memory; a network drive should not delay a run.
+# Seconds that a process looks through unknown fonts, in all. A thousand take a quarter of a second
+# from memory; a network drive should not delay a run.
 SEARCH_SECONDS = 5.0
 SHOWN_LETTERS = 8  # missing letters that a note names, at most
 
@@ -286,7 +279,8 @@ class TextFont:
         # words from right to left stand alone: not every font has the marks around them
         words = text.split(LEFT_TO_RIGHT)
         parts = [[(word, face)] if face else self._faces_of(word) for word in words if word]
-        return [(part, self.open(face)) for word in parts for part, face in word]
+        fonts = [(part, self.open(face)) for word in parts for part, face in word]
+        return [(_without_marks(part, font), font) for part, font in fonts]
 
     def _faces_of(self, text: str) -> list[tuple[str, Face]]:
         """A text in parts of one font each."""
@@ -340,6 +334,8 @@ def draw_text(
     """Draw a line of text, as ImageDraw.text does. anchor: l, m or r (left, middle, right) and m or
     s (middle, baseline)."""
     parts = font.parts(text)
+    if not parts:
+        return
     if len(parts) == 1:
         draw.text(xy, parts[0][0], ink, parts[0][1], anchor)
         return
@@ -354,13 +350,15 @@ def draw_text(
 
 
 def as_drawn(text: str) -> str:
-    """The text with each letter and its accents as one character where there is one (macOS has file
-    names of several). Marks that need a layout engine are left out if there is none."""
-    text = unicodedata.normalize("NFC", text)
-    if text.isascii():
+    """The text with each letter and its accents as one character where there is one: macOS has file
+    names of several."""
+    return text if text.isascii() else _in_order(unicodedata.normalize("NFC", text))
+
+
+def _without_marks(text: str, font: ImageFont.FreeTypeFont) -> str:
+    """The text without what only a layout engine knows as invisible."""
+    if text.isascii() or font.layout_engine != ImageFont.Layout.BASIC:
         return text
-    if features.check("raqm"):
-        return _in_order(text)
     return "".join(c for c in text if unicodedata.category(c) != "Cf" and not is_selector(c))
 
 
@@ -428,7 +426,10 @@ def wrap(
             if len(lines) + 1 == most:
                 count = _fitting(text, font, width, "...")
                 return [*lines, text[:count].rstrip() + "..."]
-            count = text.rfind(" ", 0, count + 1) + 1 or count
+            space = text.rfind(" ", 0, count + 1) + 1
+            # a shorter line may have another font, and be wider
+            if space and font.getlength(text[:space].rstrip()) <= width:
+                count = space
         lines.append(text[:count])
         text = text[count:]
     return lines

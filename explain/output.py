@@ -31,7 +31,7 @@ from explain.pictures import (
 # pixels of an overlay: smaller images are enlarged, larger ones shrunk
 MIN_SIDE, MAX_SIDE = 224, 1024
 SHEET_SIDE = 288  # pixels of the longer side of a picture on an image's own sheet, at most
-MAX_SCALE = 4  # an overlay of 4,096 pixels takes 1.5 GiB while it is drawn
+MAX_SCALE = 4  # an overlay of 4,096 x 4,096 pixels takes 1 GiB while it is drawn
 
 # Bytes of the parts of a file name. With a number and an ending, it stays below the 255 of file
 # systems.

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw, ImageFont
 
 from common import fonts
 from common.fonts import (
@@ -170,6 +170,8 @@ def test_english_is_drawn_as_before(none):
             )
         )
         assert (drawn_text("input 87 %", font, (150, 30), anchor) == expected).all()
+    assert drawn_text("in\u200dput\ufe0f", font).sum() == drawn_text("input", font).sum()
+    assert not drawn_text("", font, anchor="lm").any() and font.getlength("") == 0
     assert font.getlength("input") == ImageFont.load_default(15).getlength("input")
 
 
@@ -215,7 +217,6 @@ def test_accents_join_their_letters_and_fall_where_no_font_has_them(tmp_path, no
     assert with_ink("a b\u200d\ufe0f\u00a0\tb") == ["a", "b"]
 
 
-@pytest.mark.skipif(not features.check("raqm"), reason="no layout engine")
 def test_what_stands_beside_words_from_right_to_left_stays_there(tmp_path):
     mark = "\u200e"
     assert as_drawn("بطريق, seen: قط أسود 37 %") == (

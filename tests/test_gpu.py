@@ -24,7 +24,16 @@ import torch.nn.functional as F
 import cam
 from common.device import DTYPES
 from data import Augmentation
-from explain.maps import attention_maps, class_activation_map, grad_cam
+from explain.faithfulness import Faithfulness
+from explain.maps import (
+    attention_maps,
+    class_activation_map,
+    grad_cam,
+    grad_cam_plus_plus,
+    hires_cam,
+    layer_cam,
+)
+from explain.networks import TrainedNetwork
 from tests.helpers.environment import GPU
 from tests.helpers.makers import image_set, orthogonalized
 from tests.helpers.runs import NARROW, assert_equal, config_of, content_of, signal_after
@@ -461,6 +470,9 @@ def test_checkpointed_activations_cost_no_accuracy_and_less_memory(precision):
         (attention_maps, "vgg-pan"),
         (class_activation_map, "vgg-gap"),
         (grad_cam, "vgg-att3-concat-dp"),
+        (grad_cam_plus_plus, "vgg-att3-concat-dp"),
+        (hires_cam, "vgg-att3-concat-gate"),
+        (layer_cam, "vgg-gap"),
     ],
 )
 def test_maps_are_the_cpus(method, model):
@@ -476,6 +488,24 @@ def test_maps_are_the_cpus(method, model):
     for level, expected in found[0].items():
         assert found[1][level].device.type == DEVICE.type and expected.max() == 1
         torch.testing.assert_close(found[1][level].cpu(), expected, atol=2e-3, rtol=0)
+
+
+def test_deletion_and_insertion_are_the_cpus():
+    ours = make_trainer(model="vgg-gap", width=1 / 8)
+    for batch in ours.batches.all:
+        ours.step(*batch)
+    images, labels = ours.batches.all[0]
+    tables = []
+    for device in (CPU, DEVICE):
+        model = copy.deepcopy(ours.model).to(device).eval()
+        names = tuple(map(str, range(ours.model.class_layers()[0].out_features)))
+        network = TrainedNetwork(model, names, images.shape[2:], (0.5,) * 3, (0.25,) * 3, "a test")
+        found = Faithfulness(steps=4)
+        maps = hires_cam(model, images.to(device), labels.to(device))
+        found.add(network, images.to(device), {"hirescam": maps.cpu()})
+        tables.append(found.table())
+    for row, expected in zip(*tables, strict=True):
+        assert row == pytest.approx(expected, abs=0.01)
 
 
 # ---- the scripts --------------------------------------------------------------------------------
@@ -513,6 +543,7 @@ def test_evaluation_and_cam_of_a_checkpoint_on_either_device(
                 [
                     *(
                         "--checkpoint run/last.pt --dataset sample --index 0-3 "
+                        "--method attention --method gradcam --method hirescam --smooth "
                         "--raw --target 1 --out"
                     ).split(),
                     str(number),
@@ -527,6 +558,6 @@ def test_evaluation_and_cam_of_a_checkpoint_on_either_device(
     (loss, *tops), (found, *others) = shown
     assert found == pytest.approx(loss, rel=0.01)
     assert others == pytest.approx(tops, abs=100 / 32 + 0.1)  # an image may change sides
-    assert len(maps[0]) == 4 * 4 and maps[0].keys() == maps[1].keys()  # three levels and Grad-CAM
+    assert len(maps[0]) == 4 * 5 and maps[0].keys() == maps[1].keys()  # three levels, two CAMs
     for name, expected in maps[0].items():
         np.testing.assert_allclose(maps[1][name], expected, atol=5e-3)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import ImageFont
 
 from attention_model import build_model
+from common import fonts
 from common.device import Precision
 from data import ImageSet, to_input
 from explain.pictures import MARGIN, PAPER, enlarge, overlay
@@ -226,3 +228,25 @@ def test_names_are_cut_and_numbers_are_not():
         assert 330 < font.getlength(text) <= 400 and text.endswith(": 21 of 100")
         for name in (first, second):
             assert name in text or len(name) > 3  # a short one is left whole
+
+
+def test_names_that_no_font_has_are_numbers(monkeypatch):
+    """As the same pictures with these numbers for names."""
+    monkeypatch.setattr(fonts, "system_fonts", lambda: fonts.SystemFonts([]))
+    names, numbers = ("ash", "桦", "雪松", "elm"), ("ash", "class 1", "class 2", "elm")
+    for draw in (confused_pairs, surest_mistakes):
+        assert (draw(some_mistakes(names=names)) == draw(some_mistakes(names=numbers))).all()
+
+
+def test_the_run_says_once_which_letters_no_font_has(monkeypatch, capsys):
+    monkeypatch.setattr(fonts, "system_fonts", lambda: fonts.SystemFonts([]))
+    model = "vgg-att1-dp"
+    evaluated = some_mistakes(8, model=model, names=("ash", "桦", "雪松", "elm"))
+    monitor = mistakes.monitor_of(evaluated)
+    report = SimpleNamespace(health=lambda *args: None, overlays=lambda *args: None)
+    said = []
+    for epoch, overlays in enumerate((False, True, True)):
+        monitor.observe(evaluated.model, evaluated.precision, {}, report, epoch, overlays=overlays)
+        said.append([line for line in capsys.readouterr().out.splitlines() if "note:" in line])
+    assert said[0] == said[2] == [] and len(said[1]) == 1
+    assert 'no font here has 松 桦 雪: in the pictures 2 of 4 names are "class 1"' in said[1][0]

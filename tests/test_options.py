@@ -244,11 +244,11 @@ def test_errors_of_the_training_scripts(error_of, script, words, error):
     "words, error",
     [
         ("--method grad-cam", "--method: invalid choice 'grad-cam' (did you mean gradcam?)"),
-        ("--method lime", "--method: invalid choice 'lime' (choose attention, cam, gradcam, all)"),
+        ("--method lime", "--method: invalid choice 'lime' (--help lists the 7 names)"),
         ("--dataset cifar", "--dataset: invalid choice 'cifar' (did you mean cifar10?)"),
         ("--split tests", "--split: invalid choice 'tests' (did you mean test?)"),
         ("--crop Box", "--crop: invalid choice 'Box' (did you mean box?)"),
-        ("--colors inferno", "unrecognized option --colors (did you mean --colours?)"),
+        ("--color inferno", "unrecognized option --color (did you mean --colors?)"),
         ("a.jpg --topk 3", "unrecognized option --topk (did you mean --top-k?)"),
         ("--target 3 --top-k 3", "--top-k: not allowed with --target"),
         ("a.jpg --raw b.jpg", "unexpected argument b.jpg (list every IMAGE in one place)"),
