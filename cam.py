@@ -446,7 +446,7 @@ def explain_batch(
             first_maps={name: each.values[i] for name, each in maps.items() if not each.rank},
             headings=headings,
             title=title_of(
-                picture.truth or Path(picture.name).name,
+                drawable_names([picture.truth or Path(picture.name).name], "image")[0][0],
                 drawn[int(best.indices[i, 0])],
                 float(best.values[i, 0]),
             ),

@@ -17,7 +17,7 @@ from explain.output import MAX_SIDE, Picture, parse_index
 from explain.pictures import shown
 
 FIRST_IMAGES = 16  # images of a data set that get pictures without --index
-PHOTOS_AT_ONCE = 16  # files per batch: each is in memory at the size of its picture
+PHOTOS_AT_ONCE = 16  # files per batch, fewer of a larger size: each is in memory as its picture
 
 
 def batches_of_files(
@@ -26,7 +26,7 @@ def batches_of_files(
     """Pictures, cut to the part that the network sees and at most ``max_side`` pixels large, and
     the batch of them for the network. Unreadable files are reported, appended to ``unusable`` and
     left out."""
-    at_once = min(network.batch_size, PHOTOS_AT_ONCE)
+    at_once = max(1, min(network.batch_size, PHOTOS_AT_ONCE * MAX_SIDE**2 // max_side**2))
     for first in range(0, len(paths), at_once):
         pictures, views = [], []
         for path in paths[first : first + at_once]:

@@ -131,6 +131,8 @@ def applicable(
         check_query(network, methods, batch)
     if methods.gradient_names():
         print(f"{', '.join(methods.gradient_names())} at {', '.join(layers)}")
+    if names[-1] == "gradcam" and getattr(network.model, "levels", ()):
+        print("note: behind attention gates Grad-CAM misleads, --method hirescam does not")
     return methods
 
 

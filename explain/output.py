@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import itertools
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from data import images_and_others, passed_over
 from explain.pictures import (
     FLAT,
     FORMATS,
+    PAPER,
     attention_sheet,
     is_own_picture,
     overlay,
@@ -31,6 +33,7 @@ from explain.pictures import (
 # pixels of an overlay: smaller images are enlarged, larger ones shrunk
 MIN_SIDE, MAX_SIDE = 224, 1024
 SHEET_SIDE = 288  # pixels of the longer side of a picture on an image's own sheet, at most
+SHEET_MAPS = 6  # in a row of it, beside the input
 MAX_SCALE = 4  # an overlay of 4,096 x 4,096 pixels takes 1 GiB while it is drawn
 
 # Bytes of the parts of a file name. With a number and an ending, it stays below the 255 of file
@@ -180,18 +183,36 @@ class Writer:
             self.write_picture(f"{stem}-{self.as_picture(parts[name])}", pixels)
         for ending, content in raw.items():
             self.write_file(f"{stem}-{ending}", content)
-        sheet = attention_sheet(
-            picture.pixels[None],
-            {name: values[None] for name, values in maps.items()},
-            [title],
-            headings=headings,
-            min_side=MIN_SIDE,
-            max_side=SHEET_SIDE,
-            scale=self.scale,
-            **self.look,
-        )
+        sheet = self.image_sheet(picture, maps, headings, title)
         self.write_picture(f"{stem}-{self.as_picture('sheet')}", sheet)
         return stem
+
+    def image_sheet(
+        self,
+        picture: Picture,
+        maps: Mapping[str, np.ndarray],
+        headings: Mapping[str, str],
+        title: str,
+    ) -> np.ndarray:
+        """The input beside the overlays, in rows of at most ``SHEET_MAPS``."""
+        names = list(maps)
+        rows = math.ceil(len(names) / SHEET_MAPS)
+        in_row = math.ceil(len(names) / rows)
+        strips = []
+        for first in range(0, len(names), in_row):
+            strip = attention_sheet(
+                picture.pixels[None],
+                {name: maps[name][None] for name in names[first : first + in_row]},
+                None if first else [title],
+                headings=headings,
+                min_side=MIN_SIDE,
+                max_side=SHEET_SIDE,
+                legend=first + in_row >= len(names),
+                scale=self.scale,
+                **self.look,
+            )
+            strips.append(strip)
+        return stacked(strips)
 
     def write_overview(self, stem: str, overview: Overview) -> None:
         """Write one sheet of a whole selection."""
@@ -245,6 +266,17 @@ class Writer:
         make_folders(self.out)
         replace_file(self.out / name, lambda file: file.write(content))
         self.written += 1
+
+
+def stacked(strips: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures (h, w, 3) below each other, the narrower ones with paper at their right."""
+    width = max(strip.shape[1] for strip in strips)
+    sheet = np.full((sum(map(len, strips)), width, 3), PAPER, np.uint8)
+    top = 0
+    for strip in strips:
+        sheet[top : top + len(strip), : strip.shape[1]] = strip
+        top += len(strip)
+    return sheet
 
 
 def npy_bytes(values: np.ndarray) -> bytes:
