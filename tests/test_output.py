@@ -98,6 +98,27 @@ def test_a_scale_multiplies_pictures_and_sheets(tmp_path):
     assert (drawn == overlay(large, maps["cam"])).all()
 
 
+def test_a_sheet_of_many_maps_has_rows_that_each_begin_with_the_input(tmp_path):
+    draw = np.random.default_rng(2)
+    photo, maps = noise(224, 224), {f"m{number}": draw.random((7, 7)) for number in range(13)}
+    write(tmp_path, Picture("p", "p", photo), maps)
+    sheet = np.asarray(Image.open(tmp_path / "p-sheet.png")).astype(int)
+    places = []  # of the upper left corner, by the exact pixels
+    for picture in (photo, *(overlay(photo, each) for each in maps.values())):
+        starts = np.argwhere((sheet == picture[0, 0]).all(2))
+        found = [
+            (y, x)
+            for y, x in starts
+            if (sheet[y : y + 224, x : x + 224].shape == picture.shape)
+            and (sheet[y : y + 224, x : x + 224] == picture).all()
+        ]
+        places.append(found)
+    rows = [y for y, _ in places[0]]
+    assert len(rows) == 3 and all(len(found) == 1 for found in places[1:])
+    assert [y for ((y, _),) in places[1:]] == [rows[0]] * 5 + [rows[1]] * 5 + [rows[2]] * 3
+    assert places[1][0][1] == places[6][0][1] == places[11][0][1] > places[0][0][1]
+
+
 def test_the_sheet_of_a_selection_has_the_scale_and_the_format(tmp_path):
     overview = Overview()
     for seed in range(2):
