@@ -104,10 +104,17 @@ EXAMPLES = """examples (RUN: the folder of a run):
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        description="Where a network looks, as pictures and as localisation measures.",
+        description="Where a network looks, as pictures and in numbers.",
         epilog=EXAMPLES,
     )
-    network = parser.add_argument_group("network")
+    add_network_options(parser.add_argument_group("network"))
+    add_image_options(parser.add_argument_group("images"))
+    add_map_options(parser.add_argument_group("maps"))
+    add_output_options(parser.add_argument_group("output"))
+    return parser
+
+
+def add_network_options(network: argparse._ArgumentGroup) -> None:
     network.add_argument(
         "--checkpoint",
         type=expanded_path,
@@ -131,7 +138,9 @@ def make_parser() -> ArgumentParser:
         metavar="FILE",
         help="names of the classes, one per line or as JSON (default: the network's)",
     )
-    images = parser.add_argument_group("images")
+
+
+def add_image_options(images: argparse._ArgumentGroup) -> None:
     images.add_argument(
         "images", nargs="*", type=expanded_path, metavar="IMAGE", help="files, and folders of files"
     )
@@ -167,7 +176,9 @@ def make_parser() -> ArgumentParser:
         default=2,
         help="processes that decode a data set's images into the cache",
     )
-    maps = parser.add_argument_group("maps")
+
+
+def add_map_options(maps: argparse._ArgumentGroup) -> None:
     maps.add_argument(
         "--method",
         **one_of((*METHODS, "all")),
@@ -203,7 +214,9 @@ def make_parser() -> ArgumentParser:
     target.add_argument(
         "--top-k", type=int_at_least(1), default=1, metavar="K", help="the K best, side by side"
     )
-    output = parser.add_argument_group("output")
+
+
+def add_output_options(output: argparse._ArgumentGroup) -> None:
     output.add_argument(
         "--out",
         type=expanded_path,
@@ -247,7 +260,6 @@ def make_parser() -> ArgumentParser:
         help="pictures and text N times as large, for print",
     )
     output.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N")
-    return parser
 
 
 def opacity(text: str) -> float:
@@ -335,9 +347,6 @@ def make_pictures(args: argparse.Namespace, network: TrainedNetwork, methods: Me
     """Write an overlay per map and a sheet per image, for a data set one sheet of all images, and
     predictions.csv. Returns the exit status."""
     target = asked_target(args.target, network)
-    names, note = drawable_names(network.class_names)
-    if note:
-        print(f"note: {note}")
     paths, unusable = list_files(args.images)
     set_name = f"{args.dataset}-{args.split}"
     if args.dataset:
@@ -345,8 +354,12 @@ def make_pictures(args: argparse.Namespace, network: TrainedNetwork, methods: Me
         indices = selected(args, images)
         print(f"{len(indices)} of {len(images):,} {args.split} images ({images.source})")
         batches = batches_of_set(network, images, indices, set_name)
+        drawn = DrawnNames(network.class_names, images.class_names, "class")
     else:
         batches = batches_of_files(network, paths, unusable, MAX_SIDE * args.scale)
+        drawn = DrawnNames(network.class_names, [path.name for path in paths], "image")
+    for note in drawn.notes:
+        print(f"note: {note}")
     writer = Writer(
         Path(args.out),
         paths,
@@ -361,7 +374,7 @@ def make_pictures(args: argparse.Namespace, network: TrainedNetwork, methods: Me
     try:
         for pictures, batch in batches:
             for result in explain_batch(
-                network, methods, pictures, batch, target, args.top_k, names
+                network, methods, pictures, batch, target, args.top_k, drawn
             ):
                 picture = result.picture
                 stem = writer.write_image(picture, result.maps, result.headings, result.title)
@@ -388,6 +401,18 @@ def asked_target(text: str | None, network: TrainedNetwork) -> int | None:
         return None if text is None else class_index(text, network.class_names)
     except ValueError as error:
         raise UserError(f"--{error}", 2) from None
+
+
+class DrawnNames:
+    """The names of the network's classes, and the titles of the images, as pictures show them;
+    notes on letters that no font has."""
+
+    def __init__(self, classes: Sequence[str], titles: Sequence[str], word: str):
+        self.classes, note = drawable_names(classes)
+        drawn, other = drawable_names(titles, word)
+        self.titles = dict(zip(titles, drawn, strict=True))
+        self.titles |= {printable(title): text for title, text in self.titles.items()}
+        self.notes = list(dict.fromkeys(each for each in (note, other) if each))
 
 
 class Explained(NamedTuple):
@@ -421,10 +446,10 @@ def explain_batch(
     batch: Tensor,
     target: int | None,
     top_k: int,
-    drawn: Sequence[str],
+    drawn: DrawnNames,
 ) -> Iterator[Explained]:
     """The maps of each image of a batch (N, 3, H, W), of the class ``target``, or of the ``top_k``
-    most probable ones. drawn: the names of the classes in pictures."""
+    most probable ones."""
     probabilities = network.probabilities(batch)
     classes = probabilities.topk(min(top_k, probabilities.shape[1])).indices
     if target is not None:
@@ -438,7 +463,7 @@ def explain_batch(
             if rank is not None:
                 seen = int(classes[i, rank])
                 # the probability comes first, as long names are cut off
-                headings[name] += f"\n{100 * probabilities[i, seen]:.0f} % {drawn[seen]}"
+                headings[name] += f"\n{100 * probabilities[i, seen]:.0f} % {drawn.classes[seen]}"
         names = [(network.class_names[c], float(probabilities[i, c])) for c in best.indices[i]]
         yield Explained(
             picture,
@@ -446,8 +471,8 @@ def explain_batch(
             first_maps={name: each.values[i] for name, each in maps.items() if not each.rank},
             headings=headings,
             title=title_of(
-                drawable_names([picture.truth or Path(picture.name).name], "image")[0][0],
-                drawn[int(best.indices[i, 0])],
+                drawn.titles[picture.truth or printable(Path(picture.name).name)],
+                drawn.classes[int(best.indices[i, 0])],
                 float(best.values[i, 0]),
             ),
             best=names,

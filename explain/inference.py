@@ -29,14 +29,20 @@ def eval_no_grad(model: nn.Module) -> Iterator[None]:
 def _evaluated(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
+    # recomputed in a backward pass, activations would not go through the hooks of the forward pass
+    saving = [m for m in model.modules() if getattr(m, "checkpoint_activations", False)]
     try:
         model.eval()
+        for module in saving:
+            module.checkpoint_activations = False
         for p in trainable:
             p.requires_grad_(False)
         yield
     finally:
         for module, training in modes:
             module.training = training
+        for module in saving:
+            module.checkpoint_activations = True
         for p in trainable:
             p.requires_grad_(True)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_model import Network
-from explain.inference import at_least_float32, eval_no_grad, logits_of
+from explain.inference import at_least_float32, eval_no_grad, logits_of, to_model_dtype
 
 POOLING = (
     nn.MaxPool2d,
@@ -61,7 +61,9 @@ class Grid(NamedTuple):
 def possible_grids(output: object, images: Sequence[int]) -> list[Grid]:
     """The grids that the output of a layer may be, by its shape and that (N, 3, H, W) of the
     images. Two, channels first and last, if C is near h and w."""
-    if not torch.is_tensor(output) or not output.is_floating_point() or len(output) != images[0]:
+    if not torch.is_tensor(output) or not output.is_floating_point():
+        return []
+    if not output.ndim or len(output) != images[0]:
         return []
     height, width = images[2:]
     if output.ndim == 3:
@@ -99,16 +101,16 @@ def grid_at(model: nn.Module, images: Tensor, name: str, output: object) -> Grid
     grids = possible_grids(output, images.shape)
     if isinstance(model, Network) and torch.is_tensor(output) and output.ndim == 4:
         grids = [Grid(*output.shape[2:])]
-    if len(grids) == 1:
+    if len(grids) != 1:
+        layers = hooked(model, images).layers
+        grids = [layers[name][1]] if name in layers else []
+    if grids and grids[0].has_extent():
         return grids[0]
-    layers = hooked(model, images).layers
-    if name in layers:
-        return layers[name][1]
     found = tuple(output.shape) if torch.is_tensor(output) else type(output).__name__
     module = type(model.get_submodule(name)).__name__
     raise ValueError(
-        "a map needs a layer whose output lies over the image: (N, C, h, w), (N, h, w, C), or "
-        f"tokens (N, T, C) of a grid of patches; this {module} gives {found}"
+        "a map needs a layer whose output lies over the image, in several positions: (N, C, h, w), "
+        f"(N, h, w, C), or tokens (N, T, C) of a grid of patches; this {module} gives {found}"
     )
 
 
@@ -122,7 +124,7 @@ class ChannelOrder:
 
     def follow(self, module: nn.Module, output: object) -> None:
         dims = getattr(module, "dims", None)  # of torchvision's Permute
-        if isinstance(module, CHANNELS_FIRST):
+        if isinstance(module, CHANNELS_FIRST) and torch.is_tensor(output):
             self.last, self.convolved = False, output.shape[2:]
         elif isinstance(module, nn.Linear) or type(module) is nn.LayerNorm:
             self.last = True
@@ -266,7 +268,7 @@ class FeatureHooks:
         self.linear_output: Tensor | None = None
 
     def __call__(self, name: str, module: nn.Module, inputs: tuple, output: object) -> None:
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and inputs:
             self.linear, self.linear_input, self.linear_output = module, inputs[0], output
         self.order.follow(module, output)
         grid = self.order.grid_of(output, self.images)
@@ -310,7 +312,7 @@ class FeatureHooks:
 def hooked(model: nn.Module, images: Tensor) -> FeatureHooks:
     """What the hooks have recorded in a forward pass of an image. It goes through twice: what has
     a length of one is no batch."""
-    twice = images[:1].expand(2, -1, -1, -1)
+    twice = to_model_dtype(model, images)[:1].expand(2, -1, -1, -1)
     hooks = FeatureHooks(twice.shape)
     logits_with_hooks(model, twice, hooks)
     return hooks
@@ -346,7 +348,8 @@ class LayerRun:
                 for place, module in enumerate(modules):
                     hook = functools.partial(self.keep, place)
                     handles.append(module.register_forward_hook(hook))
-                self.logits = logits_of(model, images)
+                # tensors from inference mode could not be kept for the backward pass
+                self.logits = logits_of(model, images.clone() if images.is_inference() else images)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -360,9 +363,9 @@ class LayerRun:
         self.outputs[place] = output
         return output.clone()  # an in-place ReLU after the layer may overwrite the copy
 
-    def gradients(self, targets: Tensor, again: bool = False) -> list[Tensor | None]:
+    def gradients(self, targets: Tensor, retain_graph: bool = False) -> list[Tensor | None]:
         """Of the logits of the classes ``targets`` (N,), at each layer; None where they do not
-        depend on it. ``again``: whether they are asked for another time."""
+        depend on it. ``retain_graph``: whether they are asked for another time."""
         with torch.inference_mode(False), torch.enable_grad():
             found: list[Tensor | None] = [None] * len(self.outputs)
             places = [
@@ -374,7 +377,9 @@ class LayerRun:
                 # a copy: targets from inference mode could not be kept for the backward pass
                 score = self.logits.gather(1, targets.clone()[:, None]).sum()
                 at = [self.outputs[place] for place in places]
-                gradients = torch.autograd.grad(score, at, retain_graph=again, allow_unused=True)
+                gradients = torch.autograd.grad(
+                    score, at, retain_graph=retain_graph, allow_unused=True
+                )
                 for place, gradient in zip(places, gradients, strict=True):
                     found[place] = gradient
         return found

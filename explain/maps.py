@@ -68,6 +68,7 @@ def attention_maps(
 def raw_attention(
     model: nn.Module, images: Tensor, query: Tensor | None = None
 ) -> dict[str, Tensor]:
+    """``attention_maps`` at the positions of each level, {level: (N, h, w)}."""
     if not getattr(model, "levels", ()):
         raise ValueError(
             "this network has no attention levels: use gradcam, or cam where it ends in pooling"
@@ -132,6 +133,7 @@ def class_activation_map(
 def raw_class_activation(
     model: nn.Module, images: Tensor, targets: Sequence[int] | Tensor
 ) -> Tensor:
+    """``class_activation_map`` at the positions of the last features, (N, h, w), with a sign."""
     hooks = FeatureHooks(images.shape)
     logits = logits_with_hooks(model, images, hooks)
     targets = checked_targets(targets, logits)
@@ -153,7 +155,7 @@ def grad_cam(
     the size of the images.
     layer: a module or its name, any with an extent (see explain/layers.py); if it runs several
     times, the last output counts. None takes ``default_layer``, at the cost of a forward pass of
-    one image.
+    two images.
     No parameter is differentiated and nothing before the layer is, so a late layer costs hardly
     more than a forward pass. Raises ValueError for a layer that does not exist, does not run, has
     no extent, or does not reach the logit.
@@ -168,7 +170,8 @@ def grad_cam_plus_plus(
     layer: nn.Module | str | None = None,
 ) -> Tensor:
     """Grad-CAM++ (arXiv 1710.11063, section 3.2) for exp(logit) as the class's score: the weight of
-    a channel is sum_ij alpha_ij relu(g_ij), with alpha = g² / (2 g² + g³ sum_ab A_ab).
+    a channel is sum_ij alpha_ij relu(g_ij), with alpha = g² / (2 g² + g³ sum_ab A_ab). It is made
+    for features behind a ReLU: with signed ones, weights can be negative or large.
 
     Arguments, result and errors are those of ``grad_cam``.
     """
@@ -211,6 +214,7 @@ def at_one_layer(
     targets: Sequence[int] | Tensor,
     layer: nn.Module | str | None,
 ) -> Tensor:
+    """The map (N, H, W) of a gradient method; see ``grad_cam``."""
     found = gradient_maps(model, images, targets, [method], [layer])
     return next(iter(found.values()))[method]
 
@@ -257,7 +261,7 @@ def raw_gradient_maps(
     result = {name: {method: [] for method in methods} for name in found}
     for number, column in enumerate(columns, start=1):
         targets = checked_targets(column, run.logits)
-        gradients = run.gradients(targets, again=number < len(columns))
+        gradients = run.gradients(targets, retain_graph=number < len(columns))
         for name, output, gradient in zip(found, run.outputs, gradients, strict=True):
             if gradient is None:
                 raise ValueError(f"no logit depends on the layer {name}: choose another")
@@ -290,7 +294,7 @@ def by_mean_gradient(features: Tensor, gradient: Tensor) -> Tensor:
 
 def by_positive_gradients(features: Tensor, gradient: Tensor) -> Tensor:
     """Grad-CAM++. Where the gradient is not positive, its term is 0; elsewhere alpha g = g / (2 + g
-    sum_ab A_ab). A denominator of 0 leaves the position out, as in the authors' code."""
+    sum_ab A_ab). Signed features can make a denominator of 0, which leaves the position out."""
     positive = gradient.clamp(min=0)
     denominator = 2 + positive * features.sum((2, 3), keepdim=True)
     terms = torch.where(denominator != 0, positive / denominator, 0.0)

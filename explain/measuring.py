@@ -16,8 +16,9 @@ from tqdm import tqdm
 from common.errors import UserError, print_error, printable
 from common.files import free_path, make_folders, replace_file
 from data import ImageSet
-from explain.faithfulness import SCORES, Faithfulness, curves_picture
+from explain.faithfulness import SCORES, Faithfulness
 from explain.faithfulness import table_lines as faithfulness_lines
+from explain.faithfulness_picture import curves_picture
 from explain.inputs import batches_of_files, load_set
 from explain.methods import Methods, maps_of
 from explain.metrics import Measures, part_lines, table_lines
@@ -42,24 +43,26 @@ def measure(args: argparse.Namespace, network: TrainedNetwork, methods: Methods)
             chosen = np.linspace(0, len(images) - 1, MEASURED).round().astype(int).tolist()
         subset = images.subset(chosen)
         title = f"{len(subset):,} of {len(images):,} {args.split} images ({images.source})"
-        batches, count = batches_in_order(network, subset), len(subset)
+        pairs, count = batches_in_order(network, subset), len(subset)
     else:
         paths, unusable = list_files(args.images)
         make_folders(out)
-        batches = (batch for _, batch in batches_of_files(network, paths, unusable))
+        pairs = batches_of_files(network, paths, unusable)
         title, count = "your images", len(paths)
-    delete_and_insert(network, methods, batches, title, count, out)
+    delete_and_insert(network, methods, (batch for _, batch in pairs), title, count, out)
     if not args.dataset and unusable:
         print_error(f"{len(unusable)} of the inputs could not be used: see above")
         status = 1
     return status
 
 
-def batches_in_order(network: TrainedNetwork, images: ImageSet) -> Iterator[Tensor]:
-    """The images of a set as batches (N, 3, H, W) of the network's size."""
+def batches_in_order(
+    network: TrainedNetwork, images: ImageSet
+) -> Iterator[tuple[ImageSet, Tensor]]:
+    """A set in parts, and each as a batch (N, 3, H, W) of the network's size."""
     for first in range(0, len(images), network.batch_size):
-        rows = range(first, min(first + network.batch_size, len(images)))
-        yield network.batch(images.subset(rows).images)
+        part = images.subset(range(first, min(first + network.batch_size, len(images))))
+        yield part, network.batch(part.images)
 
 
 # ---- deletion and insertion ---------------------------------------------------------------------
@@ -133,15 +136,13 @@ def localize(
 def measure_set(
     network: TrainedNetwork, methods: Methods, images: ImageSet, same_classes: bool
 ) -> Measures:
-    """The measures of a set with boxes. cam and gradcam are of the true class if the network has
+    """The measures of a set with boxes. The maps of a class are of the true one if the network has
     the ``same_classes`` as the set, else of the predicted one."""
     # from pixels of the stored images to pixels of the network's input: x, y
     sides = zip(network.size, images.image_size, strict=True)
     scale = torch.tensor([side / stored for side, stored in sides]).flip(0)
     measures = Measures()
-    for first in range(0, len(images), network.batch_size):
-        part = images.subset(range(first, min(first + network.batch_size, len(images))))
-        batch = network.batch(part.images)
+    for part, batch in batches_in_order(network, images):
         targets = part.labels if same_classes else network.probabilities(batch).argmax(1)
         maps = maps_of(network, methods, batch, targets[:, None])
         object_parts = None

@@ -109,17 +109,17 @@ def applicable(
     batch, classes = probe(network), torch.zeros(1, 1, dtype=torch.int64)
     chosen = METHODS if "all" in asked else [m for m in METHODS if m in (asked or USUAL)]
     explicit = asked and "all" not in asked
-    names, layers = [], list(dict.fromkeys(layers))
+    names, given, layers = [], bool(layers), list(dict.fromkeys(layers))
     for method in chosen:
         option = f"--method {method}"
         try:
             if method in GRADIENT_METHODS:
-                if layers:
+                if given:
                     option = f"--layer {', '.join(layers)}"
                 layers = expanded(network, batch, layers)
             maps_of(network, Methods([method], layers), batch, classes)
         except ValueError as error:
-            if explicit or option.startswith("--layer"):
+            if explicit or given and method in GRADIENT_METHODS:
                 raise UserError(f"{option}: {error}", 2) from None
             print(f"{method} skipped: {error}")
         else:
@@ -131,8 +131,8 @@ def applicable(
         check_query(network, methods, batch)
     if methods.gradient_names():
         print(f"{', '.join(methods.gradient_names())} at {', '.join(layers)}")
-    if names[-1] == "gradcam" and getattr(network.model, "levels", ()):
-        print("note: behind attention gates Grad-CAM misleads, --method hirescam does not")
+    if {"gradcam", "attention"} <= set(names) and "hirescam" not in names:
+        print("note: behind attention gates Grad-CAM misleads: compare it with --method hirescam")
     return methods
 
 

@@ -16,7 +16,7 @@ IOUS = (0.3, 0.5, 0.7)  # averaged by MaxBoxAccV2
 # From the map's lowest (0) to its highest value (1). The small ones are for attention maps, which
 # are so peaked that an object's outline may lie below a hundredth of the peak.
 THRESHOLDS = np.concatenate([[0], np.logspace(-6, -2, 17), np.arange(2, 100) / 100])
-UNIFORM, CENTER = "chance (uniform map)", "centre of the picture"
+UNIFORM, CENTER = "chance (uniform map)", "center of the picture"
 CENTER_SD = 0.25  # of the center map, a Gaussian, as a fraction of each side
 
 

@@ -21,7 +21,7 @@ from data import eval_batch_size, to_input
 from explain.class_names import read_class_names
 from explain.images import View, each_pixels, is_one, view_of
 from explain.inference import eval_no_grad, logits_of
-from explain.layers import nearest_names
+from explain.layers import default_layer, nearest_names
 from explain.maps import (
     GRADIENT_METHODS,
     raw_attention,
@@ -228,6 +228,8 @@ class TrainedNetwork:
         wanted = None if target is None else class_index(target, self.class_names)
         results = []
         for views, batch in self.views_and_batches(images):
+            if method != "cam" and layer is None:
+                layer = default_layer(self.model, batch)
             if wanted is None:
                 targets = self.probabilities(batch).argmax(1)
             else:

@@ -18,13 +18,12 @@ from explain.faithfulness import (
     SCORES,
     Faithfulness,
     blurred,
-    curve_lines,
-    curves_picture,
     edge_map,
     pixel_ranks,
     random_orders,
     table_lines,
 )
+from explain.faithfulness_picture import curve_lines, curves_picture
 from explain.metrics import CENTER, center_map
 from explain.networks import TrainedNetwork
 from explain.pictures import PAPER

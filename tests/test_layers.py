@@ -193,6 +193,45 @@ def test_what_has_no_grid_is_refused(name, layer, shape):
         grad_cam(model, x, [0], layer)
 
 
+def test_a_layer_of_one_position_is_refused():
+    for model, layer, size in (
+        (torchvisions("resnet18", torch.float32), "avgpool", 64),
+        (build_model("vgg", 5, width=1 / 16).eval(), "trunk.block5", 16),
+    ):
+        with pytest.raises(ValueError, match="in several positions.*1, 1"):
+            grad_cam(model, images(1, (size, size)), [0], layer)
+
+
+class Odd(nn.Module):
+    """Modules that return other things than tensors of a batch, and an image that is used again."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 3, 3, padding=1), nn.MaxPool2d(2, return_indices=True)
+        self.scale = Scale()
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x):
+        features, _ = self.pool(self.conv(x) * x)
+        return self.fc(input=features.mean((2, 3))) * self.scale()
+
+
+class Scale(nn.Module):
+    def forward(self):
+        return torch.tensor(2.0)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_networks_with_odd_modules(context):
+    torch.manual_seed(0)
+    model = Odd()
+    with context():
+        x = images(2, (32, 32))
+        assert default_layer(model, x) == "conv"
+        maps = grad_cam(model, x, [0, 1])
+    torch.testing.assert_close(maps, grad_cam(model, images(2, (32, 32)), [0, 1], "conv"))
+
+
 # ---- a planted sign -----------------------------------------------------------------------------
 
 
@@ -240,8 +279,8 @@ def trained_head(name, size, **settings):
 )
 def test_the_map_of_a_transformer_is_where_the_sign_is(name, size, settings, old, least):
     """In 96 px there are 9 cells: chance is 0.11. With random weights, eleven blocks of attention
-    have mixed the patches; halfway they are still themselves. The patch embedding, which would be the last
-    (N, C, h, w), is not what is drawn."""
+    have mixed the patches; halfway they are still themselves. The patch embedding, which would be
+    the last (N, C, h, w), is not what is drawn."""
     model = trained_head(name, size, **settings)
     batch, classes, places = signs(16, size, 1)
     layer = default_layer(model, batch)

@@ -521,6 +521,19 @@ def test_maps_without_evidence_and_uniform_maps():
     torch.testing.assert_close(attention_maps(attention, x)["conv13"], torch.ones(2, *SIZE))
 
 
+def test_checkpointed_activations_change_no_map():
+    """Recomputed in the backward pass, they would miss the hooks of the forward pass."""
+    model, x = ours("vgg-att3-concat-dp"), images(2)
+    layers = ["trunk.block2", "trunk.block4.0", "trunk.block5"]
+    expected = gradient_maps(model, x, [0, 1], layers=layers)
+    model.checkpoint_activations = True
+    for mode in (True, False):
+        found = gradient_maps(model.train(mode), x, [0, 1], layers=layers)
+        for layer in layers:
+            torch.testing.assert_close(found[layer], expected[layer])
+    assert model.checkpoint_activations and model.global_branch.checkpoint_activations
+
+
 def test_a_batch_is_every_image_alone():
     model, x = ours("vgg-att3-concat-gate"), images(3)
     targets = [2, 0, 4]
