@@ -43,6 +43,7 @@ from common.arguments import (
     one_of,
     parse,
 )
+from common.device import DTYPES
 from common.errors import UserError, exit_status, print_error, printable
 from common.fonts import drawable_names
 from common.process import open_standard_streams, unbreakable_pipes
@@ -260,6 +261,12 @@ def add_output_options(output: argparse._ArgumentGroup) -> None:
         help="pictures and text N times as large, for print",
     )
     output.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N")
+    output.add_argument(
+        "--precision",
+        **one_of(("auto", *DTYPES)),
+        default="fp32",
+        help="of the forward pass: bf16 is faster where the device has it; auto: as in training",
+    )
 
 
 def opacity(text: str) -> float:
@@ -293,6 +300,7 @@ def dispatch(args: argparse.Namespace) -> int:
         weights=args.weights,
         class_names=args.class_names,
         device=args.device,
+        precision=args.precision,
     )
     print(network.description)
     if args.list_layers:

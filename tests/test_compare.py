@@ -363,7 +363,7 @@ def test_columns_that_do_not_fit_become_the_runs_of_each_value(shown):
 def test_all_reference_runs_fit_in_100_columns(shown):
     lines = shown(*sorted(REFERENCE.iterdir()))
     end = lines.index("")
-    assert len(names_of(lines)) == 38
+    assert len(names_of(lines)) == 44
     assert [line[:7] for line in lines[1:end]] == sorted(line[:7] for line in lines[1:end])
     differing = lines[lines.index("setting           value (runs)") :]
     assert max(map(len, differing)) <= 100
