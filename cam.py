@@ -1,5 +1,5 @@
 """See where a network looks, as pictures and in numbers: the attention maps of this project's
-networks, class activation maps and Grad-CAM of these and of torchvision's.
+networks, class activation maps and the Grad-CAM family of these and of torchvision's.
 
     python cam.py --checkpoint runs/cifar100/RUN/last.pt photo.jpg folder/
     python cam.py --checkpoint runs/cifar100/RUN/last.pt --dataset cifar100 --index 0-15
@@ -15,7 +15,8 @@ In your own code, on any thread:
 
 Its methods are documented in explain/networks.py: predict, attention, cam, preprocess. For any
 module that gives logits, explain/maps.py has attention_maps(model, images),
-class_activation_map(model, images, targets) and grad_cam(model, images, targets, layer=None).
+class_activation_map(model, images, targets), grad_cam(model, images, targets, layer=None) and its
+relatives, and gradient_maps for several of them in one pass.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ EXAMPLES = """examples (RUN: the folder of a run):
   python %(prog)s --checkpoint RUN/last.pt --dataset cifar100 --index 0-15
       the first 16 test images of a data set
   python %(prog)s --checkpoint RUN/last.pt --dataset cub --measure
-      how well the maps find the birds, in numbers
+      do the maps find the birds, and does the answer need what they mark
   python %(prog)s --arch resnet50 --weights DEFAULT --top-k 3 photo.jpg
       a network of torchvision, with its weights: the three best classes
 """
@@ -390,6 +391,7 @@ def make_pictures(args: argparse.Namespace, network: TrainedNetwork, methods: Me
                 print(f"{picture.name}: {result.said()}{renamed}", flush=True)
                 if args.dataset and len(seen) < OVERVIEW:
                     overview.add(picture, result.first_maps, result.title)
+                    overview.headings = result.overview_headings
                 seen.append(result.prediction())
     finally:  # what is done has its line, also after Ctrl-C
         if seen:
@@ -430,6 +432,7 @@ class Explained(NamedTuple):
     maps: dict[str, np.ndarray]
     first_maps: dict[str, np.ndarray]  # without those of the second class of --top-k and on
     headings: dict[str, str]  # by name of the map
+    overview_headings: dict[str, str]  # the same for all images: with the class of --target
     title: str
     best: list[tuple[str, float]]  # classes with their probabilities, the best first
     asked: list[tuple[str, float]]  # the classes of the maps
@@ -465,19 +468,24 @@ def explain_batch(
     maps = maps_of(network, methods, batch, classes)
     best = probabilities.topk(min(max(PREDICTED, top_k), probabilities.shape[1]))
     for i, picture in enumerate(pictures):
-        headings = {}
+        headings, for_all = {}, {}
         for name, (_, rank, label) in maps.items():
-            headings[name] = label
+            headings[name] = for_all[name] = label
+            if rank is not None and target is not None:
+                for_all[name] += f"\n{drawn.classes[target]}"
             if rank is not None:
                 seen = int(classes[i, rank])
                 # the probability comes first, as long names are cut off
                 headings[name] += f"\n{100 * probabilities[i, seen]:.0f} % {drawn.classes[seen]}"
+            if not maps[name].values[i].any():
+                headings[name] += "\n(0 everywhere)"
         names = [(network.class_names[c], float(probabilities[i, c])) for c in best.indices[i]]
         yield Explained(
             picture,
             maps={name: each.values[i] for name, each in maps.items()},
             first_maps={name: each.values[i] for name, each in maps.items() if not each.rank},
             headings=headings,
+            overview_headings=for_all,
             title=title_of(
                 drawn.titles[picture.truth or printable(Path(picture.name).name)],
                 drawn.classes[int(best.indices[i, 0])],

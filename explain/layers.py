@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attention_model import Network
+from attention_model import LEVEL_OF_BLOCK, Network
 from explain.inference import at_least_float32, eval_no_grad, logits_of, to_model_dtype
 
 POOLING = (
@@ -58,15 +58,16 @@ class Grid(NamedTuple):
         return self.height * self.width > 1
 
 
-def possible_grids(output: object, images: Sequence[int]) -> list[Grid]:
+def possible_grids(output: object, images: Sequence[int], tokens: bool = True) -> list[Grid]:
     """The grids that the output of a layer may be, by its shape and that (N, 3, H, W) of the
-    images. Two, channels first and last, if C is near h and w."""
+    images. Two, channels first and last, if C is near h and w. tokens: whether three dimensions
+    may be tokens; in this project's networks they are scores."""
     if not torch.is_tensor(output) or not output.is_floating_point():
         return []
     if not output.ndim or len(output) != images[0]:
         return []
     height, width = images[2:]
-    if output.ndim == 3:
+    if output.ndim == 3 and tokens:
         for before in (0, 1):
             grid = token_grid(output.shape[1] - before, height, width)
             if grid is not None:
@@ -98,7 +99,7 @@ def is_like(rows: int, columns: int, height: int, width: int) -> bool:
 def grid_at(model: nn.Module, images: Tensor, name: str, output: object) -> Grid:
     """The grid of the output of the layer ``name``; where its shape does not decide, a forward pass
     of one image does. Raises ValueError for a layer without one."""
-    grids = possible_grids(output, images.shape)
+    grids = possible_grids(output, images.shape, tokens=not isinstance(model, Network))
     if isinstance(model, Network) and torch.is_tensor(output) and output.ndim == 4:
         grids = [Grid(*output.shape[2:])]
     if len(grids) != 1:
@@ -131,9 +132,9 @@ class ChannelOrder:
         elif dims in ([0, 3, 1, 2], [0, 2, 3, 1]):
             self.last = dims[-1] == 1
 
-    def grid_of(self, output: object, images: Sequence[int]) -> Grid | None:
+    def grid_of(self, output: object, images: Sequence[int], tokens: bool) -> Grid | None:
         """The grid of the output of the module that has just finished, or None."""
-        grids = possible_grids(output, images)
+        grids = possible_grids(output, images, tokens)
         if len(grids) == 2:
             return grids[self.last]
         # a network may pool height and width differently
@@ -188,7 +189,7 @@ def last_with_patches(model: nn.Module, images: Tensor, hooks: FeatureHooks) -> 
     for (name, grid), gradient in reversed(list(zip(grids.items(), gradients, strict=True))):
         if gradient is not None and grid.features(gradient).any():
             return name
-    raise ValueError("no patch of this network reaches its logits")
+    raise ValueError("no patch of this network reaches its logits, or its head is all zeros")
 
 
 def block_layers(model: nn.Module, images: Tensor) -> list[str]:
@@ -223,14 +224,17 @@ def block_layers(model: nn.Module, images: Tensor) -> list[str]:
 
 
 def find_layer(model: nn.Module, layer: nn.Module | str) -> tuple[str, nn.Module]:
-    """The name and the module that ``layer`` is or names. Raises ValueError, with the nearest
-    names."""
+    """The name and the module that ``layer`` is or names; "conv7", "conv10" and "conv13" are the
+    blocks that end in them. Raises ValueError, with the nearest names."""
     modules = dict(model.named_modules())
     if isinstance(layer, nn.Module):
         for name, module in modules.items():
             if layer is module:
                 return name, module
         raise ValueError(f"the layer {type(layer).__name__} is not part of this network")
+    if isinstance(model, Network) and layer in LEVEL_OF_BLOCK.values():
+        (number,) = (number for number, level in LEVEL_OF_BLOCK.items() if level == layer)
+        layer = f"{model.TRUNK}.block{number}"
     if layer not in modules:
         raise ValueError(
             f"this network has no layer {layer!r}; "
@@ -252,10 +256,10 @@ def nearest_names(word: str, names: Iterable[str]) -> str:
 
 class FeatureHooks:
     """A hook for every module that finishes: records the layers, the last features and the last
-    linear layer. ``images``: their shape (N, 3, H, W)."""
+    linear layer. ``images``: their shape (N, 3, H, W). ``tokens``: see ``possible_grids``."""
 
-    def __init__(self, images: Sequence[int]) -> None:
-        self.images = images
+    def __init__(self, images: Sequence[int], tokens: bool = True) -> None:
+        self.images, self.tokens = images, tokens
         self.order = ChannelOrder()
         # by name, in the order in which the layers finish: channels, and grid
         self.layers: dict[str, tuple[int, Grid]] = {}
@@ -271,7 +275,7 @@ class FeatureHooks:
         if isinstance(module, nn.Linear) and inputs:
             self.linear, self.linear_input, self.linear_output = module, inputs[0], output
         self.order.follow(module, output)
-        grid = self.order.grid_of(output, self.images)
+        grid = self.order.grid_of(output, self.images, self.tokens)
         if grid is None:
             return
         features = grid.features(output)
@@ -313,7 +317,7 @@ def hooked(model: nn.Module, images: Tensor) -> FeatureHooks:
     """What the hooks have recorded in a forward pass of an image. It goes through twice: what has
     a length of one is no batch."""
     twice = to_model_dtype(model, images)[:1].expand(2, -1, -1, -1)
-    hooks = FeatureHooks(twice.shape)
+    hooks = FeatureHooks(twice.shape, tokens=not isinstance(model, Network))
     logits_with_hooks(model, twice, hooks)
     return hooks
 

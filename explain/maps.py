@@ -246,6 +246,11 @@ def raw_gradient_maps(
 ) -> dict[str, dict[str, list[Tensor]]]:
     """``gradient_maps`` of several targets per image, a list of maps (N, h, w): one per column (N,)
     of targets. One forward pass, and a backward pass per column."""
+    for method in methods:
+        if method not in GRADIENT_METHODS:
+            raise ValueError(
+                f"method {method!r}: expected {', '.join(GRADIENT_METHODS)}, in a list"
+            )
     found = dict(
         find_layer(model, default_layer(model, images[:1]) if layer is None else layer)
         for layer in layers

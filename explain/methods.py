@@ -78,11 +78,11 @@ def raw_maps(
         found[name], labels[name] = values, (rank, label)
 
     if "attention" in methods.names:
+        asked = {} if methods.query is None else raw_attention(model, batch, methods.query)
         for level, values in raw_attention(model, batch).items():
             add(level, None, values)
-        if methods.query is not None:
-            for level, values in raw_attention(model, batch, methods.query).items():
-                add(f"{level}\nquery", None, values)
+            if asked:
+                add(f"{level}\nquery", None, asked[level])
     if "cam" in methods.names:
         for rank, targets in enumerate(columns):
             add("cam", rank, raw_class_activation(model, batch, targets))

@@ -124,6 +124,7 @@ class Overview:
         self.pixels: list[np.ndarray] = []
         self.titles: list[str] = []
         self.maps: dict[str, list[np.ndarray]] = {}
+        self.headings: dict[str, str] = {}  # of the maps, where they are not their names
 
     def add(self, picture: Picture, maps: Mapping[str, np.ndarray], title: str) -> None:
         """Add an image with its maps {name: (H, W)}."""
@@ -222,6 +223,7 @@ class Writer:
             np.stack(overview.pixels),
             {name: np.stack(values) for name, values in overview.maps.items()},
             overview.titles,
+            headings=overview.headings,
             scale=self.scale,
             **self.look,
         )

@@ -98,13 +98,11 @@ def test_one_layer_is_not_in_the_name_and_attention_has_no_class(networks):
     network, x = networks["vgg-att2-concat-gate"], images()
     methods = applicable(network, ["attention", "layercam"], query=x[:1])
     found = maps_of(network, methods, x, torch.tensor([[0], [1]]))
-    assert {name: each.rank for name, each in found.items()} == {
-        "conv10": None,
-        "conv13": None,
-        "conv10-query": None,
-        "conv13-query": None,
-        "layercam": 0,
-    }
+    names = ["conv10", "conv10-query", "conv13", "conv13-query", "layercam"]
+    assert [(name, each.rank) for name, each in found.items()] == [
+        *((name, None) for name in names[:4]),
+        ("layercam", 0),
+    ]
     own, other = attention_maps(network.model, x), attention_maps(network.model, x, x[:1])
     for level in own:
         np.testing.assert_allclose(found[level].values, own[level].numpy(), atol=1e-6)
