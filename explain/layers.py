@@ -64,7 +64,7 @@ def possible_grids(output: object, images: Sequence[int], tokens: bool = True) -
     may be tokens; in this project's networks they are scores."""
     if not torch.is_tensor(output) or not output.is_floating_point():
         return []
-    if not output.ndim or len(output) != images[0]:
+    if not output.ndim or len(output) != images[0] or not output.numel():
         return []
     height, width = images[2:]
     if output.ndim == 3 and tokens:

@@ -552,11 +552,11 @@ def test_a_batch_is_every_image_alone():
 
 
 def test_the_gradient_methods_cost_little_more_than_a_forward_pass():
-    """32 images of 224x224 through resnet18: Grad-CAM at its last layer, and four methods at three
+    """16 images of 224x224 through resnet18: Grad-CAM at its last layer, and four methods at three
     layers, in turn with a forward pass without gradients; the least time of each. The gradient of
     the whole network would take two forward passes more."""
-    model, x = torchvisions("resnet18", torch.float32, 1000), images(32, (224, 224), torch.float32)
-    targets = torch.arange(32)
+    model, x = torchvisions("resnet18", torch.float32, 1000), images(16, (224, 224), torch.float32)
+    targets = torch.arange(16)
 
     def forward():
         with torch.no_grad():

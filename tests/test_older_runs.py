@@ -124,6 +124,6 @@ def test_cam_draws_where_the_network_looks(name, run_dir, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert status == 0, out + err
     pictures = sorted((tmp_path / "maps").glob("*.png"))
-    assert f"1 image done, {len(pictures)} files" in out
+    assert f"1 image done, {len(pictures) + 1} files" in out  # and predictions.csv
     methods = {"conv7", "conv10", "conv13", "gradcam"}
     assert {path.stem.rpartition("-")[2] for path in pictures} > methods, pictures
