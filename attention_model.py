@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 MODEL_NAMES = ("vgg", "vgg-gap", "vgg-pan") + tuple(
     f"vgg-{levels}-{compatibility}"
     for levels in ("att1", "att2-concat", "att2-indep", "att3-concat", "att3-indep")
-    for compatibility in ("pc", "dp", "gate")
+    for compatibility in ("pc", "dp", "gate", "uniform")
 )
 TRUNKS = ("full", "pooled")
 # pixels; at 16 the full trunk's conv13 map is still 4x4. The networks are meant for 32 and up.
@@ -105,6 +105,14 @@ class AdditiveCompatibility(nn.Module):
         return project(joint, self.u)
 
 
+class UniformCompatibility(nn.Module):
+    """uniform: c_i = 0, so that g_a is the mean of the local features. No parameters, and no map to
+    look at: the control for where attention looks."""
+
+    def forward(self, local: Tensor, g: Tensor | None) -> Tensor:
+        return local.new_zeros(local.shape[0], *local.shape[2:])
+
+
 # The compatibility functions that end in a product with a vector u.
 VECTOR_COMPATIBILITIES = (ParametrizedCompatibility, AdditiveCompatibility)
 
@@ -144,6 +152,7 @@ class AttentionGate(nn.Module):
             "pc": lambda: ParametrizedCompatibility(channels),
             "dp": DotProductCompatibility,
             "gate": lambda: AdditiveCompatibility(channels, global_channels),
+            "uniform": UniformCompatibility,
         }[compatibility]()
 
     def forward(self, local: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -455,7 +464,8 @@ class AttentionVGG(Network):
     (paper section 3).
 
     With pc the output does not depend on g (see ParametrizedCompatibility), so the global branch
-    does not run: its parameters exist, as in the authors' network, and get no gradient.
+    does not run: its parameters exist, as in the authors' network, and get no gradient. With
+    uniform there is no g, and no map.
     """
 
     def __init__(
@@ -470,12 +480,15 @@ class AttentionVGG(Network):
         pool4: int,
     ):
         super().__init__(trunk, width, dropout, pool4)
-        self._levels = tuple(LEVEL_OF_BLOCK.values())[-levels:]
+        attended = tuple(LEVEL_OF_BLOCK.values())[-levels:]
+        self._levels = () if compatibility == "uniform" else attended
         channels = self.channels["conv13"]
-        self.global_branch = GlobalBranch(channels, dropout, self.eps)
-        self.uses_global = compatibility != "pc"
+        if compatibility != "uniform":
+            self.global_branch = GlobalBranch(channels, dropout, self.eps)
+        self.uses_global = compatibility in ("dp", "gate")
         self.dot_product = compatibility == "dp"
-        if levels == 3 and compatibility != "gate":  # the gate's V maps g to any width by itself
+        # the gate's V maps g to any width by itself
+        if levels == 3 and compatibility in ("pc", "dp"):
             self.global_to_conv7 = nn.Sequential(
                 nn.BatchNorm1d(channels),
                 nn.ReLU(inplace=False),
@@ -485,11 +498,11 @@ class AttentionVGG(Network):
         self.gates = nn.ModuleDict(
             {
                 level: AttentionGate(compatibility, self.channels[level], channels)
-                for level in self._levels
+                for level in attended
             }
         )
         self.classifier = Classifier(
-            [self.channels[level] for level in self._levels], num_classes, combination, dropout
+            [self.channels[level] for level in attended], num_classes, combination, dropout
         )
 
     @property
@@ -516,13 +529,13 @@ class AttentionVGG(Network):
                 level_g = level_g / math.sqrt(features.shape[1])
             g_a, scores[level] = self.gates[level](features, level_g)
             attended.append(g_a)
-        return self.classifier(attended), scores
+        return self.classifier(attended), {level: scores[level] for level in self.levels}
 
     def class_layers(self) -> list[nn.Linear]:
         return list(self.classifier.linears)
 
     def parameters_without_gradient(self) -> set[str]:
-        if self.uses_global:
+        if self.uses_global or not self.levels:
             return set()
         unused = [*self.global_branch.parameters()]
         if hasattr(self, "global_to_conv7"):
@@ -531,7 +544,7 @@ class AttentionVGG(Network):
         return self.names_of(unused)
 
     def gate_parameters(self) -> dict[str, list[nn.Parameter]]:
-        return {level: list(gate.parameters()) for level, gate in self.gates.items()}
+        return {level: list(self.gates[level].parameters()) for level in self.levels}
 
 
 class VGGPAN(Network):

@@ -24,7 +24,7 @@ from attention_model import (
 )
 from common.device import COMPILES_CHECKPOINTS, torch_version
 
-ATTENTION_NAMES = [name for name in MODEL_NAMES if "att" in name]
+ATTENTION_NAMES = [name for name in MODEL_NAMES if "att" in name and "uniform" not in name]
 NARROW = 1 / 16  # 4 to 32 channels: milliseconds a step
 
 
@@ -71,6 +71,7 @@ def test_every_network_at_every_size(name, size):
 
 def test_which_levels_have_maps():
     assert narrow("vgg").levels == narrow("vgg-gap").levels == ()
+    assert narrow("vgg-att3-concat-uniform").levels == ()
     assert narrow("vgg-pan").levels == ("conv10", "conv13") and narrow(
         "vgg-pan"
     ).sigmoid_levels == ("conv10",)
@@ -181,6 +182,28 @@ def test_gate_is_softmax_and_weighted_sum(features, compatibility):
     expected = np.einsum("np,ncp->nc", a, local.numpy().reshape(2, 6, -1))
     # the softmax is in float32
     np.testing.assert_allclose(attended.detach().numpy(), expected, rtol=1e-5)
+
+
+def test_uniform_is_the_mean_of_the_local_features(features):
+    local, _ = features
+    attended, _ = AttentionGate("uniform", 6, 6).double()(local, None)
+    np.testing.assert_allclose(attended.numpy(), local.numpy().mean((2, 3)), rtol=1e-6)
+
+
+def test_uniform_is_pc_without_its_scores():
+    """The same weights otherwise, and the same logits where u is 0; no global branch."""
+    uniform, pc = narrow("vgg-att3-indep-uniform").eval(), narrow("vgg-att3-indep-pc").eval()
+    missing, unused = pc.load_state_dict(uniform.state_dict(), strict=False)
+    assert not unused and {name.split(".")[0] for name in missing} == {
+        "global_branch",
+        "global_to_conv7",
+        "gates",
+    }
+    for gate in pc.gates.values():
+        gate.compatibility.u.weight.data.zero_()
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(uniform(images), pc(images))
+    assert not uniform.parameters_without_gradient() and not uniform.gate_parameters()
 
 
 @pytest.mark.parametrize("combination", ["concat", "indep"])

@@ -128,6 +128,11 @@ STATE_DICTS = {
     "vgg-att3-indep-pc": (19_971_951, "e30b2f81777af5d4"),
     "vgg-att3-indep-dp": (19_970_668, "e193360d8ac82323"),
     "vgg-att3-indep-gate": (20_462_188, "2648215ad89bde2e"),
+    "vgg-att1-uniform": (14_775_460, "86015688167389eb"),
+    "vgg-att2-concat-uniform": (14_827_684, "a2a43ef6c219c4f8"),
+    "vgg-att2-indep-uniform": (14_827_784, "db51cb42a54b5e27"),
+    "vgg-att3-concat-uniform": (14_853_796, "4964429708c9e6a7"),
+    "vgg-att3-indep-uniform": (14_853_996, "0a7dbf723396ad7a"),
 }
 
 

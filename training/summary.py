@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from attention_model import MODEL_NAMES
 from common.errors import printable
 from common.fonts import TextFont, draw_text, named_face, shorten, wrap
 from explain.charts import Line, is_finite, line_chart, number_text
@@ -35,7 +36,7 @@ SET_NAMES = {"val": "validation"}
 DATA_NAMES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "cub": "CUB-200-2011"}
 CIFAR_CLASSES = {"cifar100": 100, "cifar10": 10}
 AUGMENTATIONS = ("crop_pad", "flip", "zoom", "jitter", "trivial_augment", "cutout")
-WITHOUT_ATTENTION = ("vgg", "vgg-gap")
+WITHOUT_ATTENTION = ("vgg", "vgg-gap", *(m for m in MODEL_NAMES if m.endswith("-uniform")))
 # Monospaced fonts that Linux distributions have; PIL brings none.
 MONOSPACED = ("DejaVuSansMono.ttf", "LiberationMono-Regular.ttf")
 
