@@ -403,9 +403,13 @@ class Network(nn.Module, abc.ABC):
         mistake."""
         return set()
 
+    def compatibilities(self) -> dict[str, nn.Module]:
+        """The compatibility function of each level: its output is the scores (N, H, W)."""
+        return {}
+
     def gate_parameters(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of each level's gate alone (none for dp)."""
-        return {}
+        return {level: list(c.parameters()) for level, c in self.compatibilities().items()}
 
     def names_of(self, parameters: Iterable[nn.Parameter]) -> set[str]:
         """The names of these parameters."""
@@ -543,8 +547,8 @@ class AttentionVGG(Network):
         unused += [gate.compatibility.u.bias for gate in self.gates.values()]
         return self.names_of(unused)
 
-    def gate_parameters(self) -> dict[str, list[nn.Parameter]]:
-        return {level: list(self.gates[level].parameters()) for level in self.levels}
+    def compatibilities(self) -> dict[str, nn.Module]:
+        return {level: self.gates[level].compatibility for level in self.levels}
 
 
 class VGGPAN(Network):
@@ -589,11 +593,8 @@ class VGGPAN(Network):
         u = self.gates["conv13"].compatibility.u
         return self.names_of([*self.global_branch.parameters(), u.bias])
 
-    def gate_parameters(self) -> dict[str, list[nn.Parameter]]:
-        return {
-            "conv10": list(self.compatibility_conv10.parameters()),
-            "conv13": list(self.gates.parameters()),
-        }
+    def compatibilities(self) -> dict[str, nn.Module]:
+        return {"conv10": self.compatibility_conv10, "conv13": self.gates["conv13"].compatibility}
 
 
 # ---- building a network -------------------------------------------------------------------------
