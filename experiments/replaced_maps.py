@@ -5,21 +5,24 @@ with the global feature g of other images.
 
 writes replaced_maps.json beside the checkpoint: top-1 with the maps of one level, or of all, made
 uniform, replaced by the average over the test images, or by another image's; and for the networks
-whose maps depend on g, top-1 and how far the maps move with another image's g.
+whose maps depend on g, top-1 and how far the maps move with another image's g. Other maps change
+the mean and the spread of the features that the classifier gets; top-1 is also measured with the
+statistics of its batch norms taken anew.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from attention_model import Network, fuse_conv_bn
+from attention_model import Classifier, Network, fuse_conv_bn
 from common.device import Precision
 
 OTHERS = ("same class", "other class")  # whose map or g it is
@@ -195,7 +198,8 @@ def measure(model: Network, batches: Batches, precision: Precision, seed: int = 
     }
     variants = variants_of(network, own, partner)
     correct, moved, apart, first = Counter(), Counter(), Counter(), 0
-    with blocks_remembered(network):
+    attended: dict[tuple[str, str], list[list[Tensor]]] = {(v.by, v.of): [] for v in variants}
+    with blocks_remembered(network), inputs_kept(network.classifier) as inputs:
         for images, labels in batches():
             at = slice(first, first + len(images))
             first += len(images)
@@ -212,6 +216,7 @@ def measure(model: Network, batches: Batches, precision: Precision, seed: int = 
                 ):
                     logits, scores = network.logits_and_scores(images)
                 correct[v.by, v.of] += (logits.argmax(1) == labels).sum().item()
+                attended[v.by, v.of].append(inputs.pop())
                 if v.of == "g":
                     for level, others in maps_of(network, scores).items():
                         moved[v.by, level] += divergence(maps[level], others).sum().item()
@@ -223,11 +228,43 @@ def measure(model: Network, batches: Batches, precision: Precision, seed: int = 
         "images": first,
         "top1": percent(own.correct, first),
         "replaced": [
-            {"by": v.by, "of": v.of, "top1": percent(correct[v.by, v.of], first)} for v in variants
+            {
+                "by": v.by,
+                "of": v.of,
+                "top1": percent(correct[v.by, v.of], first),
+                "top1_recalibrated": percent(
+                    recalibrated(network.classifier, attended[v.by, v.of], own.labels), first
+                ),
+            }
+            for v in variants
         ],
         "moved_by_g": {v.by: by_level(moved, v.by) for v in variants if v.of == "g"},
         "between_images": {name: by_level(apart, name) for name in partner},
     }
+
+
+@contextlib.contextmanager
+def inputs_kept(module: torch.nn.Module) -> Iterator[list]:
+    """The list of the module's first arguments, of each call."""
+    kept: list = []
+    hook = module.register_forward_pre_hook(lambda m, arguments: kept.append(arguments[0]))
+    try:
+        yield kept
+    finally:
+        hook.remove()
+
+
+def recalibrated(
+    classifier: Classifier, attended: Sequence[Sequence[Tensor]], labels: Tensor
+) -> int:
+    """Correct answers from the attended features of each batch, one (N, C) per level, with the
+    classifier's batch-norm statistics taken over all of them. The labels (N,) only count."""
+    classifier = copy.deepcopy(classifier)
+    features = [torch.cat(level).float() for level in zip(*attended, strict=True)]
+    for level, values in zip(classifier.levels, features, strict=True):
+        level.norm.running_mean.copy_(values.mean(0))
+        level.norm.running_var.copy_(values.var(0, correction=0))
+    return int((classifier(features).argmax(1) == labels).sum())
 
 
 def maps_of(

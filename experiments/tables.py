@@ -1,0 +1,262 @@
+"""The tables of docs/attention.md, from the files of the runs.
+
+A table stands in the document between ``<!-- table: NAME -->`` and ``<!-- end -->``. All numbers
+are of the last epoch, in percent or points; a mean is over the seeds, and a range in brackets is
+from the lowest seed to the highest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import NormalDist, fmean, stdev, variance
+
+from common.errors import UserError
+from experiments.plan import ATTACK, CONTROL, FIRST, MAPS, TRANSFER
+from training.report import read_metrics
+
+SLOT = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Files = Mapping[str, dict]  # of a run: the content of its files by name
+Runs = Mapping[str, Sequence[Files]]  # by model, or first50-model: a run per seed
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def read_runs(folder: Path) -> dict[str, list[Files]]:
+    """The files of each run in ``folder``, by the folder's name without its seed. Raises UserError
+    where there is no run."""
+    runs: dict[str, list[Files]] = {}
+    for path in sorted(folder.glob("*/config.json")):
+        files = {file.name: json.loads(file.read_text()) for file in path.parent.glob("*.json")}
+        last = read_metrics(path.parent / "metrics.csv")[-1]
+        files["last epoch"] = last
+        runs.setdefault(path.parent.name.rpartition("-")[0], []).append(files)
+    if not runs:
+        raise UserError(f"{folder} holds no run", 2)
+    return runs
+
+
+def filled(document: str, runs: Runs) -> str:
+    """The document with its tables made again. Raises UserError for an unknown name."""
+
+    def table(match: re.Match) -> str:
+        if match[2] not in TABLES:
+            raise UserError(f"no table is called {match[2]}; there are {', '.join(TABLES)}")
+        return f"{match[1]}\n{TABLES[match[2]](runs)}\n\n{match[3]}"
+
+    return SLOT.sub(table, document)
+
+
+# ---- numbers ------------------------------------------------------------------------------------
+
+
+def t_quantile(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, by its expansion around the normal distribution's
+    (Abramowitz and Stegun, 26.7.5); 0.003 too small for 4 degrees of freedom, and better above."""
+    z, n = NormalDist().inv_cdf(0.975), freedom
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / n**power for power, term in enumerate(terms, start=1))
+
+
+def pooled(groups: Iterable[Sequence[float]]) -> tuple[float, int]:
+    """The standard deviation within groups, pooled over them, and its degrees of freedom."""
+    groups = [group for group in groups if len(group) > 1]
+    freedom = sum(len(group) - 1 for group in groups)
+    squares = sum(variance(group) * (len(group) - 1) for group in groups)
+    return math.sqrt(squares / freedom), freedom
+
+
+def half_interval(sd: float, freedom: int, *sizes: int) -> float:
+    """Half of the 95 % interval of a difference between the means of groups of these sizes."""
+    return t_quantile(freedom) * sd * math.sqrt(sum(1 / size for size in sizes))
+
+
+def spread(values: Sequence[float], digits: int = 1, sign: str = "") -> str:
+    """ "12.3 (11.9 to 12.8)": the mean, the lowest and the highest."""
+    mean, low, high = (number(x, digits, sign) for x in (fmean(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
+
+
+def number(value: float, digits: int, sign: str = "") -> str:
+    value = round(value, digits) + 0.0  # no -0.0
+    return f"{value:{sign if value else ''}.{digits}f}".replace("-", "−")
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def with_file(runs: Runs, name: str) -> dict[str, list[dict]]:
+    """{model: the content of this file of each of its runs}, of the models that have it."""
+    found = {model: [run[name] for run in files if name in run] for model, files in runs.items()}
+    return {model: each for model, each in found.items() if each}
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def networks(runs: Runs) -> str:
+    """Top-1 of each network, and its difference to vgg-gap."""
+    last = {m: each for m, each in with_file(runs, "last epoch").items() if "first" not in m}
+    top1 = {model: [row["eval_top1"] for row in rows] for model, rows in last.items()}
+    sd, freedom = pooled(top1.values())
+    rows = []
+    for model in sorted(top1, key=lambda model: -fmean(top1[model])):
+        values, difference = top1[model], "control"
+        if model != CONTROL:
+            half = half_interval(sd, freedom, len(values), len(top1[CONTROL]))
+            mean = fmean(values) - fmean(top1[CONTROL])
+            difference = f"{number(mean, 2, '+')} ± {half:.2f}"
+        rows.append(
+            [
+                model,
+                ", ".join(f"{value:.2f}" for value in values),
+                f"**{fmean(values):.2f}**",
+                f"{stdev(values):.2f}" if len(values) > 1 else "",
+                difference,
+                f"{fmean(row['eval_top5'] for row in last[model]):.2f}",
+                f"{fmean(row['eval_loss'] for row in last[model]):.3f}",
+            ]
+        )
+    heads = ["network", "top-1, by seed", "mean", "sd", f"against {CONTROL}", "top-5", "loss"]
+    return markdown(heads, rows)
+
+
+BY = ("uniform", "average", "same class", "other class")
+
+
+def replaced(runs: Runs) -> str:
+    """Points of top-1 with replaced maps, against the network's own."""
+    rows = []
+    for model, files in with_file(runs, MAPS).items():
+        own = [file["top1"] for file in files]
+        for level in dict.fromkeys(row["of"] for row in files[0]["replaced"] if row["of"] != "g"):
+            cells = [spread(changes(files, by, level), sign="+") for by in BY]
+            rows.append([model, level, f"{fmean(own):.1f}", *cells])
+            model = ""
+    return markdown(
+        [
+            "network",
+            "level",
+            "own maps",
+            "uniform",
+            "average map",
+            "of the same class",
+            "of another",
+        ],
+        rows,
+    )
+
+
+def changes(files: Sequence[dict], by: str, of: str) -> list[float]:
+    """Points of top-1 that a replacement changes, per seed."""
+    return [
+        next(row["top1"] for row in file["replaced"] if (row["by"], row["of"]) == (by, of))
+        - file["top1"]
+        for file in files
+    ]
+
+
+def query(runs: Runs) -> str:
+    """How far another image's g moves the maps, and what it costs."""
+    rows = []
+    for model, files in with_file(runs, MAPS).items():
+        for by in files[0]["moved_by_g"]:
+            rows.append(
+                [
+                    model,
+                    by,
+                    spread(changes(files, by, "g"), 2, "+"),
+                    per_level([file["moved_by_g"][by] for file in files]),
+                    per_level([file["between_images"][by] for file in files]),
+                ]
+            )
+            model = ""
+    heads = [
+        "network",
+        "g of an image of the",
+        "top-1",
+        "the maps move by",
+        "maps of the two images",
+    ]
+    return markdown(heads, rows)
+
+
+def per_level(found: Sequence[Mapping[str, float]]) -> str:
+    """The mean over seeds, per level."""
+    return ", ".join(f"{level} {fmean(each[level] for each in found):.3f}" for level in found[0])
+
+
+def attacks(runs: Runs) -> str:
+    """Top-1 under attack, by strength."""
+    rows, per_model = [], {}
+    for model, files in with_file(runs, ATTACK).items():
+        for file in files:
+            for row in file["results"]:
+                key = (row["attack"], row["strength"])
+                per_model.setdefault(key, {}).setdefault(model, []).append(row["top1"])
+    models = list(with_file(runs, ATTACK))
+    for (attack, strength), values in per_model.items():
+        others = [model for model in models if model != CONTROL]
+        sd, freedom = pooled(values.values())
+        difference = [
+            f"{number(fmean(values[m]) - fmean(values[CONTROL]), 1, '+')} ± "
+            f"{half_interval(sd, freedom, len(values[m]), len(values[CONTROL])):.1f}"
+            for m in others
+        ]
+        name = attack if attack == "none" else f"{attack.upper()}, {strength:g}/255"
+        rows.append([name, *(spread(values[model]) for model in (*others, CONTROL)), *difference])
+    return markdown(
+        ["attack", *others, CONTROL, *("difference" for _ in others)],
+        rows,
+    )
+
+
+def transferred(runs: Runs) -> str:
+    """Top-1 of a linear classifier on frozen features."""
+    found: dict[tuple, dict[str, list[float]]] = {}
+    sizes: dict[tuple, dict[str, int]] = {}
+    for name, files in with_file(runs, TRANSFER).items():
+        model = name.removeprefix(f"first{FIRST}-")
+        for row in (row for file in files for row in file["targets"]):
+            source = f"CIFAR-100, first {FIRST}" if name != model else "CIFAR-100"
+            key = (source, row["target"], row["image_size"])
+            found.setdefault(key, {}).setdefault(model, []).append(row["top1"])
+            sizes.setdefault(key, {})[model] = row["features"]
+    rows = []
+    for key, values in found.items():
+        source, target, size = key
+        others = [model for model in values if model != CONTROL]
+        sd, freedom = pooled(values.values())
+        for model in others:
+            half = half_interval(sd, freedom, len(values[model]), len(values[CONTROL]))
+            rows.append(
+                [
+                    source,
+                    f"{TARGET_NAMES[target]}, {size} px",
+                    f"{spread(values[model])}, {sizes[key][model]} features",
+                    f"{spread(values[CONTROL])}, {sizes[key][CONTROL]} features",
+                    f"{number(fmean(values[model]) - fmean(values[CONTROL]), 1, '+')} ± {half:.1f}",
+                ]
+            )
+    heads = ["trained on", "classifier on", *others, CONTROL, "difference"]
+    return markdown(heads, rows)
+
+
+TARGET_NAMES = {"birds": "birds, 40 classes", "cifar100-last": f"CIFAR-100, last {100 - FIRST}"}
+TABLES: dict[str, Callable[[Runs], str]] = {
+    "networks": networks,
+    "replaced": replaced,
+    "query": query,
+    "attacks": attacks,
+    "transfer": transferred,
+}
