@@ -21,15 +21,34 @@ from pathlib import Path
 
 from common.arguments import ArgumentParser, expanded_path, int_at_least, parse, positive
 from common.errors import exit_status
+from data import CIFAR100
 from experiments import plan, replaced_maps, tables, transfer
-from experiments.checkpoints import load_trained, write_record
+from training.environment import command_line
+from training.evaluate_checkpoint import open_checkpoint
+from training.evaluation import OpenedCheckpoint
+from training.evaluation_files import has_key, json_bytes, record, write_file
 
 REFERENCE = "runs/reference/experiments"
+BIRD_SIZES = (32, 64)  # pixels: what the networks were trained on, and what birds need
+
+
+class CommandParser(ArgumentParser):
+    """The parser of one command, which knows the options that come near an unknown one."""
+
+    def parse_known_args(self, args=None, namespace=None):  # as argparse asks a command's parser
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(self.describe_unknown(unknown))
+        return parsed, unknown
 
 
 def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m experiments", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = ArgumentParser(
+        prog="python -m experiments", description=(__doc__ or "").split("\n")[0]
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
+    )
 
     def add(name: str, text: str, act: object) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
@@ -72,27 +91,40 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def measure_maps(args: argparse.Namespace) -> int:
-    trained = load_trained(args.checkpoint, args.device)
-    _, test = trained.sets(args.data_dir)
-    found = replaced_maps.measure(trained.model, lambda: trained.batches(test), trained.precision)
-    print(f"{write_record(trained, plan.MAPS, found)}: top-1 {found['top1']:.2f} %")
+    where = {"data_dir": args.data_dir}
+    opened = open_checkpoint(CIFAR100, args.checkpoint, args.device, changes=where)
+    found = replaced_maps.measure(opened.model, opened.batches, opened.precision)
+    print(f"{write(opened, plan.MAPS, found)}: top-1 {found['top1']:.2f} %")
     for row in found["replaced"]:
         print(f"{row['of']:<7} {row['by']:<12} {row['top1']:6.2f} %")
     return 0
 
 
 def measure_transfer(args: argparse.Namespace) -> int:
-    trained = load_trained(args.checkpoint, args.device)
-    found = transfer.transfer_all(trained, args.data_dir)
-    print(write_record(trained, plan.TRANSFER, {"targets": found}))
+    opened = open_checkpoint(CIFAR100, args.checkpoint, args.device)
+    targets = [("birds", size) for size in BIRD_SIZES]
+    if len(opened.test.class_names) == plan.FIRST:
+        targets = [("cifar100-last", opened.saved["input_size"][0])]
+    found = [
+        transfer.transfer(opened.path, target, args.data_dir, size, opened.precision)
+        for target, size in targets
+    ]
+    print(write(opened, plan.TRANSFER, {"targets": found}))
     for row in found:
         print(f"{row['target']}, {row['image_size']} px: {row['top1']:.2f} %")
     return 0
 
 
+def write(opened: OpenedCheckpoint, name: str, found: dict) -> Path:
+    """Write what was found, and how, beside the checkpoint."""
+    content = record(opened, command_line(sys.argv[1:])) | found
+    is_own = has_key(next(reversed(found)))
+    return write_file(opened.path.parent / name, json_bytes(content), is_own)
+
+
 def write_tables(args: argparse.Namespace) -> int:
-    document = Path(args.document)
-    text = tables.filled(document.read_text(), tables.read_runs(Path(args.runs)))
+    document, runs = Path(args.document), tables.read_runs(Path(args.runs))
+    text = tables.filled(document.read_text(), runs)
     document.write_text(text)
     print(f"{document}: written")
     return 0

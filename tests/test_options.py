@@ -228,7 +228,7 @@ def test_errors_of_the_names_of_recipes(error_of, script, words, error):
             "--model vgg-att3-concat",
             "--model: invalid choice 'vgg-att3-concat' (did you mean vgg-att3-concat-pc?)",
         ),
-        ("--model resnet", "--model: invalid choice 'resnet' (--help lists the 18 names)"),
+        ("--model resnet", "--model: invalid choice 'resnet' (--help lists the 23 names)"),
         ("--precision bf61", "--precision: invalid choice 'bf61' (did you mean bf16?)"),
         ("--sanity --resume", "--resume: not allowed with --sanity"),
         ("--epochs", "--epochs: expected one argument"),

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "data": {"datasets", "common"},
     "explain": {"attention_model", "data", "common"},
     "training": {"attention_model", "data", "common", "explain"},
+    "experiments": {"attention_model", "data", "common", "explain", "training"},
     "cam": {"explain", "data", "common"},
     "train_cifar10": {"train_cifar100", "training", "data", "common"},
     "train_cifar100": {"training", "data", "common"},

@@ -32,6 +32,7 @@ from training.benchmark import benchmark
 from training.compare import compare
 from training.config_checks import check_batch, check_recipe, check_start
 from training.environment import command_line
+from training.evaluate_attacks import evaluate_attacks
 from training.evaluate_checkpoint import evaluate_checkpoint
 from training.evaluation import Evaluation
 from training.export import export_checkpoint
@@ -84,6 +85,8 @@ def other_mode(task: Task, args: argparse.Namespace, argv: list[str]) -> int:
             return compare(args.compare)
         if hasattr(args, "export"):  # goes with --evaluate
             return export_checkpoint(args, argv)
+        if hasattr(args, "attack"):  # the same
+            return evaluate_attacks(task, args, argv)
         if args.evaluate:
             return evaluate_checkpoint(task, args, argv)
         # of the sample they only take the pictures: they are about the size of a real run

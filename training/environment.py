@@ -57,4 +57,7 @@ def git(*words: str) -> str:
 
 def command_line(argv: list[str]) -> str:
     """The command line of this process, for a shell."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *argv])
+    program = Path(sys.argv[0])
+    is_module = program.name == "__main__.py"
+    words = ["-m", program.parent.name] if is_module else [program.name]
+    return shlex.join(["python", *words, *argv])

@@ -16,10 +16,11 @@ from common.checkpoint import load_model, read_checkpoint
 from common.device import Precision, choose_device, choose_precision, device_name
 from common.errors import UserError, printable
 from common.fonts import drawable_names
-from data import eval_batches
+from data import DataSource
 from training.environment import command_line
 from training.evaluation import (
     EvaluatedCheckpoint,
+    OpenedCheckpoint,
     PredictionRecorder,
     evaluate,
     interval_95,
@@ -29,7 +30,17 @@ from training.evaluation_files import FILES, write_files
 from training.task import Task
 
 # The options that --evaluate takes; all else is the checkpoint's.
-ALLOWED = ("data_dir", "num_workers", "device", "precision", "evaluate", "out", "sort")
+ALLOWED = (
+    "data_dir",
+    "num_workers",
+    "device",
+    "precision",
+    "evaluate",
+    "out",
+    "sort",
+    "attack",
+    "attack_images",
+)
 
 
 def evaluate_checkpoint(task: Task, args: argparse.Namespace, argv: list[str]) -> int:
@@ -39,7 +50,9 @@ def evaluate_checkpoint(task: Task, args: argparse.Namespace, argv: list[str]) -
     Raises UserError for an option that contradicts the checkpoint, for other images, and for a
     folder that cannot be written to."""
     check_options(args, argv)
-    evaluated = evaluated_checkpoint(task, args, argv)
+    opened = opened_checkpoint(task, args, argv)
+    evaluated = evaluated_checkpoint(opened, command_line(argv))
+    print_network(evaluated)
     print_result(evaluated)
     result, names = evaluated.result, evaluated.test.class_names
     sort = getattr(args, "sort", "accuracy")
@@ -68,40 +81,56 @@ def check_options(args: argparse.Namespace, argv: list[str]) -> None:
                 raise UserError(f"--out {args.out}: {path} is not a folder", 2)
 
 
-def evaluated_checkpoint(
-    task: Task, args: argparse.Namespace, argv: list[str]
-) -> EvaluatedCheckpoint:
-    """Evaluate the checkpoint of --evaluate. Raises UserError."""
-    saved = read_checkpoint(args.evaluate)
-    config = saved["config"] | {
-        name: getattr(args, name) for name in ("data_dir", "num_workers") if was_given(name, argv)
-    }
-    if config["dataset"] != task.dataset:
-        raise UserError(f"{args.evaluate} is a checkpoint of train_{config['dataset']}.py", 2)
-    device = choose_device(args.device)
+def opened_checkpoint(task: Task, args: argparse.Namespace, argv: list[str]) -> OpenedCheckpoint:
+    """The checkpoint of --evaluate. Raises UserError."""
+    given = ("data_dir", "num_workers")
+    changes = {name: getattr(args, name) for name in given if was_given(name, argv)}
+    precision = getattr(args, "precision", None)
+    return open_checkpoint(task.data, args.evaluate, args.device, precision, changes)
+
+
+def open_checkpoint(
+    source: DataSource,
+    path: str,
+    device: str = "auto",
+    precision: str | None = None,
+    changes: Mapping[str, object] | None = None,
+) -> OpenedCheckpoint:
+    """A checkpoint of a network for the images of ``source``, the network on the device, and the
+    test images.
+
+    precision: the run's, where the device has it, unless one is named. changes: of the run's
+    config, for where the images are. Raises UserError.
+    """
+    saved = read_checkpoint(path)
+    config = saved["config"] | (changes or {})
+    if config["dataset"] != source.name:
+        raise UserError(f"{path} is a checkpoint of train_{config['dataset']}.py", 2)
+    place = choose_device(device)
     torch.backends.cudnn.benchmark = True  # as in training
-    asked = getattr(args, "precision", precision_here(config["precision"], device))
-    precision = Precision(choose_precision(asked, device), device)
-    model = load_model(saved).to(device, memory_format=torch.channels_last)
-    _, test = task.data.sets(config, download=False)
+    asked = precision or precision_here(config["precision"], place)
+    model = load_model(saved).to(place, memory_format=torch.channels_last)
+    _, test = source.sets(config, download=False)
     if tuple(saved["class_names"]) != test.class_names:
-        raise UserError(f"{args.evaluate} was trained on other classes than those of {test.source}")
-    started = time.perf_counter()
-    batches = eval_batches(test, device, saved["mean"], saved["std"], saved["input_size"])
-    recorder = PredictionRecorder()
-    result = evaluate(model, batches, len(test.class_names), precision, observe=recorder.observe)
+        raise UserError(f"{path} was trained on other classes than those of {test.source}")
+    precision = Precision(choose_precision(asked, place), place)
+    return OpenedCheckpoint(Path(path), saved, config, model, precision, test)
+
+
+def evaluated_checkpoint(opened: OpenedCheckpoint, command: str) -> EvaluatedCheckpoint:
+    """Evaluate a checkpoint on its test images."""
+    started, recorder = time.perf_counter(), PredictionRecorder()
+    classes = len(opened.test.class_names)
+    result = evaluate(
+        opened.model, opened.batches(), classes, opened.precision, observe=recorder.observe
+    )
     seconds = time.perf_counter() - started
     return EvaluatedCheckpoint(
-        Path(args.evaluate),
-        saved,
-        config,
-        model,
-        precision,
-        test,
-        result,
-        recorder.predictions(),
-        seconds,
-        command_line(argv),
+        **vars(opened),
+        result=result,
+        predictions=recorder.predictions(),
+        seconds=seconds,
+        command=command,
     )
 
 
@@ -116,20 +145,24 @@ def precision_here(trained_in: str, device: torch.device) -> str:
 # ---- what is printed ----------------------------------------------------------------------------
 
 
-def print_result(evaluated: EvaluatedCheckpoint) -> None:
-    """The network, the images, and the results over all classes."""
-    saved, config, result = evaluated.saved, evaluated.config, evaluated.result
+def print_network(opened: OpenedCheckpoint) -> None:
+    """The checkpoint, and how long it was trained."""
+    saved, config = opened.saved, opened.config
     average = ", moving average of the weights" if saved["ema"] else ""
     print(
-        f"{evaluated.path}: {config['model']}, width {config['width']:g}, "
-        f"after {evaluated.trained_for}{average}"
+        f"{opened.path}: {config['model']}, width {config['width']:g}, "
+        f"after {opened.trained_for}{average}"
     )
     if saved["position"]["step"]:
         print(
             "It was saved in the middle of an epoch, so batch norm's statistics are not "
             "recalibrated yet: --resume to the epoch's end gives its accuracy."
         )
-    images, test = len(evaluated.test), evaluated.test
+
+
+def print_result(evaluated: EvaluatedCheckpoint) -> None:
+    """The images, and the results over all classes."""
+    result, images, test = evaluated.result, len(evaluated.test), evaluated.test
     print(
         f"{images:,} test images ({test.source}), {device_name(evaluated.precision.device)}, "
         f"{evaluated.precision.name}, {evaluated.seconds:.1f} s"

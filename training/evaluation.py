@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from attention_model import Network, fuse_conv_bn
 from common.device import Precision
 from common.errors import Interrupted
-from data import ImageSet
+from data import ImageSet, eval_batches
 from training.ranks import ALONE, Ranks
 
 TOP = 5  # the best classes that are looked at; all of them where there are fewer
@@ -128,8 +128,8 @@ class PredictionRecorder:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluatedCheckpoint:
-    """A checkpoint, its network, and what that sees in the test images."""
+class OpenedCheckpoint:
+    """A checkpoint, its network, and the test images."""
 
     path: Path
     saved: dict  # the checkpoint's content, see common/checkpoint.py
@@ -137,10 +137,6 @@ class EvaluatedCheckpoint:
     model: Network  # on the device
     precision: Precision  # and the device
     test: ImageSet
-    result: Evaluation
-    predictions: Predictions
-    seconds: float
-    command: str  # the command line
 
     @property
     def trained_for(self) -> str:
@@ -148,6 +144,22 @@ class EvaluatedCheckpoint:
         position = self.saved["position"]
         steps = f" and {position['step']} steps" if position["step"] else ""
         return f"{position['epoch']}{steps} of {self.config['epochs']} epochs"
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(input (N, 3, H, W), labels (N,)) of the test images, as the network wants them."""
+        saved = self.saved
+        device, size = self.precision.device, saved["input_size"]
+        return eval_batches(self.test, device, saved["mean"], saved["std"], size)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatedCheckpoint(OpenedCheckpoint):
+    """And what the network sees in the images."""
+
+    result: Evaluation
+    predictions: Predictions
+    seconds: float
+    command: str  # the command line
 
 
 # ---- intervals ----------------------------------------------------------------------------------

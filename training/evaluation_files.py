@@ -20,7 +20,13 @@ from data import evenly_spread
 from explain.pictures import SOFTWARE, is_own_picture, png_bytes
 from training import run_folder
 from training.environment import environment
-from training.evaluation import TOP, EvaluatedCheckpoint, interval_95, mean_interval_95
+from training.evaluation import (
+    TOP,
+    EvaluatedCheckpoint,
+    OpenedCheckpoint,
+    interval_95,
+    mean_interval_95,
+)
 from training.mistakes import confused_pairs, monitor_of, surest_mistakes
 from training.report import rows_of
 from training.summary import SHEET, summary_picture
@@ -36,41 +42,49 @@ CLASS_FIELDS = (
     "mistaken_for",
     "times",
 )
-MAX_RECORD = 2**16  # bytes; an evaluation.json has about one thousand
+MAX_RECORD = 2**20  # bytes; an evaluation.json has about one thousand, an attack 250
 
 
 # ---- evaluation.json ----------------------------------------------------------------------------
 
 
-def record(evaluated: EvaluatedCheckpoint) -> dict:
-    """The result, on what, and how: plain values. Loss in nats, accuracies in percent, each with
-    its 95 % interval; None for a number that is not finite."""
-    config, position, result = evaluated.config, evaluated.saved["position"], evaluated.result
-    here, images = environment(evaluated.precision.device), len(evaluated.test)
+def record(opened: OpenedCheckpoint, command: str) -> dict:
+    """What was evaluated on what, and how: plain values."""
+    config, position = opened.config, opened.saved["position"]
+    here = environment(opened.precision.device)
     return {
         "software": SOFTWARE,
-        "checkpoint": str(evaluated.path.absolute()),
+        "checkpoint": str(opened.path.absolute()),
         "model": config["model"],
         "width": config["width"],
+        "seed": config["seed"],
         "epoch": position["epoch"],
         "steps_into_next_epoch": position["step"],
         "epochs": config["epochs"],
-        "moving_average": bool(evaluated.saved["ema"]),
-        "data": evaluated.test.source,
-        "images": images,
-        "classes": len(evaluated.test.class_names),
+        "moving_average": bool(opened.saved["ema"]),
+        "data": opened.test.source,
+        "images": len(opened.test),
+        "classes": len(opened.test.class_names),
+        "precision": opened.precision.name,
+        "device": here["device"],
+        "torch": here["torch"],
+        "git_commit": here["git_commit"],
+        "command": command,
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def results(evaluated: EvaluatedCheckpoint) -> dict:
+    """Loss in nats, accuracies in percent, each with its 95 % interval; None for a number that is
+    not finite."""
+    result, images = evaluated.result, len(evaluated.test)
+    return {
         "loss": rounded(result.loss),
         "loss_95": [rounded(end) for end in mean_interval_95(evaluated.predictions.losses)],
         "top1": rounded(result.top1),
         "top1_95": [rounded(end) for end in interval_95(result.top1, images)],
         "top5": rounded(result.top5),
         "top5_95": [rounded(end) for end in interval_95(result.top5, images)],
-        "precision": evaluated.precision.name,
-        "device": here["device"],
-        "torch": here["torch"],
-        "git_commit": here["git_commit"],
-        "command": evaluated.command,
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
 
@@ -79,18 +93,26 @@ def rounded(number: float) -> float | None:
     return round(number, 6) if math.isfinite(number) else None
 
 
+def json_bytes(content: dict) -> bytes:
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
 def record_json(evaluated: EvaluatedCheckpoint) -> bytes:
-    return (json.dumps(record(evaluated), indent=2, allow_nan=False) + "\n").encode()
+    return json_bytes(record(evaluated, evaluated.command) | results(evaluated))
 
 
-def is_own_record(path: Path) -> bool:
-    """Whether an earlier evaluation wrote this file."""
-    try:
-        # RecursionError: of thousands of brackets
-        content = json.loads(first_bytes(path, MAX_RECORD))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and content.get("software") == SOFTWARE and "top1" in content
+def has_key(name: str) -> Callable[[Path], bool]:
+    """A test of a path: is it a record of ours with this key?"""
+
+    def is_own(path: Path) -> bool:
+        try:
+            # RecursionError: of thousands of brackets
+            content = json.loads(first_bytes(path, MAX_RECORD))
+        except (OSError, ValueError, RecursionError):
+            return False
+        return isinstance(content, dict) and content.get("software") == SOFTWARE and name in content
+
+    return is_own
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -230,7 +252,7 @@ def as_png(
 
 
 FILES = {
-    "evaluation.json": FileKind(record_json, is_own_record, "the results over all classes"),
+    "evaluation.json": FileKind(record_json, has_key("top1"), "the results over all classes"),
     "predictions.csv": FileKind(
         predictions_csv,
         has_header(
@@ -250,25 +272,32 @@ FILES = {
 
 
 def write_files(evaluated: EvaluatedCheckpoint, folder: Path) -> dict[str, Path | None]:
-    """Write FILES into a folder, which is made if it is missing. An earlier evaluation's are
-    replaced; a file of somebody else's stays, and ours gets a number. Returns the path by name,
-    None for a picture without anything to show: an earlier one is removed.
-
-    Raises UserError where a file cannot be written."""
+    """Write FILES into a folder. Returns the path by name, None for a picture without anything to
+    show. See ``write_file``."""
     written = {}
     for name, kind in FILES.items():
-        content, path = kind.content(evaluated), folder / name
-        try:
-            make_folders(folder)
-            path = free_path(path, kind.is_own)
-            if content is None:
-                path.unlink(missing_ok=True)
-            else:
-                replace_file(path, lambda file, content=content: file.write(content))
-        except OSError as error:
-            raise UserError(
-                f"{printable(path)} could not be written: {error.strerror or error}. The results "
-                f"above are complete; --out FOLDER writes the files to another folder"
-            ) from error
+        content = kind.content(evaluated)
+        path = write_file(folder / name, content, kind.is_own)
         written[name] = None if content is None else path
     return written
+
+
+def write_file(path: Path, content: bytes | None, is_own: Callable[[Path], bool]) -> Path:
+    """Write a file; None removes an earlier one. Its folder is made if it is missing. A file of an
+    earlier evaluation (``is_own``) is replaced; one of somebody else's stays, and ours gets a
+    number. Returns the path.
+
+    Raises UserError where it cannot be written."""
+    try:
+        make_folders(path.parent)
+        path = free_path(path, is_own)
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            replace_file(path, lambda file: file.write(content))
+    except OSError as error:
+        raise UserError(
+            f"{printable(path)} could not be written: {error.strerror or error}. The results "
+            f"above are complete; --out FOLDER writes the files to another folder"
+        ) from error
+    return path

@@ -29,6 +29,7 @@ from common.arguments import (
     was_given,
 )
 from common.errors import UserError
+from training.attacks import ATTACKS, MAX_STRENGTH
 from training.recipe_help import constants_table, in_recipes
 
 if TYPE_CHECKING:
@@ -69,11 +70,13 @@ ALWAYS_GIVEN = (
     "checkpoint_activations",
     "overlay_every",
 )
-# Options that go with one mode alone.
+# Options that go with one other alone.
 COMPANIONS = {
     "out": "evaluate",
     "sort": "evaluate",
     "export": "evaluate",
+    "attack": "evaluate",
+    "attack_images": "attack",
     "keep": "sanity",
     "json": "benchmark",
 }
@@ -351,6 +354,23 @@ def add_companions(parser: argparse.ArgumentParser) -> None:
         "this project: .pt2 for PyTorch (torch.export) or .onnx. Needs no images",
     )
     group.add_argument(
+        "--attack",
+        type=attack_of,
+        action="append",
+        default=UNLESS_GIVEN,
+        metavar="NAME:STRENGTHS",
+        help="instead of the usual results, loss and top-1 on adversarial images, by fgsm or pgd "
+        "with these largest changes of a color value (of 255), for example fgsm:1,2,4; may be "
+        "repeated",
+    )
+    group.add_argument(
+        "--attack-images",
+        type=int_at_least(1),
+        default=UNLESS_GIVEN,
+        metavar="N",
+        help="attack N test images only, evenly spread over the set (default: all)",
+    )
+    group.add_argument(
         "--keep",
         action="store_true",
         default=UNLESS_GIVEN,
@@ -365,10 +385,24 @@ def add_companions(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def attack_of(text: str) -> tuple[str, tuple[float, ...]]:
+    """The type of --attack: "fgsm:1,2" -> ("fgsm", (1.0, 2.0))."""
+    name, _, strengths = text.partition(":")
+    try:
+        if name not in ATTACKS:
+            raise ValueError
+        return name, tuple(map(positive(MAX_STRENGTH), strengths.split(",")))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"{text[:MAX_DIGITS]}: expected {' or '.join(ATTACKS)} and strengths above 0 and up to "
+            f"{MAX_STRENGTH}, for example fgsm:1,2,4"
+        ) from None
+
+
 def check_companions(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """Exits with the usual error where an option is given without its mode."""
     for name, mode in COMPANIONS.items():
-        if hasattr(args, name) and not getattr(args, mode):
+        if hasattr(args, name) and not getattr(args, mode, None):
             parser.error(f"{as_option(name)} goes with {as_option(mode)}")
 
 
