@@ -18,6 +18,7 @@ import train_cifar10
 import train_cifar100
 import train_cub
 import train_folder
+from experiments import __main__ as experiments
 from tests.helpers.environment import ROOT
 from tests.helpers.runs import config_of
 from training import options
@@ -156,9 +157,11 @@ def test_the_options_of_a_command_parse(name, command):
 
 
 def check_module(words: list[str]) -> None:
-    """Of ``python -m``: pytest's files and markers."""
+    """Of ``python -m``: pytest's files and markers, and the options of the experiments."""
     module, *words = words
-    assert module in ("pytest", "venv")
+    assert module in ("pytest", "venv", "experiments")
+    if module == "experiments":
+        experiments.make_parser().parse_args(words)
     if module == "pytest":
         for word in words:
             assert not word.startswith("tests") or (ROOT / word).exists()
