@@ -109,11 +109,15 @@ def first_dir(folder: Path) -> str:
 
 
 def run_all(folder: Path, data_dir: str, options: Sequence[str], jobs: int) -> int:
-    """Run what is missing, ``jobs`` runs at a time. Returns the number of runs that failed; their
-    folder's log says why. Raises UserError where the images cannot be linked."""
+    """Run what is missing, ``jobs`` runs at a time. Returns the number of runs that failed; the
+    log beside their folder says why."""
     make_folders(folder)
-    link_classes(data_dir, first_dir(folder), first_classes(data_dir, FIRST))
     runs, stop = plan(folder, data_dir, options), threading.Event()
+    try:
+        link_classes(data_dir, first_dir(folder), first_classes(data_dir, FIRST))
+    except UserError as error:
+        print(f"Without the runs on the first {FIRST} classes: {error}", flush=True)
+        runs = [run for run in runs if first_dir(folder) not in run.train]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     with ThreadPoolExecutor(jobs) as pool:
         try:

@@ -92,6 +92,14 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
     assert [words[:3] for words in seen] == [["-m", "experiments", "transfer"]]
 
 
+def test_without_class_folders_all_but_the_first_classes_are_run(tmp_path, monkeypatch, capsys):
+    names = []
+    monkeypatch.setattr(plan, "run_one", lambda run, *_: names.append(run.name) or True)
+    assert plan.run_all(tmp_path / "runs", str(tmp_path), SIZE, jobs=1) == 0
+    assert len(names) == 30 and not [name for name in names if name.startswith("first")]
+    assert "Without the runs on the first 50 classes: " in capsys.readouterr().out
+
+
 def test_what_is_kept_is_small_and_has_no_folders_of_the_machine(tmp_path):
     where = run_folder(
         tmp_path / "runs", "vgg-0", 60.0, replaced_maps={"a": ["/x/y/vgg-0/last.pt"]}
