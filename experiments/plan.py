@@ -6,9 +6,8 @@ training run that was stopped is resumed.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
+import re
 import subprocess
 import sys
 import threading
@@ -44,6 +43,8 @@ ATTACKS = ("fgsm:1,2,4,8", "pgd:1,2")
 ATTACKED = 500  # test images
 MAPS, ATTACK, TRANSFER = "replaced_maps.json", "attacks.json", "transfer.json"
 KEPT = ("config.json", "metrics.csv", MAPS, ATTACK, TRANSFER)
+# an absolute path of three parts or more; its last two
+ABSOLUTE = re.compile(r"""(?<![\w.:/])/(?:[^/\s"']+/)+([^/\s"']+/[^/\s"']+)""")
 
 
 @dataclass(frozen=True)
@@ -166,28 +167,15 @@ def is_finished(where: Path) -> bool:
 
 
 def keep(folder: Path, kept: Path) -> int:
-    """Copy the small files of the finished runs (KEPT) to ``kept``, without this machine's paths.
+    """Copy the small files of the finished runs (KEPT) to ``kept``, absolute paths cut to
+    their last two parts.
     Returns the number of runs. Raises UserError where there is none."""
     runs = [path for path in sorted(folder.glob("*/")) if is_finished(path)]
     if not runs:
         raise UserError(f"{folder} holds no finished run", 2)
     for run in runs:
         make_folders(kept / run.name)
-        for path in (run / name for name in KEPT):
-            if path.suffix == ".json" and path.exists():
-                text = json.dumps(without_folders(json.loads(path.read_text())), indent=1) + "\n"
-                (kept / run.name / path.name).write_text(text)
-            elif path.exists():
-                shutil.copyfile(path, kept / run.name / path.name)
+        for path in (run / name for name in KEPT if (run / name).exists()):
+            text = ABSOLUTE.sub(r"\1", path.read_text())
+            (kept / run.name / path.name).write_text(text)
     return len(runs)
-
-
-def without_folders(value: object) -> object:
-    """The value with absolute paths cut to their last two parts."""
-    if isinstance(value, dict):
-        return {key: without_folders(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [without_folders(each) for each in value]
-    if isinstance(value, str) and value.startswith("/"):
-        return "/".join(Path(value).parts[-2:])
-    return value

@@ -101,9 +101,8 @@ def test_without_class_folders_all_but_the_first_classes_are_run(tmp_path, monke
 
 
 def test_what_is_kept_is_small_and_has_no_folders_of_the_machine(tmp_path):
-    where = run_folder(
-        tmp_path / "runs", "vgg-0", 60.0, replaced_maps={"a": ["/x/y/vgg-0/last.pt"]}
-    )
+    command = "python -m experiments maps /x/y/vgg-0/last.pt --data-dir some/data/folder"
+    where = run_folder(tmp_path / "runs", "vgg-0", 60.0, replaced_maps={"a": [command]})
     (where / "last.pt").write_bytes(b"weights")
     unfinished = run_folder(tmp_path / "runs", "vgg-1", 60.0)
     (unfinished / "config.json").write_text("{}")
@@ -111,7 +110,7 @@ def test_what_is_kept_is_small_and_has_no_folders_of_the_machine(tmp_path):
     kept = {path.name for path in (tmp_path / "kept").rglob("*") if path.is_file()}
     assert kept == {"config.json", "metrics.csv", "replaced_maps.json"}
     content = json.loads((tmp_path / "kept/vgg-0/replaced_maps.json").read_text())
-    assert content == {"a": ["vgg-0/last.pt"]}
+    assert content == {"a": [command.replace("/x/y/", "")]}
     with pytest.raises(UserError, match="no finished run"):
         plan.keep(tmp_path / "kept/vgg-0", tmp_path / "x")
 
