@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import io
+import json
 import math
 import re
 import shutil
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 import cam
 from common.device import DTYPES
 from data import Augmentation
+from experiments.replaced_maps import measure
 from explain.faithfulness import Faithfulness
 from explain.maps import (
     attention_maps,
@@ -40,6 +42,7 @@ from tests.helpers.runs import NARROW, assert_equal, config_of, content_of, sign
 from tests.helpers.trainers import CPU, Batches, make_trainer
 from train_cifar100 import TASK as CIFAR100
 from train_cub import TASK as CUB
+from training.evaluate_checkpoint import open_checkpoint
 from training.evaluation import evaluate
 from training.muon import Muon
 from training.report import read_metrics
@@ -561,3 +564,23 @@ def test_evaluation_and_cam_of_a_checkpoint_on_either_device(
     assert len(maps[0]) == 4 * 5 and maps[0].keys() == maps[1].keys()  # three levels, two CAMs
     for name, expected in maps[0].items():
         np.testing.assert_allclose(maps[1][name], expected, atol=5e-3)
+
+
+def test_attacks_and_replaced_maps_of_a_checkpoint_on_either_device(cli, small_task):
+    assert cli(*RUN, "--device", GPU, "--run-dir", "run")[0] == 0
+    attacked, replaced = [], []
+    for device in ("cpu", GPU):
+        words = "--evaluate run/last.pt --attack fgsm:1,8 --attack pgd:2 --device".split()
+        status, out, err = cli(*words, device)
+        assert status == 0, err
+        attacked.append(
+            [row["loss"] for row in json.loads(Path("run/attacks.json").read_text())["results"]]
+        )
+        opened = open_checkpoint(small_task.data, "run/last.pt", device)
+        replaced.append(measure(opened.model, opened.batches, opened.precision))
+    print(attacked)
+    # of small gradients, the sign is rounding
+    assert attacked[1] == pytest.approx(attacked[0], rel=0.05)
+    for one, other in zip(*(found["replaced"] for found in replaced), strict=True):
+        assert (one["by"], one["of"]) == (other["by"], other["of"])
+        assert other["top1"] == pytest.approx(one["top1"], abs=2 * 100 / 32 + 0.1)
