@@ -73,7 +73,8 @@ def plan(folder: Path, data_dir: str, options: Sequence[str]) -> list[Run]:
             if model in COMPARED:
                 attack = ["train_cifar100.py", "--evaluate", checkpoint]
                 attack += [word for each in ATTACKS for word in ("--attack", each)]
-                attack += ["--attack-images", str(ATTACKED)]
+                # bf16 would round the gradients, too
+                attack += ["--attack-images", str(ATTACKED), "--precision", "fp32"]
                 measures.append((ATTACK, tuple(attack)))
                 measures.append((TRANSFER, ("-m", "experiments", "transfer", checkpoint)))
             runs.append(run_of(name, model, seed, data_dir, options, measures))

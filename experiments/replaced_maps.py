@@ -1,13 +1,14 @@
 """Does it matter where a network looks? Its accuracy with other attention maps than its own, and
 with the global feature g of other images.
 
-    python -m experiments.replaced_maps RUN/last.pt --data-dir data
+    python -m experiments maps RUN/last.pt --data-dir data
 
 writes replaced_maps.json beside the checkpoint: top-1 with the maps of one level, or of all, made
 uniform, replaced by the average over the test images, or by another image's; and for the networks
 whose maps depend on g, top-1 and how far the maps move with another image's g. Other maps change
 the mean and the spread of the features that the classifier gets; top-1 is also measured with the
-statistics of its batch norms taken anew.
+statistics of its batch norms taken anew, on the test images, beside the network with its own maps
+and such statistics. (Those of vgg-pan's block 5, which follows its gate, stay.)
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from attention_model import Classifier, Network, fuse_conv_bn
 from common.device import Precision
+from common.errors import UserError
 
 OTHERS = ("same class", "other class")  # whose map or g it is
 ALL = "all"
@@ -86,8 +88,9 @@ def partners(labels: Tensor, seed: int = 0) -> dict[str, Tensor]:
     most."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    counts = labels.bincount()
+    ranks = torch.randperm(int(labels.max()) + 1, generator=generator)  # of the classes
+    by_class = shuffled[ranks[labels[shuffled]].argsort(stable=True)]
+    counts = ranks[labels].bincount()
     same, other = torch.empty_like(by_class), torch.empty_like(by_class)
     for members in by_class.split(counts.tolist()):
         same[members] = members.roll(1)
@@ -113,7 +116,7 @@ Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 class Variant:
     """The network with other maps, or with another g."""
 
-    by: str  # what takes the place: uniform, average, same class, other class
+    by: str  # what takes the place: own (nothing), uniform, average, same class, other class
     of: str  # what is replaced: a level, all levels, or g
     modules: Mapping[str, torch.nn.Module]
     # (name, the module's output (N, ...) for a batch, where that batch lies in the set)
@@ -169,7 +172,8 @@ def variants_of(network: Network, own: Recording, partner: Mapping[str, Tensor])
     subsets = {level: {level: module} for level, module in compatibilities.items()}
     if len(subsets) > 1:
         subsets[ALL] = compatibilities
-    variants = [
+    variants = [Variant("own", ALL, {}, lambda level, scores, at: scores)]
+    variants += [
         Variant(by, of, modules, replace)
         for by, replace in replacements.items()
         for of, modules in subsets.items()
@@ -185,11 +189,14 @@ def measure(model: Network, batches: Batches, precision: Precision, seed: int = 
     (mean Jensen-Shannon divergence in bits), as plain values.
 
     batches: gives the same (images (N, 3, H, W), labels (N,)) in the same order each time it is
-    called. seed: of whose map and g an image gets. Raises ValueError for a network without
+    called. seed: of whose map and g an image gets. Raises UserError for a network without
     attention.
     """
     if not model.levels:
-        raise ValueError("this network has no attention maps to replace")
+        raise UserError(
+            "this network has no attention maps to replace: name a run of one that has",
+            2,
+        )
     network = fuse_conv_bn(model) if precision.device.type == "cpu" else model.eval()
     own = Recording(network, batches, precision)
     partner = {

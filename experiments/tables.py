@@ -141,7 +141,7 @@ def replaced(runs: Runs) -> str:
     rows = []
     for model, files in with_file(runs, MAPS).items():
         own = [file["top1"] for file in files]
-        for level in dict.fromkeys(row["of"] for row in files[0]["replaced"] if row["of"] != "g"):
+        for level in levels_of(files[0]):
             changed = [changes(files, by, level) for by in BY]
             anew = [fmean(changes(files, by, level, "top1_recalibrated")) for by in BY]
             cells = [
@@ -163,12 +163,15 @@ def replaced(runs: Runs) -> str:
 
 
 def changes(files: Sequence[dict], by: str, of: str, key: str = "top1") -> list[float]:
-    """Points of top-1 that a replacement changes, per seed."""
-    return [
-        next(row[key] for row in file["replaced"] if (row["by"], row["of"]) == (by, of))
-        - file["top1"]
-        for file in files
-    ]
+    """Points of top-1 that a replacement changes, per seed; with key "top1_recalibrated", both
+    sides with the classifier's statistics taken anew."""
+    rows = [{(row["by"], row["of"]): row[key] for row in file["replaced"]} for file in files]
+    return [row[by, of] - row["own", "all"] for row in rows]
+
+
+def levels_of(file: dict) -> list[str]:
+    """What is replaced: each level, and all of them together where there are several."""
+    return list(dict.fromkeys(row["of"] for row in file["replaced"] if row["by"] in BY[:1]))
 
 
 def query(runs: Runs) -> str:

@@ -150,6 +150,7 @@ def test_the_other_tables(tmp_path):
             for by in tables.BY
             for of in ("conv13", "g")
         ]
+        rows.append({"by": "own", "of": "all", "top1": 60.0, "top1_recalibrated": 60.0})
         moved = {by: {"conv13": 0.25} for by in tables.BY[2:]}
         return {"top1": 60.0, "replaced": rows, "moved_by_g": moved, "between_images": moved}
 

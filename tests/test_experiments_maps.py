@@ -8,6 +8,7 @@ import torch
 
 from attention_model import attend, build_model
 from common.device import Precision
+from common.errors import UserError
 from experiments.replaced_maps import (
     average_scores,
     blocks_remembered,
@@ -81,6 +82,7 @@ def test_accuracy_with_replaced_maps_is_that_of_the_formula(name, images):
             if row["of"] == "g":
                 continue
             levels = model.levels if row["of"] == "all" else (row["of"],)
+            expected.setdefault("own", maps)
             replaced = maps | {level: expected[row["by"]][level] for level in levels}
             top1 = [row["top1"], row["top1_recalibrated"]]
             assert top1 == pytest.approx(top1_with(model, images, replaced), abs=1e-3), row
@@ -110,7 +112,7 @@ def test_pc_has_no_query_and_pan_a_gate(images):
     found = measure(network("vgg-pan"), batches_of(images), CPU32)
     assert {row["of"] for row in found["replaced"]} == {"conv10", "conv13", "all", "g"}
     assert set(found["between_images"]["same class"]) == {"conv13"}
-    with pytest.raises(ValueError, match="no attention maps"):
+    with pytest.raises(UserError, match="no attention maps"):
         torch.manual_seed(0)
         measure(build_model("vgg-gap", 3, width=1 / 16), batches_of(images), CPU32)
 
