@@ -72,7 +72,12 @@ EVAL_PIXELS = {"cpu": 2**18, "cuda": 2**19}
 STATISTICS_BYTES = 2**26  # of images whose values are counted at a time
 # with a zoom, pictures are stored this much larger than the network's input (256 px for 224)
 ZOOM_ROOM = 8 / 7
-TAKEN = {"cam", "reference", "sanity"}  # folders in runs/ that hold no runs of a data set
+TAKEN = {
+    "cam",
+    "experiments",
+    "reference",
+    "sanity",
+}  # folders in runs/ that hold no runs of a data set
 
 
 # ---- data sets by a run's config ----------------------------------------------------------------

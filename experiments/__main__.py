@@ -16,16 +16,18 @@ if __name__ == "__main__":
     settle()  # before PyTorch is loaded
 
 import argparse
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.arguments import ArgumentParser, expanded_path, int_at_least, parse, positive
-from common.errors import exit_status
+from common.checkpoint import read_checkpoint
+from common.errors import exit_status, printable
+from common.files import replace_file
 from data import CIFAR100
 from experiments import plan, replaced_maps, tables, transfer
 from training.environment import command_line
 from training.evaluate_checkpoint import open_checkpoint
-from training.evaluation import OpenedCheckpoint
 from training.evaluation_files import has_key, json_bytes, record, write_file
 
 REFERENCE = "runs/reference/experiments"
@@ -70,10 +72,16 @@ def make_parser() -> ArgumentParser:
     other = add("transfer", "accuracy of a linear classifier on other classes", measure_transfer)
     for command in (maps, other):
         command.add_argument("checkpoint", metavar="CHECKPOINT", type=expanded_path)
-        command.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N")
-    for command in (run, maps, other):
         command.add_argument(
-            "--data-dir", type=expanded_path, default="data", help="folder of the images"
+            "--out", type=expanded_path, metavar="FOLDER", help="default: beside the checkpoint"
+        )
+    for command in (run, maps, other):
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:N")
+        command.add_argument(
+            "--data-dir",
+            type=expanded_path,
+            default="data",
+            help="folder of CIFAR-100 and of the birds",
         )
     write = add("tables", "the tables of a document, from the files of the runs", write_tables)
     write.add_argument("--runs", type=expanded_path, default=REFERENCE, help="their folder")
@@ -82,9 +90,9 @@ def make_parser() -> ArgumentParser:
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    folder = Path(args.runs)
-    options = ("--width", f"{args.width:g}", "--epochs", str(args.epochs))
-    failed = plan.run_all(folder, args.data_dir, (*options, *plan.COMMON), args.jobs)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    folder, size = Path(args.runs), ("--width", f"{args.width:g}", "--epochs", str(args.epochs))
+    failed = plan.run_all(folder, args.data_dir, size, args.device, args.jobs)
     if args.keep:
         print(f"{plan.keep(folder, Path(args.keep))} runs in {args.keep}")
     return min(failed, 1)
@@ -94,39 +102,45 @@ def measure_maps(args: argparse.Namespace) -> int:
     where = {"data_dir": args.data_dir}
     opened = open_checkpoint(CIFAR100, args.checkpoint, args.device, changes=where)
     found = replaced_maps.measure(opened.model, opened.batches, opened.precision)
-    print(f"{write(opened, plan.MAPS, found)}: top-1 {found['top1']:.2f} %")
     for row in found["replaced"]:
         print(f"{row['of']:<7} {row['by']:<12} {row['top1']:6.2f} %")
+    write(args, plan.MAPS, record(opened, command_line(sys.argv[1:])), found, "replaced")
     return 0
 
 
 def measure_transfer(args: argparse.Namespace) -> int:
-    opened = open_checkpoint(CIFAR100, args.checkpoint, args.device)
+    known = len(read_checkpoint(args.checkpoint)["class_names"])
+    # the test images of half of the classes are in a folder of their own
+    where = {} if known == plan.FIRST else {"data_dir": args.data_dir}
+    opened = open_checkpoint(CIFAR100, args.checkpoint, args.device, changes=where)
     targets = [("birds", size) for size in BIRD_SIZES]
-    if len(opened.test.class_names) == plan.FIRST:
+    if known == plan.FIRST:
         targets = [("cifar100-last", opened.saved["input_size"][0])]
     found = [
         transfer.transfer(opened.path, target, args.data_dir, size, opened.precision)
         for target, size in targets
     ]
-    print(write(opened, plan.TRANSFER, {"targets": found}))
     for row in found:
         print(f"{row['target']}, {row['image_size']} px: {row['top1']:.2f} %")
+    how = record(opened, command_line(sys.argv[1:]))
+    for name in ("data", "images", "classes"):  # of the run's own images
+        del how[name]
+    write(args, plan.TRANSFER, how, {"targets": found}, "targets")
     return 0
 
 
-def write(opened: OpenedCheckpoint, name: str, found: dict) -> Path:
-    """Write what was found, and how, beside the checkpoint."""
-    content = record(opened, command_line(sys.argv[1:])) | found
-    is_own = has_key(next(reversed(found)))
-    return write_file(opened.path.parent / name, json_bytes(content), is_own)
+def write(args: argparse.Namespace, name: str, how: dict, found: dict, key: str) -> None:
+    """Write what was found, and how; an earlier file of ours has this ``key``."""
+    folder = Path(args.out or Path(args.checkpoint).parent)
+    path = write_file(folder / name, json_bytes(how | found), has_key(key))
+    print(f"Written to {printable(path)}")
 
 
 def write_tables(args: argparse.Namespace) -> int:
     document, runs = Path(args.document), tables.read_runs(Path(args.runs))
     text = tables.filled(document.read_text(), runs)
-    document.write_text(text)
-    print(f"{document}: written")
+    replace_file(document, lambda file: file.write(text.encode()))
+    print(f"{printable(document)}: written")
     return 0
 
 

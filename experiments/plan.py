@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,9 +18,10 @@ from pathlib import Path
 
 from common.checkpoint import CHECKPOINT_NAME
 from common.errors import UserError
-from common.files import make_folders
+from common.files import identity, make_folders, replace_file
 from experiments.transfer import first_classes, link_classes
-from training.run_folder import read_config
+from training.evaluate_attacks import FILE as ATTACK
+from training.run_folder import lock, read_config
 
 SEEDS = (0, 1, 2)
 # pictures do not change a run, and cost time
@@ -41,7 +42,7 @@ COMPARED = ("vgg-att3-concat-pc", CONTROL)  # in the costly experiments
 FIRST = 50  # CIFAR-100 classes that the runs called first50-... are trained on
 ATTACKS = ("fgsm:1,2,4,8", "pgd:1,2")
 ATTACKED = 500  # test images
-MAPS, ATTACK, TRANSFER = "replaced_maps.json", "attacks.json", "transfer.json"
+MAPS, TRANSFER = "replaced_maps.json", "transfer.json"
 KEPT = ("config.json", "metrics.csv", MAPS, ATTACK, TRANSFER)
 # an absolute path of three parts or more; its last two
 ABSOLUTE = re.compile(r"""(?<![\w.:/])/(?:[^/\s"']+/)+([^/\s"']+/[^/\s"']+)""")
@@ -56,12 +57,12 @@ class Run:
     measures: tuple[tuple[str, tuple[str, ...]], ...]  # (the file it writes, python's arguments)
 
 
-def plan(folder: Path, data_dir: str, options: Sequence[str]) -> list[Run]:
+def plan(folder: Path, data_dir: str, size: Sequence[str], device: str) -> list[Run]:
     """Every run, in the order in which they are made: one seed of all networks after the other.
 
-    folder: of all runs. options: of train_cifar100.py, common to all
-    (COMMON and the size).
+    folder: of all runs. size: the options --width and --epochs.
     """
+    options = ("--device", device, *size, *COMMON)
     runs = []
     for seed in SEEDS:
         for model in MODELS:
@@ -98,8 +99,8 @@ def run_of(
 ) -> Run:
     """measured_on: the data folder of the measures, that of the training unless it is another."""
     train = ("--data-dir", data_dir, "--model", model, "--seed", str(seed), *options)
-    data = ("--data-dir", measured_on or data_dir)
-    return Run(name, train, tuple((file, (*words, *data)) for file, words in measures))
+    where = ("--data-dir", measured_on or data_dir, *options[:2])  # and the device
+    return Run(name, train, tuple((file, (*words, *where)) for file, words in measures))
 
 
 def first_dir(folder: Path) -> str:
@@ -110,42 +111,75 @@ def first_dir(folder: Path) -> str:
 # ---- running it ---------------------------------------------------------------------------------
 
 
-def run_all(folder: Path, data_dir: str, options: Sequence[str], jobs: int) -> int:
+def run_all(folder: Path, data_dir: str, size: Sequence[str], device: str, jobs: int) -> int:
     """Run what is missing, ``jobs`` runs at a time. Returns the number of runs that failed; the
-    log beside their folder says why."""
+    log beside their folder says why. Raises UserError where another process runs them."""
     make_folders(folder)
-    runs, stop = plan(folder, data_dir, options), threading.Event()
-    try:
-        link_classes(data_dir, first_dir(folder), first_classes(data_dir, FIRST))
-    except UserError as error:
-        print(f"Without the runs on the first {FIRST} classes: {error}", flush=True)
+    runs = plan(folder, data_dir, size, device)
+    if not (Path(data_dir) / "cifar100").is_dir():
+        print(f"Without the runs on {FIRST} classes: {data_dir}/cifar100 has no class folders")
         runs = [run for run in runs if first_dir(folder) not in run.train]
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    with ThreadPoolExecutor(jobs) as pool:
+    else:
+        link_classes(data_dir, first_dir(folder), first_classes(data_dir, FIRST))
+    environment = dict(os.environ)
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    with lock(folder), ThreadPoolExecutor(jobs) as pool:
+        commands = Commands(environment)
         try:
-            done = list(pool.map(lambda run: run_one(run, folder, environment, stop), runs))
+            done = list(pool.map(lambda run: run_one(run, folder, commands), runs))
         except KeyboardInterrupt:
-            stop.set()  # the running commands have had the Ctrl-C themselves, and save
+            print("\nStopping. The training runs save what they have; this resumes with them.")
+            commands.stop()
             raise
     return done.count(False)
 
 
-def run_one(run: Run, folder: Path, environment: dict[str, str], stop: threading.Event) -> bool:
-    """Whether everything of this run is there now."""
-    where = folder / run.name
-    log = folder / f"{run.name}.log"
-    commands = [] if is_finished(where) else [("train_cifar100.py", *training_words(run, where))]
-    commands += [words for file, words in run.measures if not (where / file).exists()]
-    for words in commands:
-        if stop.is_set():
-            return False
-        print(f"{run.name}: python {' '.join(words)}", flush=True)
+class Commands:
+    """Runs commands, of which the first Ctrl-C stops all: a run that gets a second one would not
+    save."""
+
+    def __init__(self, environment: dict[str, str]):
+        self.environment, self.running, self.stopped = environment, set(), False
+
+    def run(self, words: Sequence[str], log: Path) -> int | None:
+        """The exit status of ``python words``, whose output goes to ``log``; None once stopped."""
+        if self.stopped:
+            return None
         with open(log, "a") as output:
-            done = subprocess.run(
-                [sys.executable, *words], stdout=output, stderr=output, env=environment
+            process = subprocess.Popen(
+                [sys.executable, *words],
+                stdout=output,
+                stderr=output,
+                env=self.environment,
+                start_new_session=True,  # a terminal's Ctrl-C reaches this process alone
             )
-        if done.returncode:
-            print(f"{run.name}: failed with status {done.returncode}, see {log}", flush=True)
+            self.running.add(process)
+            status = process.wait()
+            self.running.discard(process)
+        return None if self.stopped else status
+
+    def stop(self) -> None:
+        self.stopped = True
+        for process in list(self.running):
+            process.send_signal(signal.SIGINT)
+
+
+def run_one(run: Run, folder: Path, commands: Commands) -> bool:
+    """Whether everything of this run is there now."""
+    where, log = folder / run.name, folder / f"{run.name}.log"
+    others = differing(run, where)
+    if others:
+        print(f"{run.name}: there is another run in {where} ({others}): move it away", flush=True)
+        return False
+    missing = [] if is_finished(where) else [("train_cifar100.py", *training_words(run, where))]
+    missing += [words for file, words in run.measures if not (where / file).exists()]
+    for words in missing:
+        print(f"{run.name}: python {' '.join(words)}", flush=True)
+        status = commands.run(words, log)
+        if status:
+            print(f"{run.name}: failed with status {status}, see {log}", flush=True)
+        if status != 0:
             return False
     return True
 
@@ -157,26 +191,45 @@ def training_words(run: Run, where: Path) -> tuple[str, ...]:
     return (*run.train, "--run-dir", str(where))
 
 
+def differing(run: Run, where: Path) -> str:
+    """What the run in ``where``, if there is one, has otherwise than the list: "epochs 30"."""
+    config = config_of(where).get("config", {})
+    wanted = dict(zip(run.train[::2], run.train[1::2], strict=True))
+    names = [name for name in ("model", "seed", "width", "epochs") if name in config]
+    return ", ".join(
+        f"{name} {config[name]}" for name in names if str(config[name]) != wanted[f"--{name}"]
+    )
+
+
 def is_finished(where: Path) -> bool:
+    return bool(config_of(where).get("finished"))
+
+
+def config_of(where: Path) -> dict:
+    """The content of a run's config.json, {} where there is none to read."""
     try:
-        return bool(read_config(where)["finished"])
-    except (OSError, ValueError, KeyError):
-        return False
+        return read_config(where)
+    except (OSError, ValueError):
+        return {}
 
 
 # ---- keeping it ---------------------------------------------------------------------------------
 
 
 def keep(folder: Path, kept: Path) -> int:
-    """Copy the small files of the finished runs (KEPT) to ``kept``, absolute paths cut to
-    their last two parts.
-    Returns the number of runs. Raises UserError where there is none."""
+    """Copy the small files of the finished runs (KEPT) to ``kept``, absolute paths cut to their
+    last two parts. Returns the number of runs. Raises UserError where there is none, or where
+    ``kept`` holds other folders of these names."""
     runs = [path for path in sorted(folder.glob("*/")) if is_finished(path)]
     if not runs:
         raise UserError(f"{folder} holds no finished run", 2)
     for run in runs:
-        make_folders(kept / run.name)
+        copy = kept / run.name
+        is_ours = identity(copy) != identity(run) and config_of(copy).get("finished")
+        if os.path.lexists(copy) and not is_ours:
+            raise UserError(f"{copy} is no copy of {run}: name another folder")
+        make_folders(copy)
         for path in (run / name for name in KEPT if (run / name).exists()):
             text = ABSOLUTE.sub(r"\1", path.read_text())
-            (kept / run.name / path.name).write_text(text)
+            replace_file(copy / path.name, lambda file, text=text: file.write(text.encode()))
     return len(runs)

@@ -27,16 +27,16 @@ Runs = Mapping[str, Sequence[Files]]  # by model, or first50-model: a run per se
 
 
 def read_runs(folder: Path) -> dict[str, list[Files]]:
-    """The files of each run in ``folder``, by the folder's name without its seed. Raises UserError
-    where there is no run."""
+    """The files of each finished run in ``folder``, by the folder's name without its seed. Raises
+    UserError where there is none, or none of the control."""
     runs: dict[str, list[Files]] = {}
     for path in sorted(folder.glob("*/config.json")):
         files = {file.name: json.loads(file.read_text()) for file in path.parent.glob("*.json")}
-        last = read_metrics(path.parent / "metrics.csv")[-1]
-        files["last epoch"] = last
-        runs.setdefault(path.parent.name.rpartition("-")[0], []).append(files)
-    if not runs:
-        raise UserError(f"{folder} holds no run", 2)
+        if files["config.json"].get("finished"):
+            files["last epoch"] = read_metrics(path.parent / "metrics.csv")[-1]
+            runs.setdefault(path.parent.name.rpartition("-")[0], []).append(files)
+    if CONTROL not in runs:
+        raise UserError(f"{folder} holds no finished run of {CONTROL}", 2)
     return runs
 
 
@@ -75,13 +75,24 @@ def pooled(groups: Iterable[Sequence[float]]) -> tuple[float, int]:
     return math.sqrt(squares / freedom), freedom
 
 
-def half_interval(sd: float, freedom: int, *sizes: int) -> float:
-    """Half of the 95 % interval of a difference between the means of groups of these sizes."""
-    return t_quantile(freedom) * sd * math.sqrt(sum(1 / size for size in sizes))
+def difference(groups: Mapping[str, Sequence[float]], one: str, digits: int = 1) -> str:
+    """ "+1.3 ± 0.4": the mean of a group against the control's, with its 95 % interval from the
+    spread between seeds. Without an interval where there are fewer than four degrees of freedom,
+    or no seeds to compare with."""
+    if CONTROL not in groups:
+        return ""
+    mean = number(fmean(groups[one]) - fmean(groups[CONTROL]), digits, "+")
+    if sum(len(group) - 1 for group in groups.values()) < 4:
+        return mean
+    sd, freedom = pooled(groups.values())
+    half = t_quantile(freedom) * sd * math.sqrt(1 / len(groups[one]) + 1 / len(groups[CONTROL]))
+    return f"{mean} ± {half:.{digits}f}"
 
 
 def spread(values: Sequence[float], digits: int = 1, sign: str = "") -> str:
     """ "12.3 (11.9 to 12.8)": the mean, the lowest and the highest."""
+    if not values:
+        return ""
     mean, low, high = (number(x, digits, sign) for x in (fmean(values), min(values), max(values)))
     return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
@@ -109,25 +120,18 @@ def networks(runs: Runs) -> str:
     """Top-1 of each network, and its difference to vgg-gap."""
     last = {m: each for m, each in with_file(runs, "last epoch").items() if "first" not in m}
     top1 = {model: [row["eval_top1"] for row in rows] for model, rows in last.items()}
-    sd, freedom = pooled(top1.values())
-    rows = []
-    for model in sorted(top1, key=lambda model: -fmean(top1[model])):
-        values, difference = top1[model], "control"
-        if model != CONTROL:
-            half = half_interval(sd, freedom, len(values), len(top1[CONTROL]))
-            mean = fmean(values) - fmean(top1[CONTROL])
-            difference = f"{number(mean, 2, '+')} ± {half:.2f}"
-        rows.append(
-            [
-                model,
-                ", ".join(f"{value:.2f}" for value in values),
-                f"**{fmean(values):.2f}**",
-                f"{stdev(values):.2f}" if len(values) > 1 else "",
-                difference,
-                f"{fmean(row['eval_top5'] for row in last[model]):.2f}",
-                f"{fmean(row['eval_loss'] for row in last[model]):.3f}",
-            ]
-        )
+    rows = [
+        [
+            model,
+            ", ".join(f"{value:.2f}" for value in top1[model]),
+            f"**{fmean(top1[model]):.2f}**",
+            f"{stdev(top1[model]):.2f}" if len(top1[model]) > 1 else "",
+            "control" if model == CONTROL else difference(top1, model, 2),
+            f"{fmean(row['eval_top5'] for row in last[model]):.2f}",
+            f"{fmean(row['eval_loss'] for row in last[model]):.3f}",
+        ]
+        for model in sorted(top1, key=lambda model: -fmean(top1[model]))
+    ]
     heads = ["network", "top-1, by seed", "mean", "sd", f"against {CONTROL}", "top-5", "loss"]
     return markdown(heads, rows)
 
@@ -206,61 +210,53 @@ def per_level(found: Sequence[Mapping[str, float]]) -> str:
 
 def attacks(runs: Runs) -> str:
     """Top-1 under attack, by strength."""
-    rows, per_model = [], {}
+    found: dict[str, dict[str, list[float]]] = {}
     for model, files in with_file(runs, ATTACK).items():
-        for file in files:
-            for row in file["results"]:
-                key = (row["attack"], row["strength"])
-                per_model.setdefault(key, {}).setdefault(model, []).append(row["top1"])
-    models = list(with_file(runs, ATTACK))
-    for (attack, strength), values in per_model.items():
-        others = [model for model in models if model != CONTROL]
-        sd, freedom = pooled(values.values())
-        difference = [
-            f"{number(fmean(values[m]) - fmean(values[CONTROL]), 1, '+')} ± "
-            f"{half_interval(sd, freedom, len(values[m]), len(values[CONTROL])):.1f}"
-            for m in others
+        for row in (row for file in files for row in file["results"]):
+            key = f"{row['attack'].upper()}, {row['strength']:g}/255" if row["strength"] else "none"
+            found.setdefault(key, {}).setdefault(model, []).append(row["top1"])
+    rows = [
+        [
+            attack,
+            model,
+            spread(groups[model]),
+            spread(groups.get(CONTROL, [])),
+            difference(groups, model),
         ]
-        name = attack if attack == "none" else f"{attack.upper()}, {strength:g}/255"
-        rows.append([name, *(spread(values[model]) for model in (*others, CONTROL)), *difference])
-    return markdown(
-        ["attack", *others, CONTROL, *("difference" for _ in others)],
-        rows,
-    )
+        for attack, groups in found.items()
+        for model in groups
+        if model != CONTROL
+    ]
+    return markdown(["attack", "network", "top-1", CONTROL, "difference"], rows)
 
 
 def transferred(runs: Runs) -> str:
     """Top-1 of a linear classifier on frozen features."""
-    found: dict[tuple, dict[str, list[float]]] = {}
-    sizes: dict[tuple, dict[str, int]] = {}
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    sizes: dict[str, int] = {}
     for name, files in with_file(runs, TRANSFER).items():
         model = name.removeprefix(f"first{FIRST}-")
+        source = "CIFAR-100" if name == model else f"CIFAR-100, first {FIRST}"
         for row in (row for file in files for row in file["targets"]):
-            source = f"CIFAR-100, first {FIRST}" if name != model else "CIFAR-100"
-            key = (source, row["target"], row["image_size"])
-            found.setdefault(key, {}).setdefault(model, []).append(row["top1"])
-            sizes.setdefault(key, {})[model] = row["features"]
-    rows = []
-    for key, values in found.items():
-        source, target, size = key
-        others = [model for model in values if model != CONTROL]
-        sd, freedom = pooled(values.values())
-        for model in others:
-            half = half_interval(sd, freedom, len(values[model]), len(values[CONTROL]))
-            rows.append(
-                [
-                    source,
-                    f"{TARGET_NAMES[target]}, {size} px",
-                    f"{spread(values[model])}, {sizes[key][model]} features",
-                    f"{spread(values[CONTROL])}, {sizes[key][CONTROL]} features",
-                    f"{number(fmean(values[model]) - fmean(values[CONTROL]), 1, '+')} ± {half:.1f}",
-                ]
-            )
-    heads = ["trained on", "classifier on", *others, CONTROL, "difference"]
+            target = f"{row['target']}, {row['classes']} classes, {row['image_size']} px"
+            found.setdefault((source, target), {}).setdefault(model, []).append(row["top1"])
+            sizes[model] = row["features"]
+    rows = [
+        [
+            *key,
+            f"{model} ({sizes[model]})",
+            spread(groups[model]),
+            f"{spread(groups.get(CONTROL, []))} ({sizes.get(CONTROL, '')})",
+            difference(groups, model),
+        ]
+        for key, groups in found.items()
+        for model in groups
+        if model != CONTROL
+    ]
+    heads = ["trained on", "classifier on", "network (features)", "top-1", CONTROL, "difference"]
     return markdown(heads, rows)
 
 
-TARGET_NAMES = {"birds": "birds, 40 classes", "cifar100-last": f"CIFAR-100, last {100 - FIRST}"}
 TABLES: dict[str, Callable[[Runs], str]] = {
     "networks": networks,
     "replaced": replaced,

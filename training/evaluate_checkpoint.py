@@ -109,12 +109,12 @@ def open_checkpoint(
     place = choose_device(device)
     torch.backends.cudnn.benchmark = True  # as in training
     asked = precision or precision_here(config["precision"], place)
+    chosen = Precision(choose_precision(asked, place), place)
     model = load_model(saved).to(place, memory_format=torch.channels_last)
     _, test = source.sets(config, download=False)
     if tuple(saved["class_names"]) != test.class_names:
         raise UserError(f"{path} was trained on other classes than those of {test.source}")
-    precision = Precision(choose_precision(asked, place), place)
-    return OpenedCheckpoint(Path(path), saved, config, model, precision, test)
+    return OpenedCheckpoint(Path(path), saved, config, model, chosen, test)
 
 
 def evaluated_checkpoint(opened: OpenedCheckpoint, command: str) -> EvaluatedCheckpoint:
