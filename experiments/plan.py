@@ -38,7 +38,7 @@ ATTENTION = (
     "vgg-pan",
 )
 MODELS = ("vgg", CONTROL, *ATTENTION, "vgg-att3-concat-uniform")
-COMPARED = ("vgg-att3-concat-pc", CONTROL)  # in the costly experiments
+COMPARED = ("vgg-att3-concat-pc", "vgg-att3-concat-uniform", CONTROL)  # in the costly experiments
 FIRST = 50  # CIFAR-100 classes that the runs called first50-... are trained on
 ATTACKS = ("fgsm:1,2,4,8", "pgd:1,2")
 ATTACKED = 500  # test images
