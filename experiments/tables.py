@@ -118,7 +118,8 @@ def with_file(runs: Runs, name: str) -> dict[str, list[dict]]:
 
 def networks(runs: Runs) -> str:
     """Top-1 of each network, and its difference to vgg-gap."""
-    last = {m: each for m, each in with_file(runs, "last epoch").items() if "first" not in m}
+    last = with_file(runs, "last epoch")
+    last = {model: rows for model, rows in last.items() if not model.startswith("first")}
     top1 = {model: [row["eval_top1"] for row in rows] for model, rows in last.items()}
     rows = [
         [
@@ -145,7 +146,7 @@ def replaced(runs: Runs) -> str:
     rows = []
     for model, files in with_file(runs, MAPS).items():
         own = [file["top1"] for file in files]
-        for level in levels_of(files[0]):
+        for level in (row["of"] for row in files[0]["replaced"] if row["by"] == "uniform"):
             changed = [changes(files, by, level) for by in BY]
             anew = [fmean(changes(files, by, level, "top1_recalibrated")) for by in BY]
             cells = [
@@ -171,11 +172,6 @@ def changes(files: Sequence[dict], by: str, of: str, key: str = "top1") -> list[
     sides with the classifier's statistics taken anew."""
     rows = [{(row["by"], row["of"]): row[key] for row in file["replaced"]} for file in files]
     return [row[by, of] - row["own", "all"] for row in rows]
-
-
-def levels_of(file: dict) -> list[str]:
-    """What is replaced: each level, and all of them together where there are several."""
-    return list(dict.fromkeys(row["of"] for row in file["replaced"] if row["by"] in BY[:1]))
 
 
 def query(runs: Runs) -> str:
