@@ -62,8 +62,11 @@ def main(task: Task, argv: list[str] | None = None) -> int:
     if args.device == "cpu" or not torch.cuda.is_available():
         tune_malloc()
     is_run = not (args.evaluate or args.compare or args.sanity or args.benchmark)
-    command = train if is_run else other_mode
-    with exit_status("Stopped before the training began: there is nothing to save.") as status:
+    command, when_stopped = other_mode, "Stopped."
+    if is_run:
+        command = train
+        when_stopped = "Stopped before the training began: there is nothing to save."
+    with exit_status(when_stopped) as status:
         status.code = command(task, args, argv)
     return status.code
 
